@@ -1,0 +1,230 @@
+// Rows of the divergences on the CPU: one source, compiled once per processor variant.
+//
+// Per row, 3 x columns x element size of traffic: student and teacher are read (the second look finds them in cache),
+// the gradient is written. The first look takes a block of columns twice while it lies in L1 (maxima, then sums), and
+// leaves the block's float sums to a double state, so that rounding does not grow with the vocabulary. The normalisers
+// stay factors of the gradient: folded into the exponents they would cost accuracy at large logits and save nothing.
+#include "cpu/divergence_rows.h"
+
+#include "cpu/simd.h"
+
+namespace kdfast::KDFAST_VARIANT {
+namespace {
+
+constexpr int64_t kBlock = 2048;  // columns: two float blocks fill half of a 32 KB L1
+
+template <class Real>
+struct Sums {
+  Vector<Real> s{}, t{}, dot{};
+  // x and y: scaled logits less their maxima. A teacher's 0 counts nothing, whatever the student holds.
+  __attribute__((always_inline)) void count(Vector<Real> x, Vector<Real> y, Vector<Real> es, Vector<Real> et) {
+    s += es;
+    t += et;
+    dot += et > 0 ? et * (y - x) : Vector<Real>{};
+  }
+};
+
+template <class Real, class S, class T>
+RowState<double> look_at_block(const S* s, const T* t, int64_t n, Real k) {
+  using V = Vector<Real>;
+  constexpr int L = VectorOf<Real>::count;
+  const int64_t whole = n / L * L, rest = n - whole;
+  V most_s[2] = {broadcast(Real(-__builtin_inff())), broadcast(Real(-__builtin_inff()))};
+  V most_t[2] = {most_s[0], most_s[0]};
+  int64_t i = 0;
+  for (; i + 2 * L <= whole; i += 2 * L) {
+    for (int u = 0; u < 2; ++u) {
+      most_s[u] = maximum(most_s[u], V(load(s + i + u * L)));
+      most_t[u] = maximum(most_t[u], V(load(t + i + u * L)));
+    }
+  }
+  for (; i < whole; i += L) {
+    most_s[0] = maximum(most_s[0], V(load(s + i)));
+    most_t[0] = maximum(most_t[0], V(load(t + i)));
+  }
+  const V last_s = load_some(s + whole, rest), last_t = load_some(t + whole, rest);
+  const Real floor = kNoMaximum;
+  const Real max_s = maximum(floor, k * top(maximum(maximum(most_s[0], most_s[1]), last_s)));
+  const Real max_t = maximum(floor, k * top(maximum(maximum(most_t[0], most_t[1]), last_t)));
+  const V scale = broadcast(k), shift_s = broadcast(-max_s), shift_t = broadcast(-max_t);
+  Sums<Real> sums[2];
+  auto count = [&](Sums<Real>& into, V x, V y) __attribute__((always_inline)) { into.count(x, y, exp2(x), exp2(y)); };
+  for (i = 0; i + 2 * L <= whole; i += 2 * L) {
+    for (int u = 0; u < 2; ++u) {
+      count(sums[u], V(load(s + i + u * L)) * scale + shift_s, V(load(t + i + u * L)) * scale + shift_t);
+    }
+  }
+  for (; i < whole; i += L) count(sums[0], V(load(s + i)) * scale + shift_s, V(load(t + i)) * scale + shift_t);
+  if (rest) count(sums[1], last_s * scale + shift_s, last_t * scale + shift_t);
+  return {max_s, sum(sums[0].s + sums[1].s), max_t, sum(sums[0].t + sums[1].t), sum(sums[0].dot + sums[1].dot)};
+}
+
+template <class Real, class S, class T>
+void gradient_of_block(const S* s, const T* t, S* g, int64_t n, Real k, const RowState<double>& state, double factor) {
+  using V = Vector<Real>;
+  constexpr int L = VectorOf<Real>::count;
+  const V scale = broadcast(k), shift_s = broadcast(Real(-state.max_s)), shift_t = broadcast(Real(-state.max_t));
+  const V factor_s = broadcast(Real(factor / state.sum_s)), factor_t = broadcast(Real(factor / state.sum_t));
+  auto gradient = [&](V x, V y) __attribute__((always_inline)) {
+    return factor_s * exp2(x * scale + shift_s) - factor_t * exp2(y * scale + shift_t);
+  };
+  int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) {
+    for (int u = 0; u < 2; ++u) store(g + i + u * L, gradient(load(s + i + u * L), load(t + i + u * L)));
+  }
+  for (; i + L <= n; i += L) store(g + i, gradient(load(s + i), load(t + i)));
+  if (i < n) store_some(g + i, gradient(load_some(s + i, n - i), load_some(t + i, n - i)), n - i);
+}
+
+// `n` elements from `begin` on, side by side: in place, or gathered into `scratch` where the columns have a stride.
+template <class E>
+KDFAST_LOCAL const E* columns(const void* row, int64_t stride, int64_t begin, int64_t n, E* scratch) {
+  const E* first = (const E*)row + begin * stride;
+  if (stride == 1) return first;
+  for (int64_t i = 0; i < n; ++i) scratch[i] = first[i * stride];
+  return scratch;
+}
+
+template <class Real, class S, class T>
+void look(const DivergenceShape& shape, DivergenceRow& row, int64_t begin, int64_t end) {
+  S scratch_s[kBlock];
+  T scratch_t[kBlock];
+  const Real k = Real(kLog2e / row.temperature);
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int64_t n = end - at < kBlock ? end - at : kBlock;
+    merge(row.state, look_at_block(columns(row.student, shape.student_stride, at, n, scratch_s),
+                                   columns(row.teacher, shape.teacher_stride, at, n, scratch_t), n, k));
+  }
+}
+
+template <class Real, class S, class T>
+void gradient(const DivergenceShape& shape, const DivergenceRow& row, int64_t begin, int64_t end) {
+  S scratch_s[kBlock];
+  T scratch_t[kBlock];
+  const Real k = Real(kLog2e / row.temperature);
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int64_t n = end - at < kBlock ? end - at : kBlock;
+    gradient_of_block(columns(row.student, shape.student_stride, at, n, scratch_s),
+                      columns(row.teacher, shape.teacher_stride, at, n, scratch_t), (S*)row.gradient + at, n, k,
+                      row.state, row.coefficient / row.temperature);
+  }
+}
+
+// ---- few columns: a row per lane ----
+template <class Real>
+struct Tile {
+  alignas(64) Real at[kNarrow][VectorOf<Real>::count] = {};
+};
+
+template <class Real, class E>
+KDFAST_LOCAL void read_lane(Tile<Real>& tile, int lane, const void* row, int64_t columns, int64_t stride) {
+  for (int64_t j = 0; j < columns; ++j) tile.at[j][lane] = widened(((const E*)row)[j * stride]);
+}
+
+// Replaces the logits of the tiles by 2^(scaled logit - maximum), and fills the states unless they are given.
+template <class Real>
+KDFAST_LOCAL void look_at_lanes(Tile<Real>& s, Tile<Real>& t, int64_t columns, DivergenceRow* rows, int count,
+                                bool have_state) {
+  using V = Vector<Real>;
+  constexpr int L = VectorOf<Real>::count;
+  alignas(64) Real k[L] = {}, max_s[L] = {}, max_t[L] = {}, sum_s[L], sum_t[L], dot[L];
+  for (int i = 0; i < count; ++i) {
+    k[i] = Real(kLog2e / rows[i].temperature);
+    max_s[i] = Real(rows[i].state.max_s);
+    max_t[i] = Real(rows[i].state.max_t);
+  }
+  const V scale = load(k);
+  V top_s = load(max_s), top_t = load(max_t);
+  if (!have_state) {
+    top_s = top_t = broadcast(Real(-__builtin_inff()));
+    for (int64_t j = 0; j < columns; ++j) {
+      top_s = maximum(top_s, load(s.at[j]));
+      top_t = maximum(top_t, load(t.at[j]));
+    }
+    top_s = maximum(broadcast(Real(kNoMaximum)), scale * top_s);
+    top_t = maximum(broadcast(Real(kNoMaximum)), scale * top_t);
+  }
+  Sums<Real> sums;
+  for (int64_t j = 0; j < columns; ++j) {
+    const V x = load(s.at[j]) * scale - top_s, y = load(t.at[j]) * scale - top_t, es = exp2(x), et = exp2(y);
+    sums.count(x, y, es, et);
+    store(s.at[j], es);
+    store(t.at[j], et);
+  }
+  if (have_state) return;
+  store(max_s, top_s), store(max_t, top_t), store(sum_s, sums.s), store(sum_t, sums.t), store(dot, sums.dot);
+  for (int i = 0; i < count; ++i) rows[i].state = {max_s[i], sum_s[i], max_t[i], sum_t[i], dot[i]};
+}
+
+template <class Real, class S>
+KDFAST_LOCAL void write_lanes(Tile<Real>& s, const Tile<Real>& t, int64_t columns, const DivergenceRow* rows, int count) {
+  constexpr int L = VectorOf<Real>::count;
+  alignas(64) Real factor_s[L] = {}, factor_t[L] = {};
+  for (int i = 0; i < count; ++i) {
+    const double factor = rows[i].coefficient / rows[i].temperature;
+    factor_s[i] = Real(factor / rows[i].state.sum_s);
+    factor_t[i] = Real(factor / rows[i].state.sum_t);
+  }
+  for (int64_t j = 0; j < columns; ++j) {
+    store(s.at[j], load(factor_s) * load(s.at[j]) - load(factor_t) * load(t.at[j]));
+  }
+  for (int i = 0; i < count; ++i) {
+    for (int64_t j = 0; j < columns; ++j) narrow_to(((S*)rows[i].gradient)[j], s.at[j][i]);
+  }
+}
+
+template <class Real, class S, class T>
+void narrow(const DivergenceShape& shape, DivergenceRow* rows, int64_t count, bool have_state) {
+  constexpr int L = VectorOf<Real>::count;
+  Tile<Real> s, t;
+  for (int64_t at = 0; at < count; at += L, rows += L) {
+    const int n = int(count - at < L ? count - at : L);
+    for (int i = 0; i < n; ++i) {
+      read_lane<Real, S>(s, i, rows[i].student, shape.columns, shape.student_stride);
+      read_lane<Real, T>(t, i, rows[i].teacher, shape.columns, shape.teacher_stride);
+    }
+    look_at_lanes(s, t, shape.columns, rows, n, have_state);
+    if (rows->gradient) write_lanes<Real, S>(s, t, shape.columns, rows, n);
+  }
+}
+
+// Calls f with the computing type and the types of student and teacher. float64 comes in pairs.
+template <class F>
+void visit(const DivergenceShape& shape, F f) {
+  auto with_student = [&](auto s) {
+    if (shape.teacher == Element::f32) return f(0.f, s, 0.f);
+    if (shape.teacher == Element::bf16) return f(0.f, s, BFloat16{});
+    f(0.f, s, Float16{});
+  };
+  if (shape.student == Element::f64) return f(0., 0., 0.);
+  if (shape.student == Element::f32) return with_student(0.f);
+  if (shape.student == Element::bf16) return with_student(BFloat16{});
+  with_student(Float16{});
+}
+
+}  // namespace
+
+extern const DivergenceKernels kDivergence = {
+    [](const DivergenceShape& shape, DivergenceRow& row, int64_t begin, int64_t end) {
+      visit(shape, [&](auto real, auto s, auto t) {
+        look<decltype(real), decltype(s), decltype(t)>(shape, row, begin, end);
+      });
+    },
+    [](const DivergenceShape& shape, const DivergenceRow& row, int64_t begin, int64_t end) {
+      visit(shape, [&](auto real, auto s, auto t) {
+        gradient<decltype(real), decltype(s), decltype(t)>(shape, row, begin, end);
+      });
+    },
+    [](const DivergenceShape& shape, DivergenceRow* rows, int64_t count, bool have_state) {
+      visit(shape, [&](auto real, auto s, auto t) {
+        narrow<decltype(real), decltype(s), decltype(t)>(shape, rows, count, have_state);
+      });
+    },
+    [](const float* x, float* y, int64_t n) {
+      int64_t i = 0;
+      for (; i + kLanes <= n; i += kLanes) store(y + i, exp2(load(x + i)));
+      if (i < n) store_some(y + i, exp2(load_some(x + i, int(n - i))), int(n - i));
+    },
+};
+
+}  // namespace kdfast::KDFAST_VARIANT

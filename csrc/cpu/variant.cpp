@@ -1,0 +1,73 @@
+#include "cpu/variant.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "host/build_info.h"
+
+namespace kdfast {
+namespace {
+
+struct Candidate {
+  Variant variant;
+  bool (*runs_here)();
+};
+
+// Narrowest first.
+const Candidate kCandidates[] = {
+    {{"portable", &portable::kDivergence}, [] { return true; }},
+#if defined(__x86_64__)
+    {{"avx2", &avx2::kDivergence},
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+     }},
+    {{"avx512", &avx512::kDivergence},
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     }},
+    {{"avx512_bf16", &avx512_bf16::kDivergence},
+     [] { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16"); }},
+#endif
+};
+
+const Variant& find(const std::string& name) {
+  std::string known;
+  for (const Candidate& c : kCandidates) {
+    if (!c.runs_here()) continue;
+    if (name == c.variant.name) return c.variant;
+    known += known.empty() ? c.variant.name : std::string(", ") + c.variant.name;
+  }
+  throw std::invalid_argument("kdfast: CPU variant: expected one that this processor runs (" + known + "), got '" +
+                              name + "'");
+}
+
+std::atomic<const Variant*> chosen{nullptr};
+
+}  // namespace
+
+std::vector<std::string> cpu_variants() {
+  std::vector<std::string> names;
+  for (const Candidate& c : kCandidates) {
+    if (c.runs_here()) names.push_back(c.variant.name);
+  }
+  return names;
+}
+
+void set_cpu_variant(const std::string& name) { chosen = &find(name); }
+
+std::string cpu_variant_name() { return cpu_variant().name; }
+
+void vector_exp2(const float* x, float* y, int64_t count) { cpu_variant().divergence->exp2(x, y, count); }
+
+const Variant& cpu_variant() {
+  if (!chosen) {
+    const char* forced = std::getenv("KDFAST_CPU_VARIANT");
+    set_cpu_variant(forced ? forced : cpu_variants().back());
+  }
+  return *chosen;
+}
+
+}  // namespace kdfast

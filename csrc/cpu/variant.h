@@ -1,0 +1,15 @@
+// Which CPU variant of the kernels runs here.
+#pragma once
+#include "cpu/divergence_rows.h"
+
+namespace kdfast {
+
+struct Variant {
+  const char* name;
+  const DivergenceKernels* divergence;
+};
+
+// The widest variant this processor has, or the one that KDFAST_CPU_VARIANT names.
+const Variant& cpu_variant();
+
+}  // namespace kdfast

@@ -1,0 +1,16 @@
+// What the operator library tells the pybind11 module about itself.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#define KDFAST_EXPORT __attribute__((visibility("default")))
+
+namespace kdfast {
+
+KDFAST_EXPORT std::vector<std::string> cpu_variants();
+KDFAST_EXPORT std::string cpu_variant_name();
+KDFAST_EXPORT void set_cpu_variant(const std::string& name);
+KDFAST_EXPORT void vector_exp2(const float* x, float* y, int64_t count);
+
+}  // namespace kdfast

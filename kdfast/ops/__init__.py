@@ -1,0 +1,1 @@
+"""Operators: one file per family, each with public function, autograd Function, fake kernel and plain-torch reference."""

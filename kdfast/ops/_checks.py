@@ -1,0 +1,130 @@
+"""What every operator refuses, in one voice: `operator: argument: expected …, got …`, before any memory is touched."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2, "batchmean": 3}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def wrong_value(op: str, argument: str, expected: str, got: object) -> NoReturn:
+    raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")
+
+
+def wrong_type(op: str, argument: str, expected: str, got: object) -> NoReturn:
+    raise TypeError(f"{op}: {argument}: expected {expected}, got {got}")
+
+
+def kind(x: object) -> str:
+    """How an error names what came: a tensor by dtype, others by class."""
+    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+
+
+def check_logits(op: str, student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
+    """Checks a pair of logits `[..., V]` and returns how many columns count."""
+    for argument, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if not isinstance(logits, Tensor):
+            wrong_type(op, argument, "a tensor", kind(logits))
+        if logits.dtype not in FLOATS:
+            wrong_type(op, argument, "float32, bfloat16, float16 or float64", logits.dtype)
+        if logits.dim() == 0:
+            wrong_value(op, argument, "at least one dimension, the vocabulary last", "a scalar")
+        if logits.dtype == torch.float64 and logits.device.type != "cpu":
+            wrong_type(op, argument, "float32, bfloat16 or float16 (float64 only on the CPU)", logits.dtype)
+    if student.device != teacher.device:
+        wrong_value(op, "teacher_logits", f"the student's device {student.device}", teacher.device)
+    if student.shape[:-1] != teacher.shape[:-1]:
+        wrong_value(
+            op, "teacher_logits", f"the student's leading dimensions {list(student.shape[:-1])}", list(teacher.shape)
+        )
+    widths = student.shape[-1], teacher.shape[-1]
+    if vocab_size is None:
+        if widths[0] != widths[1]:
+            wrong_value(
+                op,
+                "teacher_logits",
+                f"the student's width {widths[0]} (for padded vocabularies pass vocab_size=, the columns that count)",
+                widths[1],
+            )
+        return widths[0]
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
+        wrong_type(op, "vocab_size", "an int", kind(vocab_size))
+    if not 1 <= vocab_size <= min(widths):
+        wrong_value(op, "vocab_size", f"1 to {min(widths)} for widths {widths[0]} and {widths[1]}", vocab_size)
+    return vocab_size
+
+
+def check_reduction(op: str, reduction: str, logits: Tensor) -> int:
+    if reduction not in REDUCTIONS:
+        wrong_value(op, "reduction", "'none', 'mean', 'sum' or 'batchmean'", repr(reduction))
+    if reduction == "batchmean" and logits.dim() < 2:
+        wrong_value(op, "reduction", "logits with a batch dimension for 'batchmean'", f"shape {list(logits.shape)}")
+    return REDUCTIONS[reduction]
+
+
+def check_rows(op: str, argument: str, x: Tensor | None, logits: Tensor) -> Tensor | None:
+    """Expands a value per row to the logits' leading dimensions."""
+    if x is None:
+        return None
+    if not isinstance(x, Tensor):
+        wrong_type(op, argument, "a tensor", kind(x))
+    if argument == "mask":
+        if x.dtype != torch.bool:
+            wrong_type(op, argument, "a bool tensor, True where a row counts (attention_mask.bool())", x.dtype)
+    elif not x.dtype.is_floating_point:
+        wrong_type(op, argument, "a floating-point tensor", x.dtype)
+    elif x.requires_grad:
+        wrong_value(op, argument, "a tensor without gradient (it is not differentiated; detach it)", "requires_grad=True")
+    if x.device != logits.device:
+        wrong_value(op, argument, f"the logits' device {logits.device}", x.device)
+    leading = logits.shape[:-1]
+    if x.dim() > len(leading) or any(
+        a not in (1, b) for a, b in zip(reversed(x.shape), reversed(leading), strict=False)
+    ):
+        wrong_value(op, argument, f"a shape that broadcasts to the leading dimensions {list(leading)}", list(x.shape))
+    if argument != "mask":
+        x = x.to(loss_dtype(logits))
+    return x.expand(leading)
+
+
+def check_temperature(op: str, temperature: float | Tensor, logits: Tensor) -> tuple[float, Tensor | None]:
+    """A number, or a value per row. Values in CPU tensors are checked, those on a device are not (it would wait)."""
+    if isinstance(temperature, Tensor):
+        rows = check_rows(op, "temperature", temperature, logits)
+        if temperature.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((temperature > 0).all()):
+            wrong_value(op, "temperature", "values > 0", f"a minimum of {temperature.min().item()}")
+        return 1.0, rows
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        wrong_type(op, "temperature", "a number or a tensor", kind(temperature))
+    if not 0 < temperature < float("inf"):
+        wrong_value(op, "temperature", "a finite number > 0", temperature)
+    return float(temperature), None
+
+
+def check_num_items(
+    op: str, num_items: float | Tensor | None, reduction: str, logits: Tensor
+) -> tuple[float, Tensor | None]:
+    """The denominator of `mean` when given: as a factor 1/number, or as a tensor on the device."""
+    if num_items is None:
+        return 1.0, None
+    if reduction != "mean":
+        wrong_value(op, "num_items", "reduction='mean' with it", f"reduction={reduction!r}")
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            wrong_value(op, "num_items", "one number", f"shape {list(num_items.shape)}")
+        if num_items.device != logits.device:
+            wrong_value(op, "num_items", f"the logits' device {logits.device}", num_items.device)
+        return 1.0, num_items.detach().to(loss_dtype(logits))
+    if isinstance(num_items, bool) or not isinstance(num_items, (int, float, torch.SymInt)):
+        wrong_type(op, "num_items", "a number or a tensor of one", kind(num_items))
+    if not num_items > 0:
+        wrong_value(op, "num_items", "a number > 0", num_items)
+    return 1.0 / num_items, None
+
+
+def loss_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
