@@ -1,7 +1,8 @@
 // The mathematics of a row of logits, written once for the CPU variants, the CUDA kernels and their host shim.
 //
-// Everything is in base 2: with k = log2(e) / T, a logit z contributes 2^(z*k - max). `RowState` is the online-softmax
-// state of a student row and a teacher row seen together; states of disjoint columns merge in any order.
+// With k = log2(e) / T a logit z contributes 2^((z - max) * k). `RowState` is the online-softmax state of a student row and
+// a teacher row seen together; states of disjoint columns merge in any order. Maxima are subtracted before anything is
+// multiplied, so that a row of -3e38 (a finite mask) is as exact as one near 0. Where logits are already scaled, k is 1.
 #pragma once
 #include <math.h>
 
@@ -19,10 +20,10 @@ namespace kdfast {
 constexpr double kLog2e = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 // Stands for the maximum of columns that are all -inf: keeps differences of maxima finite.
-constexpr float kNoMaximum = -1e30f;
+constexpr float kNoMaximum = -3.4028234663852886e38f;
 
-// Over the columns seen: maxima of z*k, sums of 2^(z*k - maximum), and the divergence's own sum
-// dot = sum 2^(t*k - max_t) * ((t*k - max_t) - (s*k - max_s)).
+// Over the columns seen: maxima, sums of 2^((z - max) * k), and the divergence's own sum
+// dot = sum 2^((t - max_t) * k) * ((t - max_t) - (s - max_s)).
 template <class Real>
 struct RowState {
   Real max_s = kNoMaximum, sum_s = 0, max_t = kNoMaximum, sum_t = 0, dot = 0;
@@ -33,15 +34,15 @@ KDFAST_HD double exp2_of(double x) { return ::exp2(x); }
 KDFAST_HD double log2_of(double x) { return ::log2(x); }
 
 template <class Real>
-KDFAST_HD void merge(RowState<Real>& into, const RowState<Real>& other) {
+KDFAST_HD void merge(RowState<Real>& into, const RowState<Real>& other, Real k = 1) {
   const Real max_s = into.max_s > other.max_s ? into.max_s : other.max_s;
   const Real max_t = into.max_t > other.max_t ? into.max_t : other.max_t;
   // Referred to higher maxima, each term of dot loses (shift of t) and gains (shift of s). A sum that vanishes takes its
   // dot along: 0 * inf would be NaN where a student's -inf met a teacher probability too small to represent.
   auto moved = [&](const RowState<Real>& a) {
-    const Real shift_s = a.max_s - max_s, shift_t = a.max_t - max_t, scale_t = exp2_of(shift_t);
+    const Real shift_s = a.max_s - max_s, shift_t = a.max_t - max_t, scale_t = exp2_of(shift_t * k);
     const Real sum_t = a.sum_t * scale_t;
-    return RowState<Real>{max_s, a.sum_s * exp2_of(shift_s), max_t, sum_t,
+    return RowState<Real>{max_s, a.sum_s * exp2_of(shift_s * k), max_t, sum_t,
                           sum_t == 0 ? Real(0) : scale_t * (a.dot + a.sum_t * (shift_t - shift_s))};
   };
   const RowState<Real> a = moved(into), b = moved(other);
@@ -50,8 +51,8 @@ KDFAST_HD void merge(RowState<Real>& into, const RowState<Real>& other) {
 
 // KL(t || s) = sum p_t (ln p_t - ln p_s) in nats. A row that is all -inf, or holds +inf or NaN, gives NaN.
 template <class Real>
-KDFAST_HD Real kl_of(const RowState<Real>& r) {
-  return Real(kLn2) * (r.dot / r.sum_t + log2_of(r.sum_s / r.sum_t));
+KDFAST_HD Real kl_of(const RowState<Real>& r, Real k = 1) {
+  return Real(kLn2) * (k * r.dot / r.sum_t + log2_of(r.sum_s / r.sum_t));
 }
 
 }  // namespace kdfast

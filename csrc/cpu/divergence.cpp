@@ -174,7 +174,10 @@ class Driver {
         seen[task] = batch[row];
         kernels_.look(shape_, seen[task], from, to);
       });
-      for (int64_t task = 0; task < n * pieces; ++task) merge(batch[task / pieces].state, seen[task].state);
+      for (int64_t task = 0; task < n * pieces; ++task) {
+        DivergenceRow& row = batch[task / pieces];
+        merge(row.state, seen[task].state, scale_of(row));
+      }
     }
     for_pieces([&](int64_t, int64_t row, int64_t from, int64_t to) {
       if (batch[row].gradient) kernels_.gradient(shape_, batch[row], from, to);
@@ -244,7 +247,7 @@ std::tuple<Tensor, Tensor> forward(const DivergenceCall& call, Save save) {
   const Driver driver(
       rows, false, [](int64_t, DivergenceRow&) {},
       [&](int64_t row, const DivergenceRow& r) {
-        const double value = r.coefficient * kl_of(r.state);
+        const double value = r.coefficient * kl_of(r.state, scale_of(r));
         per_row ? losses.set(row, value) : void(values[row] = value);
         if (save == Save::state) write_state(states, row, r.state);
       });

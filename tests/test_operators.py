@@ -1,0 +1,89 @@
+"""What holds for every operator, over the registry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import check, inputs, value_and_gradient
+
+from kdfast import _C
+from kdfast.registry import OPERATORS, Operator, Sample
+
+CASES = [
+    pytest.param(operator, sample, id=f"{operator.name}-{sample.name}")
+    for operator in OPERATORS.values()
+    for sample in operator.samples
+]
+BY_OPERATOR = [pytest.param(operator, id=name) for name, operator in OPERATORS.items()]
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float64, torch.float64),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
+@pytest.mark.parametrize("gap", [1.0, 0.05])
+@pytest.mark.parametrize(("operator", "sample"), CASES)
+@pytest.mark.usefixtures("cpu_variant")
+def test_value_and_gradient(
+    operator: Operator, sample: Sample, gap: float, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    check(operator, sample, gap, *dtypes)
+
+
+@pytest.mark.parametrize(("operator", "sample"), CASES)
+def test_raw_operator_is_a_good_citizen(operator: Operator, sample: Sample) -> None:
+    """Schema, fake kernel and tracing of the raw operators, on inputs that need no gradient."""
+    student, teacher, kwargs = inputs(sample, 1.0, torch.float32, torch.float32)
+    calls = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func.namespace == "kdfast":
+                calls.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        value_and_gradient(operator.function, student, teacher, kwargs)
+        operator.function(student, teacher, **kwargs)
+    assert {func._opname for func, _ in calls} <= set(operator.native)
+    assert calls
+    for func, args in calls:
+        torch.library.opcheck(func, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in args))
+
+
+@pytest.mark.parametrize("operator", BY_OPERATOR)
+def test_has_everything(operator: Operator) -> None:
+    assert operator.function.__doc__
+    assert operator.module.__doc__
+    for name in operator.native:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kdfast::{name}", "CPU")
+        if _C.cuda is not None:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kdfast::{name}", "CUDA")
+
+
+@pytest.mark.parametrize("operator", BY_OPERATOR)
+def test_module_equals_function(operator: Operator) -> None:
+    student, teacher, _ = inputs(operator.samples[0], 1.0, torch.float32, torch.float32)
+    module = operator.module(temperature=2.0, reduction="sum")
+    assert torch.equal(module(student, teacher), operator.function(student, teacher, temperature=2.0, reduction="sum"))
+    assert "temperature=2.0" in repr(module)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("operator", BY_OPERATOR)
+def test_compiles_without_graph_breaks(operator: Operator, backend: str) -> None:
+    names = ("odd", "rows", "rows_none", "num_items") if backend == "aot_eager" else ("rows",)
+    for sample in (s for s in operator.samples if s.name in names):
+        student, teacher, kwargs = inputs(sample, 1.0, torch.bfloat16, torch.float32)
+        compiled = torch.compile(operator.function, fullgraph=True, backend=backend)
+        for got, expected in zip(
+            value_and_gradient(compiled, student, teacher, kwargs),
+            value_and_gradient(operator.function, student, teacher, kwargs),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, expected)
