@@ -31,7 +31,8 @@ class Operator:
     """A public function, its twins, and the traffic that bounds its speed.
 
     `native`: the raw operators behind it (`torch.ops.kdfast.<name>`). `eager`: the code people write without kdfast.
-    `bytes_moved(student, teacher, gradient)`: the least a call can move, loss only or with its gradient.
+    `bytes_moved(student, teacher, gradient)`: the least a call can move, loss only or with its gradient. `cpu_shapes`,
+    `cuda_shapes`: rows, columns and dtype of the benchmarks.
     """
 
     name: str
@@ -42,6 +43,8 @@ class Operator:
     samples: tuple[Sample, ...]
     eager: Callable[[Tensor, Tensor], Tensor]
     bytes_moved: Callable[[Tensor, Tensor, bool], int]
+    cpu_shapes: tuple[tuple[int, int, str], ...]
+    cuda_shapes: tuple[tuple[int, int, str], ...]
 
 
 def _logits(*shape: int, offset: float = 0.0) -> Callable[[torch.Generator, float], tuple[Tensor, Tensor]]:
@@ -128,6 +131,21 @@ def _divergence_bytes(student: Tensor, teacher: Tensor, gradient: bool) -> int:
     return reads + (student.numel() * student.element_size() if gradient else 0)
 
 
+_CPU_SHAPES = (
+    (64, 152064, "float32"),
+    (128, 128256, "bfloat16"),
+    (1, 152064, "float32"),
+    (8192, 1000, "float32"),
+    (100000, 2, "float32"),
+)
+# About 10^9 logits for the large vocabularies; 8192 rows for classification heads.
+_CUDA_SHAPES = tuple((2**30 // v // 16 * 16, v, "bfloat16") for v in (32000, 50257, 128256, 151936, 262144)) + (
+    (8192, 2, "bfloat16"),
+    (8192, 1000, "bfloat16"),
+    (8192, 1000, "float32"),
+    (4096, 151936, "float32"),
+)
+
 OPERATORS: dict[str, Operator] = {
     operator.name: operator
     for operator in (
@@ -140,6 +158,8 @@ OPERATORS: dict[str, Operator] = {
             samples=_divergence_samples(),
             eager=_eager_kl,
             bytes_moved=_divergence_bytes,
+            cpu_shapes=_CPU_SHAPES,
+            cuda_shapes=_CUDA_SHAPES,
         ),
     )
 }

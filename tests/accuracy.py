@@ -49,8 +49,14 @@ def floors(student: Tensor, teacher: Tensor, kwargs: Any) -> tuple[Tensor, float
     return value, 2**-19 * float(p.norm())
 
 
-def check(operator: Operator, sample: Sample, gap: float, student_dtype: torch.dtype, teacher_dtype: torch.dtype,
-          device: str = "cpu") -> None:
+def check(
+    operator: Operator,
+    sample: Sample,
+    gap: float,
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    device: str = "cpu",
+) -> None:
     student, teacher, kwargs = inputs(sample, gap, student_dtype, teacher_dtype)
     to = lambda x: x.to(device) if isinstance(x, Tensor) else x  # noqa: E731
     exact = value_and_gradient(operator.reference, student.double(), teacher.double(), kwargs)

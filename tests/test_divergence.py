@@ -136,7 +136,9 @@ def test_every_half_precision_logit(dtype: torch.dtype, copies: int) -> None:
     exact = value_and_gradient(kl_div_reference, student.double(), teacher.double(), {"reduction": "none"})
     torch.testing.assert_close(value.double(), exact[0], rtol=1e-6, atol=5e-7)
     smallest = 2.0**-24 if dtype == torch.float16 else 2.0**-133
-    torch.testing.assert_close(gradient.double(), exact[1], rtol=0.51 * torch.finfo(dtype).eps, atol=1.2e-7 + smallest / 2)
+    torch.testing.assert_close(
+        gradient.double(), exact[1], rtol=0.51 * torch.finfo(dtype).eps, atol=1.2e-7 + smallest / 2
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
@@ -278,25 +280,60 @@ BAD = [
     (TypeError, "student_logits: expected float32, bfloat16", (S.long(), T), {}),
     (TypeError, "teacher_logits: expected a tensor, got list", (S, [1.0]), {}),
     (ValueError, "student_logits: expected at least one dimension", (torch.tensor(1.0), T), {}),
-    (ValueError, r"teacher_logits: expected the student's leading dimensions \[3, 4\], got \[3, 5, 7\]", (S, torch.zeros(3, 5, 7)), {}),
+    (
+        ValueError,
+        r"teacher_logits: expected the student's leading dimensions \[3, 4\], got \[3, 5, 7\]",
+        (S, torch.zeros(3, 5, 7)),
+        {},
+    ),
     (ValueError, r"width 7 \(for padded vocabularies pass vocab_size=.*got 8", (S, torch.zeros(3, 4, 8)), {}),
     (ValueError, "vocab_size: expected 1 to 7 for widths 7 and 8, got 8", (S, torch.zeros(3, 4, 8)), {"vocab_size": 8}),
     (ValueError, "vocab_size: expected 1 to 7", (S, T), {"vocab_size": 0}),
     (TypeError, "vocab_size: expected an int, got float", (S, T), {"vocab_size": 3.0}),
-    (ValueError, "reduction: expected 'none', 'mean', 'sum' or 'batchmean', got 'average'", (S, T), {"reduction": "average"}),
+    (
+        ValueError,
+        "reduction: expected 'none', 'mean', 'sum' or 'batchmean', got 'average'",
+        (S, T),
+        {"reduction": "average"},
+    ),
     (ValueError, "reduction: expected logits with a batch dimension", (S[0, 0], T[0, 0]), {"reduction": "batchmean"}),
     (ValueError, "temperature: expected a finite number > 0, got 0", (S, T), {"temperature": 0}),
     (ValueError, "temperature: expected a finite number > 0, got nan", (S, T), {"temperature": math.nan}),
     (TypeError, "temperature: expected a number or a tensor, got str", (S, T), {"temperature": "2"}),
-    (ValueError, "temperature: expected values > 0, got a minimum of -1", (S, T), {"temperature": torch.tensor([-1.0])}),
-    (ValueError, "temperature: expected a tensor without gradient", (S, T), {"temperature": torch.ones(1, requires_grad=True)}),
+    (
+        ValueError,
+        "temperature: expected values > 0, got a minimum of -1",
+        (S, T),
+        {"temperature": torch.tensor([-1.0])},
+    ),
+    (
+        ValueError,
+        "temperature: expected a tensor without gradient",
+        (S, T),
+        {"temperature": torch.ones(1, requires_grad=True)},
+    ),
     (ValueError, "weight: expected a tensor without gradient", (S, T), {"weight": torch.ones(4, requires_grad=True)}),
-    (TypeError, "weight: expected a floating-point tensor, got torch.int64", (S, T), {"weight": torch.ones(4, dtype=torch.long)}),
+    (
+        TypeError,
+        "weight: expected a floating-point tensor, got torch.int64",
+        (S, T),
+        {"weight": torch.ones(4, dtype=torch.long)},
+    ),
     (TypeError, "mask: expected a bool tensor.*got torch.int64", (S, T), {"mask": torch.ones(3, 4, dtype=torch.long)}),
     (TypeError, "mask: expected a tensor, got list", (S, T), {"mask": [True]}),
-    (ValueError, r"mask: expected a shape that broadcasts to the leading dimensions \[3, 4\], got \[3\]", (S, T), {"mask": torch.ones(3).bool()}),
+    (
+        ValueError,
+        r"mask: expected a shape that broadcasts to the leading dimensions \[3, 4\], got \[3\]",
+        (S, T),
+        {"mask": torch.ones(3).bool()},
+    ),
     (ValueError, r"weight: expected a shape that broadcasts", (S, T), {"weight": torch.ones(3, 4, 7)}),
-    (ValueError, "num_items: expected reduction='mean' with it, got reduction='sum'", (S, T), {"num_items": 3, "reduction": "sum"}),
+    (
+        ValueError,
+        "num_items: expected reduction='mean' with it, got reduction='sum'",
+        (S, T),
+        {"num_items": 3, "reduction": "sum"},
+    ),
     (ValueError, "num_items: expected a number > 0, got 0", (S, T), {"num_items": 0}),
     (TypeError, "num_items: expected a number or a tensor of one, got str", (S, T), {"num_items": "3"}),
     (ValueError, r"num_items: expected one number, got shape \[2\]", (S, T), {"num_items": torch.ones(2)}),

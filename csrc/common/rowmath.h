@@ -39,10 +39,11 @@ KDFAST_HD void merge(RowState<Real>& into, const RowState<Real>& other, Real k =
   const Real max_t = into.max_t > other.max_t ? into.max_t : other.max_t;
   // Referred to higher maxima, each term of dot loses (shift of t) and gains (shift of s). A sum that vanishes takes its
   // dot along: 0 * inf would be NaN where a student's -inf met a teacher probability too small to represent.
+  auto scale = [&](Real shift) { return shift == 0 ? Real(1) : exp2_of(shift * k); };
   auto moved = [&](const RowState<Real>& a) {
-    const Real shift_s = a.max_s - max_s, shift_t = a.max_t - max_t, scale_t = exp2_of(shift_t * k);
+    const Real shift_s = a.max_s - max_s, shift_t = a.max_t - max_t, scale_t = scale(shift_t);
     const Real sum_t = a.sum_t * scale_t;
-    return RowState<Real>{max_s, a.sum_s * exp2_of(shift_s * k), max_t, sum_t,
+    return RowState<Real>{max_s, a.sum_s * scale(shift_s), max_t, sum_t,
                           sum_t == 0 ? Real(0) : scale_t * (a.dot + a.sum_t * (shift_t - shift_s))};
   };
   const RowState<Real> a = moved(into), b = moved(other);

@@ -101,9 +101,9 @@ void look(const DivergenceShape& shape, DivergenceRow& row, int64_t begin, int64
   const Real k = Real(scale_of(row));
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t n = end - at < kBlock ? end - at : kBlock;
-    merge(row.state, look_at_block(columns(row.student, shape.student_stride, at, n, scratch_s),
-                                   columns(row.teacher, shape.teacher_stride, at, n, scratch_t), n, k),
-          double(k));
+    const RowState<double> block = look_at_block(columns(row.student, shape.student_stride, at, n, scratch_s),
+                                                 columns(row.teacher, shape.teacher_stride, at, n, scratch_t), n, k);
+    at == begin ? void(row.state = block) : merge(row.state, block, double(k));
   }
 }
 

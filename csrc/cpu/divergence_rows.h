@@ -30,7 +30,7 @@ struct DivergenceRow {
 static inline double scale_of(const DivergenceRow& row) { return kLog2e / row.temperature; }
 
 struct DivergenceKernels {
-  // Fills row.state from the columns [begin, end).
+  // Sets row.state from the columns [begin, end).
   void (*look)(const DivergenceShape&, DivergenceRow&, int64_t begin, int64_t end);
   // Writes row.gradient[begin, end) from row.state.
   void (*gradient)(const DivergenceShape&, const DivergenceRow&, int64_t begin, int64_t end);

@@ -72,15 +72,23 @@ KDFAST_LOCAL Floats maximum(Floats a, Floats b) {
 // ---- horizontal sums and maxima ----
 KDFAST_LOCAL double sum(double x) { return x; }
 KDFAST_LOCAL double sum(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   float total = 0;
   for (int i = 0; i < kLanes / 2; ++i) total += x[i] + x[i + kLanes / 2];
   return total;
+#endif
 }
 KDFAST_LOCAL double top(double x) { return x; }
 KDFAST_LOCAL float top(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
   float most = x[0];
   for (int i = 1; i < kLanes; ++i) most = most > x[i] ? most : x[i];
   return most;
+#endif
 }
 
 // ---- 2^(x * k) ----
@@ -216,18 +224,36 @@ KDFAST_LOCAL void narrow_to(Float16& to, float x) { to.bits = float_to_half(x); 
 // ---- the end of a row: `n` < lanes elements; absent ones read as -inf, which no sum counts ----
 template <class Element>
 KDFAST_LOCAL Floats load_some(const Element* p, int n) {
-  Element lanes[kLanes] = {};
-  memcpy(lanes, p, n * sizeof(Element));
   Ints index;
   for (int i = 0; i < kLanes; ++i) index[i] = i;
+#if defined(__AVX512F__)
+  Element lanes[kLanes];  // a masked load and store of the bits: no loop, no wait for narrow stores
+  if constexpr (sizeof(Element) == 4) {
+    _mm512_storeu_epi32(lanes, _mm512_maskz_loadu_epi32(__mmask16((1u << n) - 1), p));
+  } else {
+    _mm256_storeu_epi16(lanes, _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+  }
+#else
+  Element lanes[kLanes] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+#endif
   return index < n ? load(lanes) : broadcast(-__builtin_inff());
 }
 KDFAST_LOCAL double load_some(const double*, int) { return -__builtin_inf(); }
+
 template <class Element>
 KDFAST_LOCAL void store_some(Element* p, Floats v, int n) {
   Element lanes[kLanes];
   store(lanes, v);
-  memcpy(p, lanes, n * sizeof(Element));
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Element) == 4) {
+    _mm512_mask_storeu_epi32(p, __mmask16((1u << n) - 1), _mm512_loadu_epi32(lanes));
+  } else {
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), _mm256_loadu_epi16(lanes));
+  }
+#else
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+#endif
 }
 KDFAST_LOCAL void store_some(double*, double, int) {}
 

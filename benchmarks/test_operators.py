@@ -1,0 +1,35 @@
+"""Every operator's benchmark under pytest-benchmark: `pytest benchmarks` (all cases of `kdfast bench`).
+
+pytest-benchmark records kdfast's own time; what it is compared with, in the same process and in turn, is in
+`extra_info`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+
+from kdfast import bench
+from kdfast.registry import OPERATORS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in bench.cases(device=DEVICE)])
+def test_speed(case: bench.Case, benchmark: Any) -> None:
+    result = bench.run(case, DEVICE)
+    benchmark.extra_info.update(asdict(result))
+    benchmark.extra_info["environment"] = bench.environment(DEVICE)
+    student, teacher = bench.make(case, DEVICE)
+    function = OPERATORS[case.operator].function
+
+    def call() -> None:
+        loss = function(student, teacher)
+        if case.gradient:
+            torch.autograd.grad(loss, student)
+        bench.synchronize(DEVICE)
+
+    benchmark(call)

@@ -1,0 +1,306 @@
+"""The measuring harness: interleaved baselines, a measured roofline, one table.
+
+Everything compared is timed in one process, in turn (machines are shared and their clocks move), and the median is
+reported. A result is checked against the float64 reference before it is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import fnmatch
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast import _C, __version__
+from kdfast.registry import OPERATORS, Operator
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. `gradient`: forward and backward through autograd, else the loss alone."""
+
+    operator: str
+    rows: int
+    columns: int
+    dtype: str
+    gradient: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.operator}-{self.rows}x{self.columns}-{self.dtype}-{'grad' if self.gradient else 'loss'}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Medians in milliseconds. `roofline`: the time at the device's measured bandwidth over kdfast's, gradient memory
+    already mapped (`mapped`) or fresh from the system (`kdfast`). Peak memory in MB beyond the inputs."""
+
+    case: Case
+    kdfast: float
+    mapped: float
+    eager: float
+    compiled: float
+    gigabytes_per_second: float
+    roofline: float
+    peak_memory: float
+    eager_peak_memory: float
+
+
+def cases(only: str = "*", device: str = "cpu") -> Iterator[Case]:
+    """The cases of every operator whose name matches the pattern `only`."""
+    for operator in OPERATORS.values():
+        for rows, columns, dtype in operator.cuda_shapes if device == "cuda" else operator.cpu_shapes:
+            for gradient in (True, False):
+                case = Case(operator.name, rows, columns, dtype, gradient)
+                if fnmatch.fnmatch(case.name, only):
+                    yield case
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(functions: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, float]:
+    """Median milliseconds of each, called in turn until about `seconds` are spent on all of them."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()  # compilation, allocator, caches
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or min(map(len, times.values())) < 5:
+        for name, function in functions.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+@contextlib.contextmanager
+def reused_memory() -> Iterator[None]:
+    """Keeps freed memory mapped (glibc), so that a gradient costs no page faults: the kernel alone is left."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    trim_threshold, mmap_max = -1, -4
+    if mallopt is not None:
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+    yield
+    if mallopt is not None:
+        mallopt(mmap_max, 65536)
+        mallopt(trim_threshold, 128 * 1024)
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_memory(function: Callable[[], object], device: str) -> float:
+    """MB that a call needs beyond what is there before it."""
+    gc.collect()
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _resident("VmRSS")
+    function()
+    return (_resident("VmHWM") - before) / 1e6
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def make(case: Case, device: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    options: dict[str, Any] = {"generator": generator, "device": device}
+    teacher = torch.randn(case.rows, case.columns, **options).mul_(4)
+    student = teacher + torch.randn(case.rows, case.columns, **options)
+    dtype = getattr(torch, case.dtype)
+    return student.to(dtype).requires_grad_(case.gradient), teacher.to(dtype)
+
+
+def check(operator: Operator, student: Tensor, teacher: Tensor) -> None:
+    """A wrong operator is not timed: loss and gradient of the first rows against float64."""
+    student, teacher = student.detach()[:4], teacher[:4]
+    gradients = []
+    for function, dtype in ((operator.function, student.dtype), (operator.reference, torch.float64)):
+        s = student.cpu().to(dtype) if dtype == torch.float64 else student.clone()
+        loss = function(s.requires_grad_(), teacher.cpu().to(dtype) if dtype == torch.float64 else teacher)
+        gradients.append((loss.detach().cpu().double(), torch.autograd.grad(loss, s)[0].cpu().double()))
+    (loss, gradient), (exact_loss, exact_gradient) = gradients
+    error = float((gradient - exact_gradient).norm() / exact_gradient.norm())
+    if not error < 5e-3 or not abs(float(loss / exact_loss) - 1) < 1e-4:
+        raise AssertionError(f"{operator.name}: gradient differs from float64 by {error:.1e}: not worth timing")
+
+
+def run(case: Case, device: str, seconds: float = 2.0) -> Result:
+    operator = OPERATORS[case.operator]
+    student, teacher = make(case, device)
+    check(operator, student, teacher)
+    compiled_eager = torch.compile(operator.eager)
+
+    def caller(loss_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
+        def call() -> None:
+            loss = loss_of(student, teacher)
+            if case.gradient:
+                torch.autograd.grad(loss, student)
+
+        return call
+
+    ours = caller(lambda s, t: operator.function(s, t, reduction="batchmean"))
+    eager = caller(operator.eager)
+    # Before anything keeps memory mapped: high-water marks only show what is fresh.
+    peaks = peak_memory(ours, device), peak_memory(eager, device)
+    times = interleaved({"kdfast": ours, "eager": eager, "compiled": caller(compiled_eager)}, device, seconds)
+    bytes_moved = operator.bytes_moved(student, teacher, case.gradient)
+    stream, stream_bytes = streaming(student, teacher, case.gradient)
+    with reused_memory() if device == "cpu" else contextlib.nullcontext():
+        kernel = interleaved({"kdfast": ours, "stream": stream}, device, seconds / 4)
+    at_bandwidth = kernel["stream"] * bytes_moved / stream_bytes
+    return Result(
+        case=case,
+        kdfast=times["kdfast"],
+        mapped=kernel["kdfast"],
+        eager=times["eager"],
+        compiled=times["compiled"],
+        gigabytes_per_second=bytes_moved / kernel["kdfast"] / 1e6,
+        roofline=at_bandwidth / kernel["kdfast"],
+        peak_memory=peaks[0],
+        eager_peak_memory=peaks[1],
+    )
+
+
+def streaming(student: Tensor, teacher: Tensor, gradient: bool) -> tuple[Callable[[], object], int]:
+    """The device's bandwidth on these very tensors: two reads and a write into mapped memory, or one read."""
+    s, t = student.detach(), teacher
+    size = s.numel() * s.element_size()
+    if gradient:
+        out = torch.empty_like(s)
+        return lambda: torch.sub(s, t, out=out), 3 * size
+    return lambda: s.view(torch.int16 if s.element_size() == 2 else torch.int32).amax(), size
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a reader needs to judge the numbers by."""
+    facts: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "kdfast": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "compiler": _C.compiler,
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        return facts | {
+            "device": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+            "cuda": torch.version.cuda,
+            "clock": f"{torch.cuda.clock_rate()} MHz",
+        }
+    models = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return facts | {
+        "device": models[0] if models else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "cpu_variant": _C.cpu_variant(),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def save(results: list[Result], facts: dict[str, Any], folder: Path) -> Path:
+    """Writes `<device>-<date>.json` and returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    device = "".join(c if c.isalnum() else "-" for c in facts["device"]).strip("-").lower()
+    path = folder / f"{device}-{facts['date']}.json"
+    path.write_text(json.dumps({"environment": facts, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+    return path
+
+
+def load(path: Path) -> tuple[list[Result], dict[str, Any]]:
+    data = json.loads(path.read_text())
+    return [Result(**{**r, "case": Case(**r["case"])}) for r in data["results"]], data["environment"]
+
+
+HEADER = (
+    "operator",
+    "rows × columns",
+    "dtype",
+    "",
+    "ms",
+    "× eager",
+    "× compile",
+    "GB/s",
+    "% roofline",
+    "peak MB",
+    "eager's",
+)
+
+
+def table(results: list[Result]) -> list[tuple[str, ...]]:
+    """The rows under `HEADER`."""
+    return [
+        (
+            r.case.operator,
+            f"{r.case.rows} × {r.case.columns}",
+            r.case.dtype,
+            "loss + gradient" if r.case.gradient else "loss",
+            f"{r.kdfast:.2f}",
+            f"{r.eager / r.kdfast:.1f}",
+            f"{r.compiled / r.kdfast:.1f}",
+            f"{r.gigabytes_per_second:.1f}",
+            f"{100 * r.roofline:.0f}",
+            f"{r.peak_memory:.0f}",
+            f"{r.eager_peak_memory:.0f}",
+        )
+        for r in results
+    ]
+
+
+def markdown(results: list[Result]) -> str:
+    rows = [HEADER, ("---",) * len(HEADER), *table(results)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def plot(results: list[Result], facts: dict[str, Any], path: Path) -> None:
+    """Time relative to eager, a bar per case: shorter is faster."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.55 * len(results)), layout="constrained")
+    positions = range(len(results))
+    series = {"eager": lambda r: r.eager, "torch.compile": lambda r: r.compiled, "kdfast": lambda r: r.kdfast}
+    for offset, (name, of) in zip((-0.27, 0.0, 0.27), series.items(), strict=True):
+        bars = axes.barh([p + offset for p in positions], [of(r) / r.eager for r in results], 0.26, label=name)
+        axes.bar_label(bars, [f"{of(r):.3g} ms" for r in results], padding=3, fontsize=8)
+    labels = [
+        f"{r.case.rows} × {r.case.columns} {r.case.dtype}, {'gradient' if r.case.gradient else 'loss'}" for r in results
+    ]
+    axes.set_yticks(
+        positions, [f"{r.case.operator}\n{label}" for r, label in zip(results, labels, strict=True)], fontsize=8
+    )
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.18)
+    axes.set_xlabel("time relative to eager PyTorch (shorter is faster)")
+    axes.set_title(f"{facts['device']}, torch {facts['torch']}, {facts['date']}", fontsize=10)
+    axes.legend(loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
