@@ -8,11 +8,14 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+if sys.version_info < (3, 10):  # noqa: UP036  (pip learns the requirement only from what this file makes)
+    sys.exit("kdfast: needs Python 3.10 or later, this is Python " + sys.version.split()[0])
+
 ROOT = Path(__file__).parent.resolve()
+BUILD_TOOLS = 'pip install "setuptools>=77" "cmake>=3.31" ninja pybind11'
 
 
 def torch_folder() -> Path:
@@ -31,8 +34,15 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        # This environment's cmake and ninja, activated or not: a distribution's own cmake may be too old.
+        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+        cmake, ninja = (shutil.which(tool, path=path) for tool in ("cmake", "ninja"))
+        if cmake is None or ninja is None or importlib.util.find_spec("pybind11") is None:
+            sys.exit(f"kdfast: building needs cmake, ninja and pybind11; install them first: {BUILD_TOOLS}")
+        import pybind11
+
         configure = [
-            *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DKDFAST_TORCH={torch_folder()}",
@@ -41,8 +51,9 @@ class CMakeBuild(build_ext):
         ]
         if architectures := os.environ.get("KDFAST_CUDA_ARCHITECTURES"):
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        for command in (configure, [cmake, "--build", str(build)]):
+            if subprocess.run(command).returncode:
+                sys.exit("kdfast: the build failed; the reason stands above")
         package = ROOT / "kdfast" if self.inplace else Path(self.build_lib) / "kdfast"
         package.mkdir(parents=True, exist_ok=True)
         for library in (build / "kdfast").glob("*.so"):

@@ -13,7 +13,9 @@ BUILD = 'pip install --no-build-isolation -e . (after: pip install "setuptools>=
 def load() -> None:
     """Loads the library; raises ImportError that names the command that builds it where it is missing or broken."""
     if not LIBRARY.exists():
-        raise ImportError(f"kdfast: the native library {LIBRARY} is missing; build it in the source folder with: {BUILD}")
+        raise ImportError(
+            f"kdfast: the native library {LIBRARY} is missing; build it in the source folder with: {BUILD}"
+        )
     try:
         torch.ops.load_library(str(LIBRARY))
         from kdfast import _C  # noqa: F401

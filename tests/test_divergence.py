@@ -223,6 +223,21 @@ def test_float16_gradients_survive_many_rows_under_a_grad_scaler() -> None:
     torch.testing.assert_close(gradient.double(), exact, rtol=2e-3, atol=1e-6)
 
 
+def test_grad_scaler_skips_nothing_and_unscales_exactly() -> None:
+    """The scale reaches the saved gradient as an upstream factor."""
+    linear = nn.Linear(16, 100)
+    x, (_, teacher) = torch.randn(8, 16), logits(8, 100)
+    kdfast.kl_div(linear(x), teacher).backward()
+    expected = [p.grad.clone() for p in linear.parameters() if p.grad is not None]
+    linear.zero_grad()
+    optimizer, scaler = torch.optim.SGD(linear.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    scaler.scale(kdfast.kl_div(linear(x), teacher)).backward()
+    scaler.unscale_(optimizer)
+    got = [p.grad for p in linear.parameters()]
+    assert all(gradient.any() for gradient in expected)
+    torch.testing.assert_close(got, expected)
+
+
 def test_activation_checkpointing() -> None:
     student, teacher = logits(5, 64)
     student.requires_grad_()

@@ -33,7 +33,8 @@ inline void check_leading(const char* op, const char* argument, const Tensor& t,
 }
 
 inline void check_device(const char* op, const char* argument, const Tensor& t, const Tensor& logits) {
-  STD_TORCH_CHECK(t.device() == logits.device(), op, ": ", argument, ": expected the device of the logits, got another");
+  STD_TORCH_CHECK(t.device() == logits.device(), op, ": ", argument,
+                  ": expected the device of the logits, got another");
 }
 
 }  // namespace kdfast

@@ -30,9 +30,7 @@ struct DivergenceCall {
   double scale;
 
   int64_t leading() const { return student.dim() - 1; }
-  std::vector<int64_t> leading_sizes() const {
-    return {student.sizes().begin(), student.sizes().begin() + leading()};
-  }
+  std::vector<int64_t> leading_sizes() const { return {student.sizes().begin(), student.sizes().begin() + leading()}; }
   int64_t rows() const {
     int64_t n = 1;
     for (int64_t d = 0; d < leading(); ++d) n *= student.size(d);

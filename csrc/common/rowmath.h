@@ -1,8 +1,9 @@
 // The mathematics of a row of logits, written once for the CPU variants, the CUDA kernels and their host shim.
 //
-// With k = log2(e) / T a logit z contributes 2^((z - max) * k). `RowState` is the online-softmax state of a student row and
-// a teacher row seen together; states of disjoint columns merge in any order. Maxima are subtracted before anything is
-// multiplied, so that a row of -3e38 (a finite mask) is as exact as one near 0. Where logits are already scaled, k is 1.
+// With k = log2(e) / T a logit z contributes 2^((z - max) * k). `RowState` is the online-softmax state of a student row
+// and a teacher row seen together; states of disjoint columns merge in any order. Maxima are subtracted before anything
+// is multiplied, so that a row of -3e38 (a finite mask) is as exact as one near 0. Where logits are already scaled, k
+// is 1.
 #pragma once
 #include <math.h>
 
@@ -37,8 +38,8 @@ template <class Real>
 KDFAST_HD void merge(RowState<Real>& into, const RowState<Real>& other, Real k = 1) {
   const Real max_s = into.max_s > other.max_s ? into.max_s : other.max_s;
   const Real max_t = into.max_t > other.max_t ? into.max_t : other.max_t;
-  // Referred to higher maxima, each term of dot loses (shift of t) and gains (shift of s). A sum that vanishes takes its
-  // dot along: 0 * inf would be NaN where a student's -inf met a teacher probability too small to represent.
+  // Referred to higher maxima, each term of dot loses (shift of t) and gains (shift of s). A sum that vanishes takes
+  // its dot along: 0 * inf would be NaN where a student's -inf met a teacher probability too small to represent.
   auto scale = [&](Real shift) { return shift == 0 ? Real(1) : exp2_of(shift * k); };
   auto moved = [&](const RowState<Real>& a) {
     const Real shift_s = a.max_s - max_s, shift_t = a.max_t - max_t, scale_t = scale(shift_t);

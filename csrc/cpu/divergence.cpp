@@ -1,7 +1,9 @@
 // The divergences on the CPU: rows shared among the threads, each row by the kernels of the processor's variant.
 //
-// The result does not depend on the number of threads: rows are summed in chunks of a size that the shape alone decides,
-// in double, and the chunks in order.
+// The result does not depend on the number of threads: rows are summed in chunks of a size that the shape alone
+// decides, in double, and the chunks in order.
+#include "common/divergence.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -10,7 +12,6 @@
 #include <numeric>
 #include <tuple>
 
-#include "common/divergence.h"
 #include "cpu/memory.h"
 #include "cpu/variant.h"
 
@@ -42,8 +43,12 @@ class Rows {
         weight_(call.row_input(call.weight, "weight")),
         temperature_(call.row_input(call.row_temperature, "temperature")) {
     const int64_t last = call.leading();
-    shape = {element_of(call.student.scalar_type()), element_of(call.teacher.scalar_type()),
-             call.columns, call.student.size(last), call.student.stride(last), call.teacher.stride(last)};
+    shape = {element_of(call.student.scalar_type()),
+             element_of(call.teacher.scalar_type()),
+             call.columns,
+             call.student.size(last),
+             call.student.stride(last),
+             call.teacher.stride(last)};
     student_ = (const char*)call.student.const_data_ptr();
     teacher_ = (const char*)call.teacher.const_data_ptr();
     student_size_ = int64_t(call.student.element_size());
@@ -107,8 +112,8 @@ class Rows {
   double factor_;
 };
 
-// The counted rows of [begin, end), at most kChunkRows of them. `start(index, row)` may fill in states and factors before
-// the work, `finish(index, row)` takes the results. `given`: the states are known, only gradients are wanted.
+// The counted rows of [begin, end), at most kChunkRows of them. `start(index, row)` may fill in states and factors
+// before the work, `finish(index, row)` takes the results. `given`: the states are known, only gradients are wanted.
 template <class Start, class Finish>
 class Driver {
  public:
@@ -212,8 +217,8 @@ Tensor zeros(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType d
 }
 
 Tensor empty_gradient(const Tensor& student) {
-  Tensor t = torch::stable::new_empty(
-      student, std::vector<int64_t>(student.sizes().begin(), student.sizes().end()), student.scalar_type());
+  Tensor t = torch::stable::new_empty(student, std::vector<int64_t>(student.sizes().begin(), student.sizes().end()),
+                                      student.scalar_type());
   advise_huge_pages(t.mutable_data_ptr(), size_t(t.numel()) * t.element_size());
   return t;
 }
@@ -261,8 +266,8 @@ Tensor backward(const DivergenceCall& call, const Tensor& grad_loss, const Tenso
   const bool per_row = call.reduction == Reduction::none;
   check_dtype(call.op, "grad_loss", grad_loss, call.loss_type());
   check_dtype(call.op, "state", state, call.loss_type());
-  STD_TORCH_CHECK(state.is_contiguous() && state.numel() == call.rows() * kRowStateSize, call.op,
-                  ": state: expected ", kRowStateSize, " numbers per row, got ", shape_of(state));
+  STD_TORCH_CHECK(state.is_contiguous() && state.numel() == call.rows() * kRowStateSize, call.op, ": state: expected ",
+                  kRowStateSize, " numbers per row, got ", shape_of(state));
   if (per_row) check_leading(call.op, "grad_loss", grad_loss, call.student, call.leading());
   Tensor gradient = empty_gradient(call.student);
   const Reals upstream(grad_loss, call.is_double()), states(state, call.is_double());

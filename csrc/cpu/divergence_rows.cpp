@@ -24,7 +24,8 @@ struct Scale {
 template <class Real>
 struct Sums {
   Vector<Real> s{}, t{}, dot{};
-  // x and y: logits less their maxima, es and et: their powers. A teacher's 0 counts nothing, whatever the student holds.
+  // x and y: logits less their maxima, es and et: their powers. A teacher's 0 counts nothing, whatever the student
+  // holds.
   __attribute__((always_inline)) void count(Vector<Real> x, Vector<Real> y, Vector<Real> es, Vector<Real> et) {
     s += es;
     t += et;
@@ -167,7 +168,8 @@ KDFAST_LOCAL void look_at_lanes(Tile<Real>& s, Tile<Real>& t, int64_t columns, D
 }
 
 template <class Real, class S>
-KDFAST_LOCAL void write_lanes(Tile<Real>& s, const Tile<Real>& t, int64_t columns, const DivergenceRow* rows, int count) {
+KDFAST_LOCAL void write_lanes(Tile<Real>& s, const Tile<Real>& t, int64_t columns, const DivergenceRow* rows,
+                              int count) {
   constexpr int L = VectorOf<Real>::count;
   alignas(64) Real factor_s[L] = {}, factor_t[L] = {};
   for (int i = 0; i < count; ++i) {
@@ -216,9 +218,8 @@ void visit(const DivergenceShape& shape, F f) {
 
 extern const DivergenceKernels kDivergence = {
     [](const DivergenceShape& shape, DivergenceRow& row, int64_t begin, int64_t end) {
-      visit(shape, [&](auto real, auto s, auto t) {
-        look<decltype(real), decltype(s), decltype(t)>(shape, row, begin, end);
-      });
+      visit(shape,
+            [&](auto real, auto s, auto t) { look<decltype(real), decltype(s), decltype(t)>(shape, row, begin, end); });
     },
     [](const DivergenceShape& shape, const DivergenceRow& row, int64_t begin, int64_t end) {
       visit(shape, [&](auto real, auto s, auto t) {

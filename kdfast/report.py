@@ -1,0 +1,102 @@
+"""What a run shows at its end: measured metrics, the table of models and the learning curves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from kdfast import kl_div
+
+Metrics = dict[str, float]
+
+
+def quality(logits: Tensor, labels: Tensor, teacher_logits: Tensor, temperature: float) -> Metrics:
+    """Accuracy, agreement with the teacher (fractions of rows), mean KL(teacher ‖ student) at `temperature` (nats)."""
+    predicted = logits.argmax(-1)
+    return {
+        "accuracy": (predicted == labels).float().mean().item(),
+        "kl_to_teacher": kl_div(logits, teacher_logits, temperature=temperature).item(),
+        "agreement": (predicted == teacher_logits.argmax(-1)).float().mean().item(),
+    }
+
+
+def size(model: nn.Module, folder: Path) -> Metrics:
+    """Number of parameters, and megabytes (10⁶ bytes) of the weights saved in `folder`."""
+    saved = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return {"parameters": sum(p.numel() for p in model.parameters()), "megabytes": saved / 1e6}
+
+
+def latency_ms(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], repeats: int = 15) -> dict[str, float]:
+    """Median milliseconds of a forward pass; the models take turns, so that a slow moment hits all of them alike."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        model.eval()
+    with torch.inference_mode():
+        for repeat in range(-2, repeats):  # two rounds to warm up
+            for name, model in models.items():
+                start = time.perf_counter()
+                model(**batch)
+                if repeat >= 0:
+                    times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * median(values) for name, values in times.items()}
+
+
+def results_table(results: Mapping[str, Metrics], temperature: float) -> Table:
+    """One row per model, in the order given."""
+    table = Table(
+        title="Movie reviews: teacher and students on the test set",
+        caption="KL in nats; milliseconds: median forward pass on rows of median length",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("model", no_wrap=True)
+    kl = f"KL to teacher\n(T={temperature:g})"
+    for heading in ("accuracy", kl, "agreement", "parameters", "MB", "ms\nbatch 1", "ms\nbatch 32"):
+        table.add_column(heading, justify="right")
+    for name, row in results.items():
+        table.add_row(
+            name,
+            f"{100 * row['accuracy']:.1f} %",
+            f"{row['kl_to_teacher']:.4f}",
+            f"{100 * row['agreement']:.1f} %",
+            f"{row['parameters'] / 1e6:.1f} M",
+            f"{row['megabytes']:.0f}",
+            f"{row['latency_ms_batch_1']:.1f}",
+            f"{row['latency_ms_batch_32']:.0f}",
+        )
+    return table
+
+
+def plot_learning_curves(
+    path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]], teacher_accuracy: float, temperature: float
+) -> None:
+    """Accuracy and KL to the teacher over training, one line per student, saved as an image."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (accuracy, divergence) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    styles: list[dict[str, Any]] = [{"color": "#d95f02", "marker": "s"}, {"color": "#1b6ca8", "marker": "o"}]
+    for (name, history), style in zip(histories.items(), styles, strict=True):
+        points = [event for event in history if "eval_accuracy" in event]
+        epochs = [event["epoch"] for event in points]
+        accuracy.plot(epochs, [100 * event["eval_accuracy"] for event in points], label=name, **style)
+        divergence.plot(epochs, [event["eval_kl_to_teacher"] for event in points], label=name, **style)
+    accuracy.axhline(100 * teacher_accuracy, color="0.4", linestyle="--", label="teacher")
+    accuracy.set(title="Accuracy on held-out rows", xlabel="epoch", ylabel="%")
+    divergence.set(title=f"KL(teacher ‖ student) on held-out rows, T = {temperature:g}", xlabel="epoch", ylabel="nats")
+    divergence.set_ylim(bottom=0)
+    for axes in (accuracy, divergence):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,167 @@
+"""Resumable training stages: what a recipe's run folder needs beyond the trainer.
+
+A stage trains one model into one folder. While it runs, `checkpoints/` inside holds the last complete checkpoint; when
+it ends, the model, the tokenizer and, last, `stage.json` with the log history are written and the checkpoints removed.
+So `stage.json` marks a finished stage, and an interrupted one goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+History = list[dict[str, float]]
+
+
+class StageInterrupted(KeyboardInterrupt):
+    """Training was stopped by a signal, and a checkpoint was saved."""
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices natively; emulated, bfloat16 is slower than float32."""
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()  # a torch that cannot tell counts as no
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint below `folder`; the remains of one that was cut short are removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+    for checkpoint in found:
+        try:  # the Trainer writes this file last
+            json.loads((checkpoint / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)
+        else:
+            return checkpoint
+    return None
+
+
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+    """In its `with` block, Ctrl-C or SIGTERM lets the step end, saves a checkpoint and stops; twice stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():  # Python refuses handlers elsewhere
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        # Not print: a handler must not enter a buffered writer that it may have interrupted.
+        os.write(2, b"\nStopping after this step and saving a checkpoint (once more: stop at once) ...\n")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def _bar(title: str, total: int) -> tqdm[Any]:
+    # In a log file every update is a line of its own: seldom there.
+    return tqdm(total=total, desc=title, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20)
+
+
+class StageProgress(ProgressCallback):  # type: ignore[misc]
+    """One titled progress bar per stage with the time left, and the loss beside it instead of a line per log event."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__()
+        self.title = title
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.training_bar = _bar(self.title, state.max_steps)
+        self.current_step = 0
+        if state.global_step:  # resumed: steps done earlier must not count towards the speed
+            self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
+            self.training_bar.refresh()
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        pass  # a second bar for a few seconds of evaluation would only flicker
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes beside `path` and renames, so that the file is whole whenever it is there."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1))
+    partial.replace(path)
+
+
+def finished(folder: Path) -> History | None:
+    """The log history of a finished stage, or None."""
+    marker = folder / "stage.json"
+    return json.loads(marker.read_text())["history"] if marker.is_file() else None
+
+
+def train_stage(trainer: Trainer, folder: Path, title: str) -> History:
+    """Trains until done, from the checkpoint in `trainer.args.output_dir` if there is one; the model goes to `folder`.
+
+    Raises:
+        StageInterrupted: stopped by Ctrl-C or SIGTERM; a checkpoint was saved.
+    """
+    checkpoints = Path(trainer.args.output_dir)
+    checkpoint = last_checkpoint(checkpoints)
+    for replaced in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(replaced)
+    trainer.add_callback(StageProgress(title))
+    with StopOnSignal() as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stop.requested:
+        raise StageInterrupted
+    history: History = trainer.state.log_history
+    trainer.model.save_pretrained(folder)
+    trainer.processing_class.save_pretrained(folder)
+    write_json(folder / "stage.json", {"history": history})
+    shutil.rmtree(checkpoints)
+    return history
+
+
+def predict_logits(
+    model: nn.Module,
+    rows: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    title: str,
+    batch_size: int = 64,
+) -> Tensor:
+    """Logits of a classifier for all rows, float32 `[rows, classes]`, in the order of the rows."""
+    collate = DataCollatorWithPadding(tokenizer)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # similar lengths: little padding
+    logits: list[Tensor] = []
+    model.eval()
+    with torch.inference_mode(), _bar(title, len(rows)) as bar:
+        for start in range(0, len(rows), batch_size):
+            batch = [{"input_ids": rows[i]["input_ids"]} for i in order[start : start + batch_size]]
+            logits.append(model(**collate(batch)).logits.float())
+            bar.update(len(batch))
+    in_length_order = torch.cat(logits)
+    result = torch.empty(in_length_order.shape)
+    result[torch.tensor(order)] = in_length_order
+    return result
