@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -226,7 +227,7 @@ def environment(device: str) -> dict[str, Any]:
 def save(results: list[Result], facts: dict[str, Any], folder: Path) -> Path:
     """Writes `<device>-<date>.json` and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    device = "".join(c if c.isalnum() else "-" for c in facts["device"]).strip("-").lower()
+    device = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
     path = folder / f"{device}-{facts['date']}.json"
     path.write_text(json.dumps({"environment": facts, "results": [asdict(r) for r in results]}, indent=1) + "\n")
     return path
@@ -237,36 +238,21 @@ def load(path: Path) -> tuple[list[Result], dict[str, Any]]:
     return [Result(**{**r, "case": Case(**r["case"])}) for r in data["results"]], data["environment"]
 
 
-HEADER = (
-    "operator",
-    "rows × columns",
-    "dtype",
-    "",
-    "ms",
-    "× eager",
-    "× compile",
-    "GB/s",
-    "% roofline",
-    "peak MB",
-    "eager's",
-)
+HEADER = ("case", "ms", "× eager", "× comp.", "GB/s", "% roof", "MB (eager)")
+SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 def table(results: list[Result]) -> list[tuple[str, ...]]:
     """The rows under `HEADER`."""
     return [
         (
-            r.case.operator,
-            f"{r.case.rows} × {r.case.columns}",
-            r.case.dtype,
-            "loss + gradient" if r.case.gradient else "loss",
+            f"{r.case.operator} {r.case.rows}×{r.case.columns} {SHORT[r.case.dtype]} {'grad' if r.case.gradient else 'loss'}",
             f"{r.kdfast:.2f}",
             f"{r.eager / r.kdfast:.1f}",
             f"{r.compiled / r.kdfast:.1f}",
             f"{r.gigabytes_per_second:.1f}",
             f"{100 * r.roofline:.0f}",
-            f"{r.peak_memory:.0f}",
-            f"{r.eager_peak_memory:.0f}",
+            f"{max(r.peak_memory, 0):.0f} ({r.eager_peak_memory:.0f})",
         )
         for r in results
     ]
@@ -290,12 +276,7 @@ def plot(results: list[Result], facts: dict[str, Any], path: Path) -> None:
     for offset, (name, of) in zip((-0.27, 0.0, 0.27), series.items(), strict=True):
         bars = axes.barh([p + offset for p in positions], [of(r) / r.eager for r in results], 0.26, label=name)
         axes.bar_label(bars, [f"{of(r):.3g} ms" for r in results], padding=3, fontsize=8)
-    labels = [
-        f"{r.case.rows} × {r.case.columns} {r.case.dtype}, {'gradient' if r.case.gradient else 'loss'}" for r in results
-    ]
-    axes.set_yticks(
-        positions, [f"{r.case.operator}\n{label}" for r, label in zip(results, labels, strict=True)], fontsize=8
-    )
+    axes.set_yticks(positions, [row[0] for row in table(results)], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.18)
     axes.set_xlabel("time relative to eager PyTorch (shorter is faster)")

@@ -110,6 +110,52 @@ def hinton(
         _fail("stopped; the same command continues where this one was", 130)
 
 
+@app.command()
+def bench(
+    only: Annotated[str, typer.Option(help="Pattern of case names, such as 'kl_div-*float32*'.")] = "*",
+    seconds: Annotated[float, typer.Option(help="Time per case; all candidates take turns in it.", min=0.1)] = 2.0,
+    output: Annotated[Path | None, typer.Option(help="Folder for JSON, markdown table and plot.")] = None,
+) -> None:
+    """Measures the operators against eager PyTorch and torch.compile, on the GPU where there is one.
+
+    Each result is checked against float64 before it is timed. "% roof" is the time that moving the operator's bytes
+    would take at the bandwidth measured in the same run, over the time it took.
+    """
+    try:
+        import torch
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.progress import track
+        from rich.table import Table
+
+        from kdfast import bench as harness
+    except ImportError as error:
+        _fail(f"{error}: pip install kdfast[bench]", 1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cases = list(harness.cases(only, device))
+    if not cases:
+        raise typer.BadParameter(f"no case matches {only!r}; all of them: kdfast bench", param_hint="--only")
+    facts = harness.environment(device)
+    console = Console()
+    progress = Console(stderr=True)
+    results = [harness.run(case, device, seconds) for case in track(cases, "measuring", console=progress)]
+    title = f"{facts['device']}, torch {facts['torch']}"
+    table = Table(
+        *harness.HEADER, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "left" if column is table.columns[0] else "right"
+    for row in harness.table(results):
+        table.add_row(*row)
+    console.print(table)
+    if output is not None:
+        path = harness.save(results, facts, output)
+        path.with_suffix(".md").write_text(harness.markdown(results) + "\n")
+        harness.plot(results, facts, path.with_suffix(".png"))
+        console.print(f"In {output}: {path.name}, {path.stem}.md, {path.stem}.png")
+
+
 def _import_recipe() -> tuple[Any, Any, Any]:
     # Here and not above: torch and transformers take seconds to import, and --help needs neither.
     try:
@@ -134,5 +180,6 @@ def main() -> NoReturn:
     try:
         status = app(standalone_mode=False)
     except usage_error as error:
-        _fail(f"{error.format_message()}  (help: kdfast distill --help)", 2)
+        command = error.ctx.command_path if error.ctx else "kdfast"
+        _fail(f"{error.format_message()}  (help: {command} --help)", 2)
     sys.exit(status)
