@@ -1,10 +1,11 @@
 # The first of these makes the environment (.venv) and builds kdfast in it; after that only what changed is built again.
 #   make demo [QUICK=1]    train a teacher and distil it into half its layers, on real data
 #   make test [ARGS=...]   run all tests; ARGS goes to pytest
+#   make gpu [OUT=folder] [ONLY=pattern]   build for the GPU at hand, CUDA tests, benchmarks; downloads nothing
 #   make lint, make format check, and mend, the form of the code
 #   make clean             remove the environment and everything built; trained models in runs/ stay
 # PYTHON= names the interpreter (default python3); tools/environment.sh tells the rest.
-.PHONY: help environment demo test lint format clean
+.PHONY: help environment demo test gpu lint format clean
 
 PY := .venv/bin/python
 # Not .venv/bin/clang-format: where the interpreter brings its own packages, theirs have no program there.
@@ -22,6 +23,9 @@ demo: environment
 
 test: environment
 	$(PY) -m pytest $(ARGS)
+
+gpu:
+	@OUT="$(OUT)" ONLY="$(ONLY)" tools/gpu.sh
 
 lint: environment
 	$(PY) -m ruff check .

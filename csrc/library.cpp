@@ -13,4 +13,6 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "kl_div_backward(Tensor grad_loss, Tensor state, Tensor student, Tensor teacher, Tensor? row_temperature, "
       "Tensor? mask, Tensor? weight, Tensor? num_items, float temperature, SymInt columns, int reduction, "
       "float scale) -> Tensor");
+  // x *= factor, skipped on the device where the factor is 1. CUDA only: elsewhere the factor can be looked at.
+  m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");
 }

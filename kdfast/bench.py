@@ -225,10 +225,10 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def save(results: list[Result], facts: dict[str, Any], folder: Path) -> Path:
-    """Writes `<device>-<date>.json` and returns its path."""
+    """Writes `operators-<device>-<date>.json` and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     device = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    path = folder / f"{device}-{facts['date']}.json"
+    path = folder / f"operators-{device}-{facts['date']}.json"
     path.write_text(json.dumps({"environment": facts, "results": [asdict(r) for r in results]}, indent=1) + "\n")
     return path
 
@@ -259,7 +259,7 @@ def table(results: list[Result]) -> list[tuple[str, ...]]:
 
 
 def markdown(results: list[Result]) -> str:
-    rows = [HEADER, ("---",) * len(HEADER), *table(results)]
+    rows = [HEADER, ("---", *("---:",) * (len(HEADER) - 1)), *table(results)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -14,6 +14,9 @@ struct RowOffsets {
   // In elements. Rows of a contiguous or expanded tensor take one multiplication.
   KDFAST_HD_MEMBER int64_t operator()(int64_t row) const {
     int64_t offset = 0;
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1  // the unrolled 64-bit divisions of six such offsets would be most of a kernel
+#endif
     for (int d = 0; d + 1 < dims; ++d) {
       const int64_t next = row / size[d];
       offset += (row - next * size[d]) * stride[d];

@@ -33,21 +33,25 @@ constexpr int kRowStateSize = 5;
 
 KDFAST_HD double exp2_of(double x) { return ::exp2(x); }
 KDFAST_HD double log2_of(double x) { return ::log2(x); }
+KDFAST_HD float exp2_of(float x) { return ::exp2f(x); }
+KDFAST_HD float log2_of(float x) { return ::log2f(x); }
+
+// `a` referred to higher maxima: each term of dot loses (shift of t) and gains (shift of s). A sum that vanishes takes
+// its dot along: 0 * inf would be NaN where a student's -inf met a teacher probability too small to represent.
+template <class Real>
+KDFAST_HD RowState<Real> referred(const RowState<Real>& a, Real max_s, Real max_t, Real k) {
+  auto scale = [&](Real shift) { return shift == 0 ? Real(1) : exp2_of(shift * k); };
+  const Real shift_s = a.max_s - max_s, shift_t = a.max_t - max_t, scale_t = scale(shift_t);
+  const Real sum_t = a.sum_t * scale_t;
+  return {max_s, a.sum_s * scale(shift_s), max_t, sum_t,
+          sum_t == 0 ? Real(0) : scale_t * (a.dot + a.sum_t * (shift_t - shift_s))};
+}
 
 template <class Real>
 KDFAST_HD void merge(RowState<Real>& into, const RowState<Real>& other, Real k = 1) {
   const Real max_s = into.max_s > other.max_s ? into.max_s : other.max_s;
   const Real max_t = into.max_t > other.max_t ? into.max_t : other.max_t;
-  // Referred to higher maxima, each term of dot loses (shift of t) and gains (shift of s). A sum that vanishes takes
-  // its dot along: 0 * inf would be NaN where a student's -inf met a teacher probability too small to represent.
-  auto scale = [&](Real shift) { return shift == 0 ? Real(1) : exp2_of(shift * k); };
-  auto moved = [&](const RowState<Real>& a) {
-    const Real shift_s = a.max_s - max_s, shift_t = a.max_t - max_t, scale_t = scale(shift_t);
-    const Real sum_t = a.sum_t * scale_t;
-    return RowState<Real>{max_s, a.sum_s * scale(shift_s), max_t, sum_t,
-                          sum_t == 0 ? Real(0) : scale_t * (a.dot + a.sum_t * (shift_t - shift_s))};
-  };
-  const RowState<Real> a = moved(into), b = moved(other);
+  const RowState<Real> a = referred(into, max_s, max_t, k), b = referred(other, max_s, max_t, k);
   into = {max_s, a.sum_s + b.sum_s, max_t, a.sum_t + b.sum_t, a.dot + b.dot};
 }
 

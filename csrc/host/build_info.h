@@ -13,4 +13,11 @@ KDFAST_EXPORT std::string cpu_variant_name();
 KDFAST_EXPORT void set_cpu_variant(const std::string& name);
 KDFAST_EXPORT void vector_exp2(const float* x, float* y, int64_t count);
 
+struct CudaKernel {
+  std::string name;
+  int registers, local_bytes, max_threads, binary_version;
+};
+// As the driver loaded them: needs a device. Only in builds with CUDA.
+KDFAST_EXPORT std::vector<CudaKernel> cuda_kernels();
+
 }  // namespace kdfast

@@ -2,9 +2,64 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cuda/plan.h"
 #include "host/build_info.h"
 
 namespace py = pybind11;
+
+namespace {
+
+py::dict plan_of(const kdfast::cuda::RowCase& c, const kdfast::cuda::DeviceLimits& device) {
+  const char* names[] = {"registers", "on_chip", "two_reads", "any_layout"};
+  const kdfast::cuda::RowPlan plan = kdfast::cuda::plan_rows(c, device);
+  py::dict d;
+  d["kernel"] = names[int(plan.kernel)];
+  d["threads"] = plan.threads;
+  d["blocks"] = plan.blocks;
+  d["cluster"] = plan.cluster;
+  d["lanes"] = plan.lanes;
+  d["held"] = plan.held;
+  d["vectors"] = plan.vectors;
+  d["shared"] = plan.shared;
+  return d;
+}
+
+void define_cuda(py::module_& m) {
+#if defined(KDFAST_WITH_CUDA)
+  m.attr("cuda") =
+      py::dict(py::arg("toolkit") = KDFAST_CUDA_TOOLKIT, py::arg("architectures") = KDFAST_CUDA_ARCHITECTURES);
+#else
+  m.attr("cuda") = py::none();
+#endif
+  m.def(
+      "cuda_plan",
+      [](int64_t rows, int64_t columns, int element_size, bool same_elements, bool alike, bool aligned, bool gradient,
+         bool given, int multiprocessors, int64_t shared_per_block, int64_t shared_per_multiprocessor,
+         int max_cluster) {
+        return plan_of({rows, columns, element_size, same_elements, alike, aligned, gradient, given},
+                       {multiprocessors, shared_per_block, shared_per_multiprocessor, max_cluster});
+      },
+      py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("element_size"), py::arg("same_elements"),
+      py::arg("alike"), py::arg("aligned"), py::arg("gradient"), py::arg("given"), py::arg("multiprocessors"),
+      py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("max_cluster"),
+      "The kernel and shape that a row operator would take on such a device (csrc/cuda/plan.h).");
+#if defined(KDFAST_WITH_CUDA)
+  m.def(
+      "cuda_kernels",
+      [] {
+        py::list kernels;
+        for (const kdfast::CudaKernel& k : kdfast::cuda_kernels()) {
+          kernels.append(py::dict(py::arg("name") = k.name, py::arg("registers") = k.registers,
+                                  py::arg("local_bytes") = k.local_bytes, py::arg("max_threads") = k.max_threads,
+                                  py::arg("binary_version") = k.binary_version));
+        }
+        return kernels;
+      },
+      "Attributes of the CUDA kernels as the driver loaded them; needs a device.");
+#endif
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information of kdfast's native library.";
@@ -21,4 +76,5 @@ PYBIND11_MODULE(_C, m) {
         return y;
       },
       py::arg("x"), "2^x by the vector exponential of the CPU variant in use (for its test).");
+  define_cuda(m);
 }

@@ -113,9 +113,17 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient · factor. In place only where nobody can ask for the saved gradient again."""
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * factor
+    if gradient.device.type == "cuda":
+        torch.ops.kdfast.scale_(gradient, factor)  # looks at the factor on the device
+        return gradient
     if gradient.device.type == "cpu" and float(factor) == 1.0:
         return gradient
     return gradient.mul_(factor)
+
+
+@torch.library.register_fake("kdfast::scale_")
+def _(x: Tensor, factor: Tensor) -> None:
+    return None
 
 
 @torch.library.register_fake("kdfast::kl_div")

@@ -1,0 +1,77 @@
+#include "cuda/runtime.h"
+
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+
+#include "cuda/divergence.h"
+#include "host/build_info.h"
+
+namespace kdfast::cuda {
+namespace {
+
+using CurrentStream = int32_t (*)(int32_t device, void** stream);
+
+// Looked up, not linked: a CPU-only torch does not have the symbol, and this library must load there too.
+CurrentStream find_current_stream() {
+  void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+  return library ? CurrentStream(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+}
+
+int attribute(const char* op, cudaDeviceAttr name, int device) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, name, device);
+  STD_TORCH_CHECK(error == cudaSuccess, op, ": cudaDeviceGetAttribute: ", cudaGetErrorString(error));
+  return value;
+}
+
+// 16 blocks is beyond what CUDA promises everywhere; data-center Hopper and Blackwell have it.
+int max_cluster(const char* op, int device) {
+  const char* forbidden = std::getenv("KDFAST_CUDA_NO_CLUSTERS");
+  const int major = attribute(op, cudaDevAttrComputeCapabilityMajor, device);
+  if (major < 9 || (forbidden && *forbidden && *forbidden != '0')) return 1;
+  return major < 12 ? 16 : 8;
+}
+
+}  // namespace
+
+Target target_of(const char* op, const torch::stable::Tensor& t) {
+  static const CurrentStream current_stream = find_current_stream();
+  STD_TORCH_CHECK(current_stream, op,
+                  ": expected a torch with CUDA (libtorch_cuda.so with aoti_torch_get_current_cuda_stream), got none");
+  Target target = {t.get_device_index(), nullptr};
+  STD_TORCH_CHECK(current_stream(target.device, &target.stream) == 0, op, ": torch has no stream on device ",
+                  target.device);
+  return target;
+}
+
+DeviceLimits limits_of(const char* op, const Target& target) {
+  auto of = [&](cudaDeviceAttr name) { return attribute(op, name, target.device); };
+  return {of(cudaDevAttrMultiProcessorCount), of(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          of(cudaDevAttrMaxSharedMemoryPerMultiprocessor), max_cluster(op, target.device)};
+}
+
+torch::stable::Tensor new_output(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes,
+                                 torch::headeronly::ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+}  // namespace kdfast::cuda
+
+namespace kdfast {
+
+std::vector<CudaKernel> cuda_kernels() {
+  std::vector<CudaKernel> found;
+  for (const cuda::NamedKernel& kernel : cuda::divergence_kernels()) {
+    cudaFuncAttributes a = {};
+    const cudaError_t error = cudaFuncGetAttributes(&a, kernel.function);
+    STD_TORCH_CHECK(error == cudaSuccess, "cuda_kernels: ", kernel.name, ": ", cudaGetErrorString(error));
+    found.push_back({kernel.name, a.numRegs, int(a.localSizeBytes), a.maxThreadsPerBlock, a.binaryVersion});
+  }
+  return found;
+}
+
+}  // namespace kdfast

@@ -1,0 +1,79 @@
+// Elements and 16-byte vectors of them: widened to float for arithmetic, narrowed for memory.
+#pragma once
+#include <math.h>
+
+#include "cuda/device.h"
+
+namespace kdfast::cuda {
+
+// 16-bit elements, in pairs.
+template <class T>
+struct Vector {
+  static constexpr int count = 8;
+  KDFAST_DEVICE static void widen(uint4 v, float* x) {
+    widen_pair(T{}, v.x, x);
+    widen_pair(T{}, v.y, x + 2);
+    widen_pair(T{}, v.z, x + 4);
+    widen_pair(T{}, v.w, x + 6);
+  }
+  KDFAST_DEVICE static uint4 narrow(const float* x) {
+    return {narrow_pair(T{}, x[0], x[1]), narrow_pair(T{}, x[2], x[3]), narrow_pair(T{}, x[4], x[5]),
+            narrow_pair(T{}, x[6], x[7])};
+  }
+  KDFAST_DEVICE static uint4 maximum(uint4 a, uint4 b) {
+    return {max_pair(T{}, a.x, b.x), max_pair(T{}, a.y, b.y), max_pair(T{}, a.z, b.z), max_pair(T{}, a.w, b.w)};
+  }
+  KDFAST_DEVICE static float top(uint4 v) {
+    float x[2];
+    widen_pair(T{}, max_pair(T{}, max_pair(T{}, v.x, v.y), max_pair(T{}, v.z, v.w)), x);
+    return fmaxf(x[0], x[1]);
+  }
+  KDFAST_DEVICE static uint4 lowest() {
+    const uint32_t pair = narrow_pair(T{}, -INFINITY, -INFINITY);
+    return {pair, pair, pair, pair};
+  }
+  KDFAST_DEVICE static float widen_one(T x) {
+    float both[2];
+    widen_pair(T{}, x.bits, both);
+    return both[0];
+  }
+  KDFAST_DEVICE static T narrow_one(float x) { return {uint16_t(narrow_pair(T{}, x, 0.f))}; }
+};
+
+template <>
+struct Vector<float> {
+  static constexpr int count = 4;
+  KDFAST_DEVICE static void widen(uint4 v, float* x) {
+    x[0] = as_float(v.x);
+    x[1] = as_float(v.y);
+    x[2] = as_float(v.z);
+    x[3] = as_float(v.w);
+  }
+  KDFAST_DEVICE static uint4 narrow(const float* x) {
+    return {as_bits(x[0]), as_bits(x[1]), as_bits(x[2]), as_bits(x[3])};
+  }
+  KDFAST_DEVICE static uint4 maximum(uint4 a, uint4 b) {
+    return {most(a.x, b.x), most(a.y, b.y), most(a.z, b.z), most(a.w, b.w)};
+  }
+  KDFAST_DEVICE static float top(uint4 v) { return as_float(most(most(v.x, v.y), most(v.z, v.w))); }
+  KDFAST_DEVICE static uint4 lowest() {
+    const uint32_t one = as_bits(-INFINITY);
+    return {one, one, one, one};
+  }
+  KDFAST_DEVICE static float widen_one(float x) { return x; }
+  KDFAST_DEVICE static float narrow_one(float x) { return x; }
+
+ private:
+  KDFAST_DEVICE static uint32_t most(uint32_t a, uint32_t b) { return as_bits(fmaxf(as_float(a), as_float(b))); }
+};
+
+// Zeroes `count` 16-bit units from `p` on, any alignment, shared among `threads` threads of which this is `thread`.
+KDFAST_DEVICE void clear(uint16_t* p, int64_t count, int thread, int threads) {
+  const int64_t to_boundary = int64_t((0 - uintptr_t(p) / 2) & 7), head = to_boundary < count ? to_boundary : count;
+  const int64_t vectors = (count - head) / 8, tail = head + vectors * 8;
+  for (int64_t i = thread; i < head; i += threads) p[i] = 0;
+  for (int64_t i = thread; i < vectors; i += threads) store16(p + head + i * 8, uint4{0, 0, 0, 0});
+  for (int64_t i = tail + thread; i < count; i += threads) p[i] = 0;
+}
+
+}  // namespace kdfast::cuda

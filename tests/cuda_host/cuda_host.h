@@ -1,0 +1,196 @@
+// Test-only: what csrc/cuda/device.h and launch.cuh take from CUDA, for the CPU (fibers.h). Included by device.h where
+// the compiler is not nvcc.
+#pragma once
+#include <math.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "fibers.h"
+
+#define __global__
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define KDFAST_DEVICE inline
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+using std::max;
+using std::min;
+
+// ---- the runtime, as far as launch.cuh calls it ----
+using cudaStream_t = void*;
+using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+namespace cuda_host {
+// Of the kernel that is launched next: a launch that needs an attribute must have set it.
+inline int64_t allowed_shared = 48 << 10;
+inline bool allowed_large_cluster = false;
+}  // namespace cuda_host
+
+inline const char* cudaGetErrorString(cudaError_t) { return "refused by the host shim"; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = -1;  // what CPU tensors say
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    cuda_host::allowed_shared = value;
+  } else {
+    cuda_host::allowed_large_cluster = value;
+  }
+  return cudaSuccess;
+}
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
+  auto& machine = cuda_host::machine();
+  const int cluster = config->numAttrs ? int(config->attrs->val.clusterDim.x) : 1;
+  const unsigned blocks = config->gridDim.x, threads = config->blockDim.x;
+  const auto shared = int64_t(config->dynamicSmemBytes);
+  const bool wrong = blocks == 0 || blocks % unsigned(cluster) || threads % 32 || threads == 0 || threads > 1024 ||
+                     shared > std::min(cuda_host::allowed_shared, cuda_host::kMostShared) ||
+                     cluster > cuda_host::kMostCluster || (cluster > 8 && !cuda_host::allowed_large_cluster);
+  cuda_host::allowed_shared = 48 << 10;
+  cuda_host::allowed_large_cluster = false;
+  if (wrong) return cudaErrorInvalidValue;
+  gridDim.x = blocks;
+  blockDim.x = threads;
+  const std::function<void()> body = [&] { kernel(Parameters(arguments)...); };
+  for (unsigned first = 0; first < blocks; first += unsigned(cluster)) {
+    machine.run_cluster(first, cluster, int(threads), config->dynamicSmemBytes, body);
+  }
+  return cudaSuccess;
+}
+
+// ---- what a kernel may call ----
+inline void __syncthreads() { cuda_host::machine().meet(cuda_host::machine().current().block->meeting); }
+
+inline float __shfl_xor_sync(unsigned mask, float x, int apart) {
+  auto& machine = cuda_host::machine();
+  cuda_host::Fiber& me = machine.current();
+  cuda_host::Warp& warp = me.block->warps[me.thread / 32];
+  if (mask != ~0u || warp.meeting.members != 32) machine.fail("a shuffle that is not by a whole warp");
+  float* slots = warp.slots[me.shuffles++ % 2];
+  slots[me.thread % 32] = x;
+  machine.meet(warp.meeting);
+  return slots[(me.thread % 32) ^ unsigned(apart)];
+}
+
+namespace kdfast::cuda {
+
+inline unsigned char* shared_memory() { return cuda_host::machine().current().block->shared(); }
+
+inline float exp2_fast(float x) {
+  const float y = exp2f(x);
+  return fabsf(y) < 1.17549435e-38f ? 0.f : y;
+}
+inline float as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t as_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline void check_aligned(const void* p) {
+  if (uintptr_t(p) % 16) cuda_host::machine().fail("a 16-byte access to a misaligned address");
+}
+inline uint4 load16(const void* p) {
+  check_aligned(p);
+  uint4 v;
+  std::memcpy(&v, p, 16);
+  return v;
+}
+inline void store16(void* p, uint4 v) {
+  check_aligned(p);
+  std::memcpy(p, &v, 16);
+}
+inline void copy16_async(void* shared, const void* global) { store16(shared, load16(global)); }
+inline void copies_arrived() {}
+
+template <class T>
+inline float widen_bits(uint16_t bits) {
+  if constexpr (std::is_same_v<T, BFloat16>) return as_float(uint32_t(bits) << 16);
+  return float(torch::headeronly::Half(bits, torch::headeronly::Half::from_bits()));
+}
+template <class T>
+inline uint16_t narrow_bits(float x) {
+  if constexpr (std::is_same_v<T, BFloat16>) return torch::headeronly::BFloat16(x).x;
+  return torch::headeronly::Half(x).x;
+}
+template <class T>
+inline void widen_pair(T, uint32_t pair, float* x) {
+  x[0] = widen_bits<T>(uint16_t(pair));
+  x[1] = widen_bits<T>(uint16_t(pair >> 16));
+}
+template <class T>
+inline uint32_t narrow_pair(T, float lo, float hi) {
+  return narrow_bits<T>(lo) | uint32_t(narrow_bits<T>(hi)) << 16;
+}
+template <class T>
+inline uint32_t max_pair(T type, uint32_t a, uint32_t b) {
+  float x[2], y[2];
+  widen_pair(type, a, x);
+  widen_pair(type, b, y);
+  return narrow_pair(type, fmaxf(x[0], y[0]), fmaxf(x[1], y[1]));
+}
+
+struct alignas(8) PushBarrier {
+  int expected, pushed;
+};
+inline int cluster_rank() { return int(cuda_host::machine().current().block->rank); }
+inline void cluster_announce(PushBarrier* barrier, int bytes) {
+  auto& cluster = cuda_host::machine().cluster;
+  if (threadIdx.x == 0) *barrier = {bytes, 0};
+  ++cluster.waiting;
+  cluster.release();
+  cuda_host::machine().progress();
+}
+inline void cluster_ready() {
+  auto& machine = cuda_host::machine();
+  while (machine.cluster.turn == 0) machine.yield();
+  machine.progress();
+}
+template <class T>
+inline void cluster_push(T* to, PushBarrier* barrier, int rank, T v) {
+  auto& machine = cuda_host::machine();
+  unsigned char *own = machine.current().block->shared(), *theirs = machine.peer(rank).shared();
+  if (machine.cluster.turn == 0) machine.fail("a push to a block that may not run yet");
+  std::memcpy(theirs + ((unsigned char*)to - own), &v, sizeof(T));
+  ((PushBarrier*)(theirs + ((unsigned char*)barrier - own)))->pushed += int(sizeof(T));
+  machine.progress();
+}
+inline void pushes_arrived(PushBarrier* barrier) {
+  auto& machine = cuda_host::machine();
+  while (barrier->pushed < barrier->expected) machine.yield();
+  if (barrier->pushed != barrier->expected) machine.fail("more bytes pushed than the barrier expects");
+  machine.progress();
+}
+
+}  // namespace kdfast::cuda

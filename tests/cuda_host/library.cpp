@@ -1,0 +1,71 @@
+// Test-only: csrc/cuda as CPU operators kdfast_cuda_host::*, on a device that the tests describe. Outputs lie between
+// canaries and start as NaN.
+#include <torch/csrc/stable/ops.h>
+
+#include "cuda/runtime.h"
+#include "fibers.h"
+
+namespace kdfast::cuda {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kCanary = 64;  // bytes
+
+struct Output {
+  Tensor memory;  // canary, shift, the output, canary
+  int64_t begin, bytes;
+};
+std::vector<Output> outputs;
+int64_t output_shift = 0;  // elements
+DeviceLimits limits = {};
+
+Tensor with_dtype(const Tensor& bytes, torch::headeronly::ScalarType dtype) {
+  std::array<StableIValue, 2> stack = {torch::stable::detail::from(bytes), torch::stable::detail::from(dtype)};
+  if (torch_call_dispatcher("aten::view", "dtype", stack.data(), TORCH_ABI_VERSION)) throw std::runtime_error("view");
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace
+
+Target target_of(const char*, const Tensor& t) { return {t.get_device_index(), nullptr}; }
+
+DeviceLimits limits_of(const char*, const Target&) { return limits; }
+
+Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes, torch::headeronly::ScalarType dtype) {
+  int64_t count = 1;
+  for (int64_t size : sizes) count *= size;
+  const auto element = int64_t(torch::stable::new_empty(like, {0}, dtype).element_size());
+  const int64_t begin = kCanary + output_shift * element, bytes = count * element;
+  Tensor memory = torch::stable::new_empty(like, {begin + bytes + kCanary}, torch::headeronly::ScalarType::Byte);
+  std::memset(memory.mutable_data_ptr(), cuda_host::kPoison, size_t(memory.numel()));
+  outputs.push_back({memory, begin, bytes});
+  return torch::stable::view(with_dtype(torch::stable::narrow(memory, 0, begin, bytes), dtype), sizes);
+}
+
+}  // namespace kdfast::cuda
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// The device from now on, the order of its threads (fibers.h), and by how many elements outputs are misaligned. Three
+// blocks of any size fit a multiprocessor, so that the smallest cluster that fits at all is planned.
+EXPORT void cuda_host_device(int multiprocessors, int shared_per_block, int max_cluster, unsigned seed, int shift) {
+  const int64_t per_multiprocessor = 3 * (shared_per_block + kdfast::cuda::kReservedShared);
+  kdfast::cuda::limits = {multiprocessors, shared_per_block, per_multiprocessor, max_cluster};
+  kdfast::cuda::output_shift = shift;
+  cuda_host::machine().seed = seed;
+}
+
+// How many canary bytes around the outputs since the last call were overwritten.
+EXPORT int cuda_host_clobbered() {
+  int count = 0;
+  for (const auto& output : kdfast::cuda::outputs) {
+    const auto* at = (const unsigned char*)output.memory.const_data_ptr();
+    for (int64_t i = 0; i < output.memory.numel(); ++i) {
+      const bool inside = i >= output.begin && i < output.begin + output.bytes;
+      count += !inside && at[i] != cuda_host::kPoison;
+    }
+  }
+  kdfast::cuda::outputs.clear();
+  return count;
+}
