@@ -59,7 +59,7 @@ def hinton(
         int | None, typer.Option(help="Passes of each student over the training rows.", show_default="3; quick: 2")
     ] = None,
     teacher_epochs: Annotated[
-        int | None, typer.Option(help="Passes of the teacher's fine-tuning.", show_default="1; quick: 2")
+        int | None, typer.Option(help="Passes of the teacher's fine-tuning.", show_default="2")
     ] = None,
     alpha: Annotated[float, typer.Option(help="Weight of the soft term; the labels get 1 - alpha.")] = 0.9,
     temperature: Annotated[float, typer.Option(help="Softens teacher and student alike.")] = 2.0,
@@ -96,7 +96,7 @@ def hinton(
         "seed": seed,
     }
     if quick:
-        values |= {"epochs": 2, "teacher_epochs": 2, "train_rows": 1200, "test_rows": 400}
+        values |= {"epochs": 2, "train_rows": 1200, "test_rows": 400}
     values |= {k: v for k, v in {"epochs": epochs, "teacher_epochs": teacher_epochs}.items() if v is not None}
     try:
         run = recipe.HintonRun(recipe.Settings(**values), output, console, fresh=not resume)

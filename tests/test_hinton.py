@@ -18,7 +18,7 @@ from kdfast import data, report, stages
 from kdfast.recipes import hinton
 
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "film", "plot", "actor", "scene", "the", "a"]
-SETTINGS = hinton.Settings(epochs=3, teacher_epochs=4, learning_rate=3e-3, batch_size=8, train_rows=240, test_rows=64)
+SETTINGS = hinton.Settings(epochs=3, teacher_epochs=4, learning_rate=1e-3, batch_size=8, train_rows=240, test_rows=64)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,8 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         intermediate_size=32,
         max_position_embeddings=64,
         initializer_range=0.2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     BertForSequenceClassification(config).bert.save_pretrained(model)
     (model / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
@@ -177,6 +179,35 @@ def test_student_keeps_the_chosen_layers() -> None:
     with torch.no_grad():  # a copy: training one leaves the other alone
         student.classifier.weight.zero_()
     assert teacher.classifier.weight.abs().max() > 0
+
+
+def test_first_token_only_changes_no_logit_and_no_gradient() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    model = BertForSequenceClassification(config).eval()
+    batch = {
+        "input_ids": torch.randint(11, (4, 6)),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]] * 2),
+        "labels": torch.tensor([0, 1, 1, 0]),
+    }
+    tokens = []
+    watch = model.bert.encoder.layer[-1].output.register_forward_hook(lambda m, a, out: tokens.append(out.shape[1]))
+
+    def step() -> list[torch.Tensor]:
+        model.zero_grad()
+        outputs = model(**batch)
+        outputs.loss.backward()
+        return [outputs.logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    expected = step()
+    with hinton.first_token_only(model):
+        first = step()
+    again = step()
+    watch.remove()
+    assert tokens == [6, 1, 6]
+    for a, b, c in zip(expected, first, again, strict=True):
+        torch.testing.assert_close(b, a)
+        torch.testing.assert_close(c, a)
 
 
 def test_quality_by_hand() -> None:

@@ -54,6 +54,7 @@ class Rows {
     student_size_ = int64_t(call.student.element_size());
     teacher_size_ = int64_t(call.teacher.element_size());
     gradient_ = gradient ? (char*)gradient->mutable_data_ptr() : nullptr;
+    per_temperature_ = 1 / call.temperature;
     factor_ = call.scale * upstream;
     const double items = denominator();
     if (call.reduction != Reduction::none) factor_ = items > 0 ? factor_ / items : 0;
@@ -67,14 +68,16 @@ class Rows {
     r.student = student_ + student_offsets_(row) * student_size_;
     r.teacher = teacher_ + teacher_offsets_(row) * teacher_size_;
     r.gradient = gradient_row(row);
-    r.temperature = temperature_.data ? value(temperature_, row) : call_.temperature;
+    const double per_temperature = temperature_.data ? 1 / value(temperature_, row) : per_temperature_;
+    r.k = kLog2e * per_temperature;
     r.coefficient = factor_ * weight(row);
+    r.factor = r.coefficient * per_temperature;
     return r;
   }
 
   // Of a masked row everything, of others the padding beyond vocab_size.
   void clear_gradient(int64_t row, int64_t from) const {
-    if (!gradient_) return;
+    if (!gradient_ || from == shape.gradient_columns) return;
     std::memset(gradient_row(row) + from * student_size_, 0, (shape.gradient_columns - from) * student_size_);
   }
 
@@ -109,25 +112,27 @@ class Rows {
   const char *student_, *teacher_;
   char* gradient_;
   int64_t student_size_, teacher_size_;
-  double factor_;
+  double factor_, per_temperature_;
 };
 
-// The counted rows of [begin, end), at most kChunkRows of them. `start(index, row)` may fill in states and factors
-// before the work, `finish(index, row)` takes the results. `given`: the states are known, only gradients are wanted.
+// Walks the counted rows. `start(index, row)` may fill in states and factors before the work, `finish(index, row)`
+// takes the results and returns the row's share of the sum. `given`: the states are known, only gradients are wanted.
 template <class Start, class Finish>
 class Driver {
  public:
   Driver(const Rows& rows, bool given, Start start, Finish finish)
       : rows_(rows), kernels_(rows.kernels), shape_(rows.shape), given_(given), start_(start), finish_(finish) {}
 
-  void run() const {
+  // The sum of what `finish` returned.
+  double run() const {
     const int64_t columns = shape_.columns, threads = torch::stable::get_num_threads();
     if (rows_.count < 4 * threads && columns > kSegment) return few_wide_rows();
     const int64_t per_chunk = std::clamp<int64_t>(kChunkElements / std::max<int64_t>(columns, 1), 1, kChunkRows);
-    const int64_t chunks = (rows_.count + per_chunk - 1) / per_chunk;
-    parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) chunk(c * per_chunk, std::min(rows_.count, (c + 1) * per_chunk));
+    std::vector<double> sums((rows_.count + per_chunk - 1) / per_chunk);
+    parallel_for(0, int64_t(sums.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) sums[c] = chunk(c * per_chunk, std::min(rows_.count, (c + 1) * per_chunk));
     });
+    return std::accumulate(sums.begin(), sums.end(), 0.0);
   }
 
  private:
@@ -144,7 +149,13 @@ class Driver {
     return n;
   }
 
-  void chunk(int64_t begin, int64_t end) const {
+  double finish_all(const DivergenceRow* batch, const int64_t* index, int64_t n) const {
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += finish_(index[i], batch[i]);
+    return sum;
+  }
+
+  double chunk(int64_t begin, int64_t end) const {
     DivergenceRow batch[kChunkRows];
     int64_t index[kChunkRows];
     const int64_t n = gather(begin, end, batch, index);
@@ -156,11 +167,11 @@ class Driver {
         if (batch[i].gradient) kernels_.gradient(shape_, batch[i], 0, shape_.columns);
       }
     }
-    for (int64_t i = 0; i < n; ++i) finish_(index[i], batch[i]);
+    return finish_all(batch, index, n);
   }
 
   // Too few rows to keep every thread busy: the threads share each row's columns.
-  void few_wide_rows() const {
+  double few_wide_rows() const {
     std::vector<DivergenceRow> batch(rows_.count);
     std::vector<int64_t> index(rows_.count);
     const int64_t n = gather(0, rows_.count, batch.data(), index.data());
@@ -181,13 +192,13 @@ class Driver {
       });
       for (int64_t task = 0; task < n * pieces; ++task) {
         DivergenceRow& row = batch[task / pieces];
-        merge(row.state, seen[task].state, scale_of(row));
+        merge(row.state, seen[task].state, row.k);
       }
     }
     for_pieces([&](int64_t, int64_t row, int64_t from, int64_t to) {
       if (batch[row].gradient) kernels_.gradient(shape_, batch[row], from, to);
     });
-    for (int64_t i = 0; i < n; ++i) finish_(index[i], batch[i]);
+    return finish_all(batch.data(), index.data(), n);
   }
 
   const Rows& rows_;
@@ -248,16 +259,16 @@ std::tuple<Tensor, Tensor> forward(const DivergenceCall& call, Save save) {
     return {loss, saved};
   }
   const Reals losses(loss, call.is_double()), states(saved, call.is_double());
-  std::vector<double> values(per_row ? 0 : rows.count);
   const Driver driver(
       rows, false, [](int64_t, DivergenceRow&) {},
       [&](int64_t row, const DivergenceRow& r) {
-        const double value = r.coefficient * kl_of(r.state, scale_of(r));
-        per_row ? losses.set(row, value) : void(values[row] = value);
+        const double value = r.coefficient * kl_of(r.state, r.k);
+        if (per_row) losses.set(row, value);
         if (save == Save::state) write_state(states, row, r.state);
+        return value;
       });
-  driver.run();
-  if (!per_row) losses.set(0, std::accumulate(values.begin(), values.end(), 0.0));
+  const double sum = driver.run();
+  if (!per_row) losses.set(0, sum);
   return {loss, saved};
 }
 
@@ -277,9 +288,9 @@ Tensor backward(const DivergenceCall& call, const Tensor& grad_loss, const Tenso
       rows, true,
       [&](int64_t row, DivergenceRow& r) {
         r.state = read_state(states, row);
-        if (per_row) r.coefficient *= upstream.get(upstream_offsets(row));
+        if (per_row) r.factor *= upstream.get(upstream_offsets(row));
       },
-      [](int64_t, const DivergenceRow&) {});
+      [](int64_t, const DivergenceRow&) { return 0.0; });
   driver.run();
   return gradient;
 }

@@ -17,7 +17,7 @@ constexpr int64_t kBlock = 2048;  // columns: two float blocks fill half of a 32
 template <class Real>
 struct Scale {
   Vector<Real> k, least;
-  __attribute__((always_inline)) explicit Scale(Vector<Real> k) : k(k), least(Real(-160) / k) {}
+  __attribute__((always_inline)) explicit Scale(Vector<Real> k) : k(k), least(Real(kExp2Least) / k) {}
   __attribute__((always_inline)) Vector<Real> power(Vector<Real> x) const { return exp2(x, k, least); }
 };
 
@@ -99,7 +99,7 @@ template <class Real, class S, class T>
 void look(const DivergenceShape& shape, DivergenceRow& row, int64_t begin, int64_t end) {
   S scratch_s[kBlock];
   T scratch_t[kBlock];
-  const Real k = Real(scale_of(row));
+  const Real k = Real(row.k);
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t n = end - at < kBlock ? end - at : kBlock;
     const RowState<double> block = look_at_block(columns(row.student, shape.student_stride, at, n, scratch_s),
@@ -112,12 +112,12 @@ template <class Real, class S, class T>
 void gradient(const DivergenceShape& shape, const DivergenceRow& row, int64_t begin, int64_t end) {
   S scratch_s[kBlock];
   T scratch_t[kBlock];
-  const Real k = Real(scale_of(row));
+  const Real k = Real(row.k);
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t n = end - at < kBlock ? end - at : kBlock;
     gradient_of_block(columns(row.student, shape.student_stride, at, n, scratch_s),
                       columns(row.teacher, shape.teacher_stride, at, n, scratch_t), (S*)row.gradient + at, n, k,
-                      row.state, row.coefficient / row.temperature);
+                      row.state, row.factor);
   }
 }
 
@@ -139,7 +139,7 @@ KDFAST_LOCAL void look_at_lanes(Tile<Real>& s, Tile<Real>& t, int64_t columns, D
   using V = Vector<Real>;
   constexpr int L = VectorOf<Real>::count;
   alignas(64) Real k[L], max_s[L] = {}, max_t[L] = {}, sum_s[L], sum_t[L], dot[L];
-  for (int i = 0; i < L; ++i) k[i] = Real(scale_of(rows[i < count ? i : 0]));
+  for (int i = 0; i < L; ++i) k[i] = Real(rows[i < count ? i : 0].k);
   for (int i = 0; i < count; ++i) {
     max_s[i] = Real(rows[i].state.max_s);
     max_t[i] = Real(rows[i].state.max_t);
@@ -170,16 +170,17 @@ KDFAST_LOCAL void look_at_lanes(Tile<Real>& s, Tile<Real>& t, int64_t columns, D
 template <class Real, class S>
 KDFAST_LOCAL void write_lanes(Tile<Real>& s, const Tile<Real>& t, int64_t columns, const DivergenceRow* rows,
                               int count) {
+  using V = Vector<Real>;
   constexpr int L = VectorOf<Real>::count;
-  alignas(64) Real factor_s[L] = {}, factor_t[L] = {};
+  alignas(64) Real factor[L] = {}, sum_s[L], sum_t[L];
+  for (int i = 0; i < L; ++i) sum_s[i] = sum_t[i] = 1;
   for (int i = 0; i < count; ++i) {
-    const double factor = rows[i].coefficient / rows[i].temperature;
-    factor_s[i] = Real(factor / rows[i].state.sum_s);
-    factor_t[i] = Real(factor / rows[i].state.sum_t);
+    factor[i] = Real(rows[i].factor);
+    sum_s[i] = Real(rows[i].state.sum_s);
+    sum_t[i] = Real(rows[i].state.sum_t);
   }
-  for (int64_t j = 0; j < columns; ++j) {
-    store(s.at[j], load(factor_s) * load(s.at[j]) - load(factor_t) * load(t.at[j]));
-  }
+  const V factor_s = load(factor) / load(sum_s), factor_t = load(factor) / load(sum_t);
+  for (int64_t j = 0; j < columns; ++j) store(s.at[j], factor_s * load(s.at[j]) - factor_t * load(t.at[j]));
   for (int i = 0; i < count; ++i) {
     for (int64_t j = 0; j < columns; ++j) narrow_to(((S*)rows[i].gradient)[j], s.at[j][i]);
   }

@@ -20,14 +20,12 @@ struct DivergenceShape {
 struct DivergenceRow {
   const void* student;
   const void* teacher;
-  void* gradient;  // null: not wanted
-  double temperature;
-  double coefficient;  // of the row's divergence in the result: the gradient's factor
+  void* gradient;      // null: not wanted
+  double k;            // log2(e) / temperature, of csrc/common/rowmath.h
+  double coefficient;  // of the row's divergence in the result
+  double factor;       // coefficient / temperature: of the gradient
   RowState<double> state;
 };
-
-// k of csrc/common/rowmath.h.
-static inline double scale_of(const DivergenceRow& row) { return kLog2e / row.temperature; }
 
 struct DivergenceKernels {
   // Sets row.state from the columns [begin, end).

@@ -92,34 +92,34 @@ KDFAST_LOCAL float top(Floats x) {
 }
 
 // ---- 2^(x * k) ----
-// Relative error below 1 ulp (1.25 without fused multiply-add) of the exact power of the rounded product's neighbours
-// for x * k in [-126, 128); gradual underflow below, 0 from -150 on; NaN stays. `least` = -160 / k keeps -inf out of
-// x * k - n. Degree 6 minimax on [-0.5, 0.5] with the constant term fixed at 1 (relative error 2e-9 before rounding).
-KDFAST_LOCAL double exp2(double x, double k, double) { return __builtin_exp2(x * k); }
-KDFAST_LOCAL Floats exp2(Floats x, Floats k, Floats least) {
-  x = maximum(least, x);
-#if defined(__AVX512F__)
-  const Floats n = (Floats)_mm512_roundscale_ps((__m512)(x * k), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif defined(__AVX2__)
-  const Floats n = (Floats)_mm256_round_ps((__m256)(x * k), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  const Floats shift = broadcast(12582912.f);  // 1.5 * 2^23: the sum has no bits after the point
-  const Floats n = (x * k + shift) - shift;
-#endif
-  const Floats r = x * k - n;
+// For x * k in [-126, 128) the error is below 1 ulp (1.25 without fused multiply-add). Below, AVX-512 underflows
+// gradually to 0 at -150; the others give 0 from -126.5 on. -inf gives 0, NaN stays. Degree 6 minimax on [-0.5, 0.5]
+// with the constant term fixed at 1 (relative error 2e-9 before rounding).
+KDFAST_LOCAL Floats exp2_fraction(Floats r) {
   Floats p = broadcast(1.535336196e-4f);
   p = p * r + 1.339887385e-3f;
   p = p * r + 9.618436918e-3f;
   p = p * r + 5.550332367e-2f;
   p = p * r + 2.402264774e-1f;
   p = p * r + 6.931471825e-1f;
-  p = p * r + 1.f;
+  return p * r + 1.f;
+}
 #if defined(__AVX512F__)
-  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+constexpr float kExp2Least = -160;  // keeps -inf out of the difference with its rounding
 #else
-  // In two factors: one alone cannot express 2^-140. The first product is exact, so a denormal is rounded once.
-  const Ints whole = __builtin_convertvector(n, Ints), half = whole >> 1;
-  return p * (Floats)((half + 127) << 23) * (Floats)((whole - half + 127) << 23);
+constexpr float kExp2Least = -127;
+#endif
+KDFAST_LOCAL double exp2(double x, double k, double) { return __builtin_exp2(x * k); }
+KDFAST_LOCAL Floats exp2(Floats x, Floats k, Floats least) {  // least: kExp2Least / k
+  x = maximum(least, x);
+#if defined(__AVX512F__)
+  const Floats n = (Floats)_mm512_roundscale_ps((__m512)(x * k), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (Floats)_mm512_scalef_ps((__m512)exp2_fraction(x * k - n), (__m512)n);
+#else
+  const Floats shift = broadcast(12582912.f);  // 1.5 * 2^23: a sum with it has no bits after the point
+  const Floats sum = x * k + shift, n = sum - shift;
+  // The sum's low bits are n: moved into the exponent they are 2^n, and 0 for n = -127.
+  return exp2_fraction(x * k - n) * (Floats)(((Ints)sum << 23) + (127 << 23));
 #endif
 }
 
