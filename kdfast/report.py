@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -52,21 +53,24 @@ def results_table(results: Mapping[str, Metrics], temperature: float) -> Table:
     """One row per model, in the order given."""
     table = Table(
         title="Movie reviews: teacher and students on the test set",
-        caption="KL in nats; milliseconds: median forward pass on rows of median length",
+        caption=f"KL: from the teacher's distribution at T = {temperature:g}, in nats. ms: median forward pass, rows of median length",
         title_justify="left",
         caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     table.add_column("model", no_wrap=True)
-    kl = f"KL to teacher\n(T={temperature:g})"
-    for heading in ("accuracy", kl, "agreement", "parameters", "MB", "ms\nbatch 1", "ms\nbatch 32"):
-        table.add_column(heading, justify="right")
+    headings = ("accuracy\n%", "KL to\nteacher", "agrees\n%", "params\nmillion", "MB", "ms,\n1 row", "ms,\n32")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, row in results.items():
         table.add_row(
             name,
-            f"{100 * row['accuracy']:.1f} %",
+            f"{100 * row['accuracy']:.1f}",
             f"{row['kl_to_teacher']:.4f}",
-            f"{100 * row['agreement']:.1f} %",
-            f"{row['parameters'] / 1e6:.1f} M",
+            f"{100 * row['agreement']:.1f}",
+            f"{row['parameters'] / 1e6:.1f}",
             f"{row['megabytes']:.0f}",
             f"{row['latency_ms_batch_1']:.1f}",
             f"{row['latency_ms_batch_32']:.0f}",

@@ -95,7 +95,7 @@ def test_what_is_left_behind(finished: tuple[Path, dict[str, Any], str]) -> None
     assert (folder / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
     for title in hinton.MODELS.values():
         assert title in shown
-    assert f"{100 * results['student']['accuracy']:.1f} %" in shown
+    assert f" {100 * results['student']['accuracy']:.1f} " in shown
 
 
 def test_saved_student_is_the_measured_one(finished: tuple[Path, dict[str, Any], str], assets: dict[str, Path]) -> None:

@@ -35,7 +35,7 @@ from kdfast.trainer import DistillationTrainer
 
 MAX_LENGTH = 64  # tokens; longer snippets are cut
 TEACHER_LAYERS = 6
-CURVE_ROWS = 1000  # of the test rows, for the points of the learning curves; the table is measured on all
+CURVE_ROWS = 500  # of the test rows, for the points of the learning curves; the table is measured on all
 MODELS = {"teacher": "teacher", "labels_only": "student, labels alone", "student": "student, distilled"}
 
 Rows = list[dict[str, Any]]
