@@ -7,6 +7,9 @@
 # PYTHON= names the interpreter (default python3); tools/environment.sh tells the rest.
 .PHONY: help environment demo test gpu lint format clean
 
+# Threads that wait give up their core: beside another job, spinning ones make training many times slower.
+export OMP_WAIT_POLICY ?= passive
+
 PY := .venv/bin/python
 # Not .venv/bin/clang-format: where the interpreter brings its own packages, theirs have no program there.
 CLANG_FORMAT := $(PY) -c 'import clang_format; clang_format.clang_format()'

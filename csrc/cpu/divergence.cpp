@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <tuple>
 
@@ -22,7 +23,7 @@ using torch::stable::parallel_for;
 
 constexpr int64_t kChunkElements = 1 << 15;  // logits a chunk of rows holds, at least: enough to pay for sharing it out
 constexpr int64_t kChunkRows = 256;
-constexpr int64_t kSegment = 1 << 14;  // columns of a piece, where single rows are shared among threads
+constexpr int64_t kSegment = 8 * kBlock;  // columns of a piece, where single rows are shared among threads
 
 Element element_of(ScalarType t) {
   if (t == ScalarType::Double) return Element::f64;
@@ -60,6 +61,7 @@ class Rows {
     if (call.reduction != Reduction::none) factor_ = items > 0 ? factor_ / items : 0;
   }
 
+  bool wants_gradient() const { return gradient_ != nullptr; }
   bool counted(int64_t row) const { return !mask_.data || ((const bool*)mask_.data)[mask_.offsets(row)]; }
   double weight(int64_t row) const { return weight_.data ? value(weight_, row) : 1; }
 
@@ -130,7 +132,10 @@ class Driver {
     const int64_t per_chunk = std::clamp<int64_t>(kChunkElements / std::max<int64_t>(columns, 1), 1, kChunkRows);
     std::vector<double> sums((rows_.count + per_chunk - 1) / per_chunk);
     parallel_for(0, int64_t(sums.size()), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) sums[c] = chunk(c * per_chunk, std::min(rows_.count, (c + 1) * per_chunk));
+      const auto powers = room_for_powers(1);
+      for (int64_t c = begin; c < end; ++c) {
+        sums[c] = chunk(c * per_chunk, std::min(rows_.count, (c + 1) * per_chunk), powers.get());
+      }
     });
     return std::accumulate(sums.begin(), sums.end(), 0.0);
   }
@@ -149,13 +154,19 @@ class Driver {
     return n;
   }
 
+  // Null where no gradient follows a first look.
+  std::unique_ptr<char[]> room_for_powers(int64_t rows) const {
+    const bool wanted = !given_ && rows_.wants_gradient() && shape_.columns > kNarrow;
+    return std::unique_ptr<char[]>(wanted ? new char[rows * powers_bytes(shape_)] : nullptr);
+  }
+
   double finish_all(const DivergenceRow* batch, const int64_t* index, int64_t n) const {
     double sum = 0;
     for (int64_t i = 0; i < n; ++i) sum += finish_(index[i], batch[i]);
     return sum;
   }
 
-  double chunk(int64_t begin, int64_t end) const {
+  double chunk(int64_t begin, int64_t end, char* powers) const {
     DivergenceRow batch[kChunkRows];
     int64_t index[kChunkRows];
     const int64_t n = gather(begin, end, batch, index);
@@ -163,6 +174,7 @@ class Driver {
       kernels_.narrow(shape_, batch, n, given_);
     } else {
       for (int64_t i = 0; i < n; ++i) {
+        batch[i].powers = powers;
         if (!given_) kernels_.look(shape_, batch[i], 0, shape_.columns);
         if (batch[i].gradient) kernels_.gradient(shape_, batch[i], 0, shape_.columns);
       }
@@ -175,6 +187,8 @@ class Driver {
     std::vector<DivergenceRow> batch(rows_.count);
     std::vector<int64_t> index(rows_.count);
     const int64_t n = gather(0, rows_.count, batch.data(), index.data());
+    const auto powers = room_for_powers(n);
+    for (int64_t i = 0; powers && i < n; ++i) batch[i].powers = powers.get() + i * powers_bytes(shape_);
     const int64_t pieces = (shape_.columns + kSegment - 1) / kSegment;
     auto for_pieces = [&](auto work) {
       parallel_for(0, n * pieces, 1, [&](int64_t begin, int64_t end) {

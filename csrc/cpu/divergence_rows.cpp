@@ -1,17 +1,17 @@
 // Rows of the divergences on the CPU: one source, compiled once per processor variant.
 //
-// Per row, 3 x columns x element size of traffic: student and teacher are read (the second look finds them in cache),
-// the gradient is written. The first look takes a block of columns twice while it lies in L1 (maxima, then sums), and
-// leaves the block's float sums to a double state, so that rounding does not grow with the vocabulary. The normalisers
-// stay factors of the gradient: folded into the exponents they would cost accuracy at large logits and save nothing.
+// Per row, 3 x columns x element size of traffic: student and teacher are read, the gradient is written. The first look
+// takes a block of columns twice while it lies in L1 (maxima, then sums), and leaves the block's float sums to a double
+// state, so that rounding does not grow with the vocabulary. Where a gradient is wanted it keeps the powers it has
+// computed in L2, relative to the block's maxima: half of the exponentials, which are what bounds these loops. The
+// normalisers stay factors of the gradient: folded into the exponents they would cost accuracy at large logits and save
+// nothing.
 #include "cpu/divergence_rows.h"
 
 #include "cpu/simd.h"
 
 namespace kdfast::KDFAST_VARIANT {
 namespace {
-
-constexpr int64_t kBlock = 2048;  // columns: two float blocks fill half of a 32 KB L1
 
 // The scale k of a row, and the smallest (logit - maximum) whose power does not vanish.
 template <class Real>
@@ -29,12 +29,22 @@ struct Sums {
   __attribute__((always_inline)) void count(Vector<Real> x, Vector<Real> y, Vector<Real> es, Vector<Real> et) {
     s += es;
     t += et;
-    dot += et > 0 ? et * (y - x) : Vector<Real>{};
+    dot += et * (et > 0 ? y - x : Vector<Real>{});
   }
 };
 
-template <class Real, class S, class T>
-RowState<double> look_at_block(const S* s, const T* t, int64_t n, Real k) {
+// A block's part of DivergenceRow::powers.
+template <class Real>
+struct BlockPowers {
+  Real maxima[2], s[kBlock], t[kBlock];
+};
+template <class Real>
+KDFAST_LOCAL BlockPowers<Real>* powers_at(const DivergenceRow& row, int64_t column) {
+  return row.powers ? (BlockPowers<Real>*)row.powers + column / kBlock : nullptr;
+}
+
+template <bool kKeep, class Real, class S, class T>
+RowState<double> look_at_block(const S* s, const T* t, int64_t n, Real k, BlockPowers<Real>* powers) {
   using V = Vector<Real>;
   constexpr int L = VectorOf<Real>::count;
   const int64_t whole = n / L * L, rest = n - whole;
@@ -56,15 +66,22 @@ RowState<double> look_at_block(const S* s, const T* t, int64_t n, Real k) {
   const Real max_t = maximum(Real(kNoMaximum), top(maximum(maximum(most_t[0], most_t[1]), last_t)));
   const Scale<Real> scale(broadcast(k));
   Sums<Real> sums[2];
-  auto count = [&](Sums<Real>& into, V s, V t) __attribute__((always_inline)) {
-    const V x = s - max_s, y = t - max_t;
-    into.count(x, y, scale.power(x), scale.power(y));
+  if (kKeep) powers->maxima[0] = max_s, powers->maxima[1] = max_t;
+  auto count = [&](Sums<Real>& into, V s, V t, int64_t at) __attribute__((always_inline)) {
+    const V x = s - max_s, y = t - max_t, es = scale.power(x), et = scale.power(y);
+    into.count(x, y, es, et);
+    if (kKeep) store(powers->s + at, es), store(powers->t + at, et);
   };
   for (i = 0; i + 2 * L <= whole; i += 2 * L) {
-    for (int u = 0; u < 2; ++u) count(sums[u], load(s + i + u * L), load(t + i + u * L));
+    for (int u = 0; u < 2; ++u) {
+      // The next block comes from memory while this one keeps the arithmetic busy.
+      __builtin_prefetch(s + i + u * L + kBlock);
+      __builtin_prefetch(t + i + u * L + kBlock);
+      count(sums[u], load(s + i + u * L), load(t + i + u * L), i + u * L);
+    }
   }
-  for (; i < whole; i += L) count(sums[0], load(s + i), load(t + i));
-  if (rest) count(sums[1], last_s, last_t);
+  for (; i < whole; i += L) count(sums[0], load(s + i), load(t + i), i);
+  if (rest) count(sums[1], last_s, last_t, i);
   return {max_s, sum(sums[0].s + sums[1].s), max_t, sum(sums[0].t + sums[1].t), sum(sums[0].dot + sums[1].dot)};
 }
 
@@ -86,6 +103,22 @@ void gradient_of_block(const S* s, const T* t, S* g, int64_t n, Real k, const Ro
   if (i < n) store_some(g + i, gradient(load_some(s + i, n - i), load_some(t + i, n - i)), n - i);
 }
 
+// The same from the powers that the first look has kept.
+template <class Real, class S>
+void gradient_of_powers(const BlockPowers<Real>& powers, S* g, int64_t n, const DivergenceRow& row) {
+  using V = Vector<Real>;
+  constexpr int L = VectorOf<Real>::count;
+  const RowState<double>& state = row.state;
+  const V factor_s = broadcast(Real(row.factor / state.sum_s * ::exp2((powers.maxima[0] - state.max_s) * row.k)));
+  const V factor_t = broadcast(Real(row.factor / state.sum_t * ::exp2((powers.maxima[1] - state.max_t) * row.k)));
+  auto gradient = [&](int64_t i) __attribute__((always_inline)) {
+    return factor_s * load(powers.s + i) - factor_t * load(powers.t + i);
+  };
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(g + i, gradient(i));
+  if (i < n) store_some(g + i, gradient(i), int(n - i));
+}
+
 // `n` elements from `begin` on, side by side: in place, or gathered into `scratch` where the columns have a stride.
 template <class E>
 KDFAST_LOCAL const E* columns(const void* row, int64_t stride, int64_t begin, int64_t n, E* scratch) {
@@ -102,8 +135,11 @@ void look(const DivergenceShape& shape, DivergenceRow& row, int64_t begin, int64
   const Real k = Real(row.k);
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t n = end - at < kBlock ? end - at : kBlock;
-    const RowState<double> block = look_at_block(columns(row.student, shape.student_stride, at, n, scratch_s),
-                                                 columns(row.teacher, shape.teacher_stride, at, n, scratch_t), n, k);
+    const S* student = columns(row.student, shape.student_stride, at, n, scratch_s);
+    const T* teacher = columns(row.teacher, shape.teacher_stride, at, n, scratch_t);
+    BlockPowers<Real>* powers = powers_at<Real>(row, at);
+    const RowState<double> block = powers ? look_at_block<true>(student, teacher, n, k, powers)
+                                          : look_at_block<false>(student, teacher, n, k, powers);
     at == begin ? void(row.state = block) : merge(row.state, block, double(k));
   }
 }
@@ -113,11 +149,16 @@ void gradient(const DivergenceShape& shape, const DivergenceRow& row, int64_t be
   S scratch_s[kBlock];
   T scratch_t[kBlock];
   const Real k = Real(row.k);
-  for (int64_t at = begin; at < end; at += kBlock) {
+  // Backwards: what the first look has left in L2 is its end.
+  for (int64_t at = begin + (end - begin - 1) / kBlock * kBlock; at >= begin; at -= kBlock) {
     const int64_t n = end - at < kBlock ? end - at : kBlock;
+    S* g = (S*)row.gradient + at;
+    if (const BlockPowers<Real>* powers = powers_at<Real>(row, at)) {
+      gradient_of_powers(*powers, g, n, row);
+      continue;
+    }
     gradient_of_block(columns(row.student, shape.student_stride, at, n, scratch_s),
-                      columns(row.teacher, shape.teacher_stride, at, n, scratch_t), (S*)row.gradient + at, n, k,
-                      row.state, row.factor);
+                      columns(row.teacher, shape.teacher_stride, at, n, scratch_t), g, n, k, row.state, row.factor);
   }
 }
 

@@ -25,12 +25,22 @@ struct DivergenceRow {
   double coefficient;  // of the row's divergence in the result
   double factor;       // coefficient / temperature: of the gradient
   RowState<double> state;
+  void* powers = nullptr;  // room for powers_bytes(): the gradient then needs no second exponential; null: none
 };
 
+// Columns that the first look takes at a time: two blocks of floats fill half of a 32 KB L1.
+constexpr int64_t kBlock = 2048;
+
+// Per block of columns: its two maxima, and the powers of student and teacher relative to them.
+static inline int64_t powers_bytes(const DivergenceShape& shape) {
+  const int64_t real = shape.student == Element::f64 ? 8 : 4;
+  return (shape.columns + kBlock - 1) / kBlock * (2 + 2 * kBlock) * real;
+}
+
 struct DivergenceKernels {
-  // Sets row.state from the columns [begin, end).
+  // Sets row.state from the columns [begin, end), begin at a block's start, and fills row.powers.
   void (*look)(const DivergenceShape&, DivergenceRow&, int64_t begin, int64_t end);
-  // Writes row.gradient[begin, end) from row.state.
+  // Writes row.gradient[begin, end) from row.state, and from row.powers or the logits.
   void (*gradient)(const DivergenceShape&, const DivergenceRow&, int64_t begin, int64_t end);
   // Both for `count` rows of few columns, side by side in the lanes of a vector. Element by element, any stride.
   void (*narrow)(const DivergenceShape&, DivergenceRow* rows, int64_t count, bool have_state);
