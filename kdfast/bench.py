@@ -252,7 +252,7 @@ def table(results: list[Result]) -> list[tuple[str, ...]]:
             f"{r.compiled / r.kdfast:.1f}",
             f"{r.gigabytes_per_second:.1f}",
             f"{100 * r.roofline:.0f}",
-            f"{max(r.peak_memory, 0):.0f} ({r.eager_peak_memory:.0f})",
+            f"{max(r.peak_memory, 0):.0f} ({max(r.eager_peak_memory, 0):.0f})",
         )
         for r in results
     ]

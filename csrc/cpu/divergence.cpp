@@ -65,16 +65,14 @@ class Rows {
   bool counted(int64_t row) const { return !mask_.data || ((const bool*)mask_.data)[mask_.offsets(row)]; }
   double weight(int64_t row) const { return weight_.data ? value(weight_, row) : 1; }
 
-  DivergenceRow operator()(int64_t row) const {
-    DivergenceRow r;
+  void describe(int64_t row, DivergenceRow& r) const {
+    const double per_temperature = temperature_.data ? 1 / value(temperature_, row) : per_temperature_;
     r.student = student_ + student_offsets_(row) * student_size_;
     r.teacher = teacher_ + teacher_offsets_(row) * teacher_size_;
     r.gradient = gradient_row(row);
-    const double per_temperature = temperature_.data ? 1 / value(temperature_, row) : per_temperature_;
     r.k = kLog2e * per_temperature;
     r.coefficient = factor_ * weight(row);
     r.factor = r.coefficient * per_temperature;
-    return r;
   }
 
   // Of a masked row everything, of others the padding beyond vocab_size.
@@ -147,7 +145,7 @@ class Driver {
       const bool counted = rows_.counted(row);
       rows_.clear_gradient(row, counted ? shape_.columns : 0);
       if (!counted) continue;
-      batch[n] = rows_(row);
+      rows_.describe(row, batch[n]);
       index[n] = row;
       start_(row, batch[n++]);
     }
