@@ -8,6 +8,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 out=${OUT:-runs/gpu} only=${ONLY:-}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+# Under compute-sanitizer, which is slow: every kind of kernel, with rows that leave early and odd edges.
+sanitized='(rows_that_are_not_read or (unaligned and 4999))'
 mkdir -p "$out"
 status=0
 stage() {
@@ -15,11 +17,12 @@ stage() {
   shift
   "$@" >"$out/$name.log" 2>&1
   local code=$?
+  [ $code = 5 ] && code=0 # pytest: no test matches ONLY
   [ $code = 0 ] || { status=1 && tail -n 40 "$out/$name.log"; }
   printf '%-12s %s in %d s\n' "$name" "$([ $code = 0 ] && echo done || echo "FAILED ($code), see $out/$name.log")" $((SECONDS - start))
 }
 
-capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || {
+capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' 2>/dev/null) || {
   echo "make gpu: $python has no torch that sees a GPU" >&2
   exit 2
 }
@@ -33,7 +36,7 @@ stage tests "$python" -m pytest tests -m cuda -k "$only" --durations=10
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
     stage "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-      "$python" -m pytest tests -m cuda -k "sanitizer${only:+ and $only}"
+      "$python" -m pytest tests -m cuda -k "$sanitized${only:+ and $only}"
   done
 fi
 stage benchmarks "$python" -m kdfast bench --only "*$only*" --output "$out"
