@@ -1,6 +1,7 @@
 """kdfast: fused distillation losses for compressing transformers.
 
-Functions live here (`kdfast.kl_div`), their module twins in `kdfast.nn`, the trainer in `kdfast.DistillationTrainer`
+Functions live here (`kdfast.kl_div`), their module twins in `kdfast.nn`, losses of whole batches in `kdfast.objective`,
+the trainer in `kdfast.DistillationTrainer`
 (needs `pip install kdfast[train]`).
 """
 
@@ -13,10 +14,10 @@ from kdfast._version import __version__
 
 _native.load()
 
-from kdfast import nn  # noqa: E402  (the operators register their fake kernels on the loaded library)
-from kdfast.ops.divergence import kl_div  # noqa: E402
+from kdfast.ops.divergence import kl_div  # noqa: E402, I001  (operators register fake kernels on the loaded library)
+from kdfast import nn, objective  # noqa: E402
 
-__all__ = ["DistillationTrainer", "__version__", "kl_div", "nn"]
+__all__ = ["DistillationTrainer", "__version__", "kl_div", "nn", "objective"]
 
 
 def __getattr__(name: str) -> Any:

@@ -112,14 +112,17 @@ def hinton(
 
 @app.command()
 def bench(
-    only: Annotated[str, typer.Option(help="Pattern of case names, such as 'kl_div-*float32*'.")] = "*",
-    seconds: Annotated[float, typer.Option(help="Time per case; all candidates take turns in it.", min=0.1)] = 2.0,
+    only: Annotated[str, typer.Option(help="Pattern of case names, such as `kl_div-1x*`.")] = "*",
+    seconds: Annotated[
+        float, typer.Option(help="Time per case, beside compilation; all candidates take turns in it.", min=0.1)
+    ] = 2.0,
     output: Annotated[Path | None, typer.Option(help="Folder for JSON, markdown table and plot.")] = None,
 ) -> None:
     """Measures the operators against eager PyTorch and torch.compile, on the GPU where there is one.
 
-    Each result is checked against float64 before it is timed. "% roof" is the time that moving the operator's bytes
-    would take at the bandwidth measured in the same run, over the time it took.
+    Each result is checked against float64 before it is timed. "GB/s" and "% roof" are of the kernel alone, into memory
+    that is already mapped: its least bytes over its time, and that against the bandwidth of a plain pass over the same
+    tensors. "× eager" and "× comp." (torch.compile) compare what a user waits for; "MB" is peak memory beyond the inputs.
     """
     try:
         import torch
@@ -134,7 +137,8 @@ def bench(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = list(harness.cases(only, device))
     if not cases:
-        raise typer.BadParameter(f"no case matches {only!r}; all of them: kdfast bench", param_hint="--only")
+        known = ", ".join(case.name for case in harness.cases(device=device))
+        raise typer.BadParameter(f"no case matches {only!r}; there are {known}", param_hint="--only")
     facts = harness.environment(device)
     console = Console()
     progress = Console(stderr=True)
@@ -181,5 +185,7 @@ def main() -> NoReturn:
         status = app(standalone_mode=False)
     except usage_error as error:
         command = error.ctx.command_path if error.ctx else "kdfast"
+        if not error.format_message():  # a command without its subcommand: the help was shown
+            sys.exit(2)
         _fail(f"{error.format_message()}  (help: {command} --help)", 2)
     sys.exit(status)

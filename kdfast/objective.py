@@ -38,10 +38,14 @@ class Hinton:
     term, and keeps its gradient comparable when T changes; `kdfast.kl_div` itself never multiplies by T². A term of
     weight 0 is left out: alpha = 0 is plain training on the labels and needs no teacher, alpha = 1 needs no labels.
 
+    For classification: logits `[B, C]`, labels `[B]`. Losses over tokens need a mask and, for causal models, a shift:
+    write an `Objective` with `kdfast.kl_div(..., mask=labels != -100)`.
+
     Returns the weighted terms `kl` and `ce`, each a mean over rows.
 
     Raises:
-        ValueError: alpha outside [0, 1], a temperature that is not positive, or a batch that lacks what a term needs.
+        ValueError: alpha outside [0, 1], a temperature that is not positive, logits that are not
+            `[batch, classes]`, or a batch that lacks what a term needs.
     """
 
     alpha: float = 0.9
@@ -54,6 +58,10 @@ class Hinton:
             raise ValueError(f"Hinton: temperature must be positive, got {self.temperature}")
 
     def __call__(self, student_outputs: Any, teacher_outputs: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        if student_outputs.logits.dim() != 2:
+            raise ValueError(
+                f"Hinton: expected logits [batch, classes], got shape {list(student_outputs.logits.shape)}"
+            )
         terms = {}
         if self.alpha > 0:
             if teacher_outputs is None:

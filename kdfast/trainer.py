@@ -30,12 +30,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         teacher: a module that is run on every batch, without gradient. It is frozen, put into eval mode and moved to
             the student's device, in place. With None, rows may carry its outputs as a column `teacher_logits`.
         objective: a `kdfast.objective.Objective`. Its terms are averaged between two log events and logged by name.
-        **kwargs: as for `transformers.Trainer`.
+        **kwargs: as for `transformers.Trainer`, except `compute_loss_func`: the objective is the loss.
 
-    Terms are means over rows, so gradient accumulation divides their sum by the number of micro-batches.
+    Terms are means over rows, so gradient accumulation divides their sum by the number of micro-batches: as exact as
+    one large batch where these are equally large.
 
     Raises:
-        ValueError: teacher and student are the same module.
+        ValueError: teacher and student are the same module, or a setting that the objective replaces
+            (`compute_loss_func`, `label_smoothing_factor`) is given.
     """
 
     def __init__(
@@ -49,6 +51,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         if teacher is model:
             raise ValueError("DistillationTrainer: teacher and model are the same module; pass a copy as the teacher")
+        if kwargs.get("compute_loss_func") is not None or (args is not None and args.label_smoothing_factor):
+            raise ValueError(
+                "DistillationTrainer: compute_loss_func and label_smoothing_factor have no effect here; "
+                "the objective is the loss"
+            )
         super().__init__(model, args, **kwargs)
         # Otherwise the Trainer takes the loss as already divided by the number of items of the accumulated batch.
         self.model_accepts_loss_kwargs = False

@@ -341,7 +341,7 @@ BAD = [
     (TypeError, "mask: expected a tensor, got list", (S, T), {"mask": [True]}),
     (
         ValueError,
-        r"mask: expected a shape that broadcasts to the leading dimensions \[3, 4\], got \[3\]",
+        r"mask: expected a shape that broadcasts to the leading dimensions \[3, 4\].*pass shape \[B, 1\].*got \[3\]",
         (S, T),
         {"mask": torch.ones(3).bool()},
     ),

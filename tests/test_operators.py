@@ -78,7 +78,9 @@ def test_module_equals_function(operator: Operator) -> None:
 @pytest.mark.parametrize("operator", BY_OPERATOR)
 def test_compiles_without_graph_breaks(operator: Operator, backend: str) -> None:
     names = ("odd", "rows", "rows_none", "num_items") if backend == "aot_eager" else ("rows",)
-    for sample in (s for s in operator.samples if s.name in names):
+    samples = [s for s in operator.samples if s.name in names]
+    assert len(samples) == len(names)
+    for sample in samples:
         student, teacher, kwargs = inputs(sample, 1.0, torch.bfloat16, torch.float32)
         compiled = torch.compile(operator.function, fullgraph=True, backend=backend)
         for got, expected in zip(

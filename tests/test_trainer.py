@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -298,3 +299,18 @@ def test_missing_extra_names_the_command(missing: str) -> None:
     done = _python(f"import sys; sys.modules['{missing}'] = None; import kdfast; kdfast.DistillationTrainer")
     assert f"ImportError: kdfast.DistillationTrainer needs {missing}" in done.stderr
     assert "pip install kdfast[train]" in done.stderr
+
+
+def test_refuses_settings_that_the_objective_replaces(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="compute_loss_func and label_smoothing_factor have no effect"):
+        kdfast.DistillationTrainer(model, objective=Hinton(alpha=0.0), compute_loss_func=lambda *args: None)
+    args = TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=0.1, use_cpu=True)
+    with pytest.raises(ValueError, match="compute_loss_func and label_smoothing_factor have no effect"):
+        kdfast.DistillationTrainer(model, args, objective=Hinton(alpha=0.0))
+
+
+def test_hinton_refuses_token_logits() -> None:
+    outputs = SimpleNamespace(logits=torch.zeros(2, 5, 7))
+    with pytest.raises(ValueError, match=r"Hinton: expected logits \[batch, classes\], got shape \[2, 5, 7\]"):
+        Hinton()(outputs, outputs, {"labels": torch.zeros(2, 5, dtype=torch.long)})

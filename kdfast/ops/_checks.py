@@ -87,7 +87,10 @@ def check_rows(op: str, argument: str, x: Tensor | None, logits: Tensor) -> Tens
     if x.dim() > len(leading) or any(
         a != 1 and a != b for a, b in zip(reversed(x.shape), reversed(leading), strict=False)
     ):
-        wrong_value(op, argument, f"a shape that broadcasts to the leading dimensions {list(leading)}", list(x.shape))
+        per_first = " (for a value per sequence pass shape [B, 1])" if x.dim() < len(leading) else ""
+        wrong_value(
+            op, argument, f"a shape that broadcasts to the leading dimensions {list(leading)}{per_first}", list(x.shape)
+        )
     if argument != "mask":
         x = x.to(loss_dtype(logits))
     return x.expand(leading)

@@ -26,7 +26,8 @@ def kl_div(
 ) -> Tensor:
     r"""Kullback-Leibler divergence of the student from the teacher, Σ_v p_t · (log p_t − log p_s), p = softmax(z / T).
 
-    Hinton et al., 2015 (arXiv:1503.02531); reductions as `torch.nn.functional.kl_div`. **T² is not included**: multiply
+    Hinton et al., 2015 (arXiv:1503.02531). Losses are per row, unlike the elements of `torch.nn.functional.kl_div`: its
+    "sum" and "batchmean" are the same, its "mean" divides by V too. **T² is not included**: multiply
     by it yourself, or use a function that says it does. Loss and gradient are made in one pass over the logits; neither
     probabilities nor a float32 copy of the logits are ever stored.
 
