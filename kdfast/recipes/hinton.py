@@ -237,7 +237,7 @@ class HintonRun:
             eval_strategy="steps" if is_student else "no",
             eval_steps=-(-steps_per_epoch // 2),
             label_names=["labels", "teacher_logits"] if is_student else ["labels"],
-            save_steps=100,
+            save_steps=250,  # a minute or two of work, and hardly any time for writing
             save_total_limit=1,
             logging_steps=10,
             disable_tqdm=False,
@@ -274,7 +274,10 @@ class HintonRun:
             return measured
         results: dict[str, report.Metrics] = {}
         for name, model in models.items():
-            logits = stages.predict_logits(model, test, self.tokenizer, f"test: {MODELS[name]}")
+            # The teacher's are at hand.
+            logits = _teacher_logits(test)
+            if name != "teacher":
+                logits = stages.predict_logits(model, test, self.tokenizer, f"test: {MODELS[name]}")
             results[name] = report.quality(logits, _labels(test), _teacher_logits(test), self.settings.temperature)
             results[name] |= report.size(model, self.folder / name)
         # Rows of median length and a little more, so that a batch has hardly any padding.
