@@ -1,7 +1,7 @@
 // The divergences on the CPU: rows shared among the threads, each row by the kernels of the processor's variant.
 //
-// The result does not depend on the number of threads: rows are summed in chunks of a size that the shape alone
-// decides, in double, and the chunks in order.
+// Rows are summed in chunks of a size that the shape alone decides, in double, and the chunks in order: the number of
+// threads changes no sum, but for a few wide rows whose columns the threads share, where doubles merge in pieces.
 #include "common/divergence.h"
 
 #include <torch/csrc/stable/library.h>
@@ -130,7 +130,7 @@ class Driver {
     const int64_t per_chunk = std::clamp<int64_t>(kChunkElements / std::max<int64_t>(columns, 1), 1, kChunkRows);
     std::vector<double> sums((rows_.count + per_chunk - 1) / per_chunk);
     parallel_for(0, int64_t(sums.size()), 1, [&](int64_t begin, int64_t end) {
-      const auto powers = room_for_powers(1);
+      const auto powers = room_for_powers();
       for (int64_t c = begin; c < end; ++c) {
         sums[c] = chunk(c * per_chunk, std::min(rows_.count, (c + 1) * per_chunk), powers.get());
       }
@@ -152,10 +152,11 @@ class Driver {
     return n;
   }
 
-  // Null where no gradient follows a first look.
-  std::unique_ptr<char[]> room_for_powers(int64_t rows) const {
+  // One row's, for one thread. Null where no gradient follows a first look. Rows shared among threads do without:
+  // theirs would all be needed at once, more memory than the gradient.
+  std::unique_ptr<char[]> room_for_powers() const {
     const bool wanted = !given_ && rows_.wants_gradient() && shape_.columns > kNarrow;
-    return std::unique_ptr<char[]>(wanted ? new char[rows * powers_bytes(shape_)] : nullptr);
+    return std::unique_ptr<char[]>(wanted ? new char[powers_bytes(shape_)] : nullptr);
   }
 
   double finish_all(const DivergenceRow* batch, const int64_t* index, int64_t n) const {
@@ -185,8 +186,6 @@ class Driver {
     std::vector<DivergenceRow> batch(rows_.count);
     std::vector<int64_t> index(rows_.count);
     const int64_t n = gather(0, rows_.count, batch.data(), index.data());
-    const auto powers = room_for_powers(n);
-    for (int64_t i = 0; powers && i < n; ++i) batch[i].powers = powers.get() + i * powers_bytes(shape_);
     const int64_t pieces = (shape_.columns + kSegment - 1) / kSegment;
     auto for_pieces = [&](auto work) {
       parallel_for(0, n * pieces, 1, [&](int64_t begin, int64_t end) {
