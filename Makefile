@@ -7,8 +7,9 @@
 # PYTHON= names the interpreter (default python3); tools/environment.sh tells the rest.
 .PHONY: help environment demo test gpu lint format clean
 
-# Threads that wait give up their core: beside another job, spinning ones make training many times slower.
-export OMP_WAIT_POLICY ?= passive
+# Threads that wait give up their core after a while: at once, small matrix products wait to be woken; never, training
+# beside another job is many times slower.
+export GOMP_SPINCOUNT ?= 100000
 
 PY := .venv/bin/python
 # Not .venv/bin/clang-format: where the interpreter brings its own packages, theirs have no program there.

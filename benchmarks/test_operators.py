@@ -24,10 +24,11 @@ def test_speed(case: bench.Case, benchmark: Any) -> None:
     benchmark.extra_info.update(asdict(result))
     benchmark.extra_info["environment"] = bench.environment(DEVICE)
     student, teacher = bench.make(case, DEVICE)
-    function = OPERATORS[case.operator].function
+    operator = OPERATORS[case.operator]
+    more = operator.arguments(student)
 
     def call() -> None:
-        loss = function(student, teacher)
+        loss = operator.function(student, teacher, **more)
         if case.gradient:
             torch.autograd.grad(loss, student)
         bench.synchronize(DEVICE)

@@ -14,10 +14,37 @@ from kdfast._version import __version__
 
 _native.load()
 
-from kdfast.ops.divergence import kl_div  # noqa: E402, I001  (operators register fake kernels on the loaded library)
+from kdfast.ops.divergence import (  # noqa: E402, I001  (operators register fake kernels on the loaded library)
+    js_div,
+    kl_div,
+    logit_mse,
+    reverse_kl_div,
+    skew_kl_div,
+    skew_reverse_kl_div,
+    soft_cross_entropy,
+    symmetric_kl_div,
+    total_variation,
+)
+from kdfast.ops.kd_loss import KDLossComponents, kd_loss  # noqa: E402
 from kdfast import nn, objective  # noqa: E402
 
-__all__ = ["DistillationTrainer", "__version__", "kl_div", "nn", "objective"]
+__all__ = [
+    "DistillationTrainer",
+    "KDLossComponents",
+    "__version__",
+    "js_div",
+    "kd_loss",
+    "kl_div",
+    "logit_mse",
+    "nn",
+    "objective",
+    "reverse_kl_div",
+    "skew_kl_div",
+    "skew_reverse_kl_div",
+    "soft_cross_entropy",
+    "symmetric_kl_div",
+    "total_variation",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -53,17 +53,18 @@ class Result:
     kdfast: float
     mapped: float
     eager: float
-    compiled: float
+    compiled: float | None
     gigabytes_per_second: float
     roofline: float
     peak_memory: float
     eager_peak_memory: float
 
 
-def cases(only: str = "*", device: str = "cpu") -> Iterator[Case]:
+def cases(only: str = "*", device: str = "cpu", sweep: bool = False) -> Iterator[Case]:
     """The cases of every operator whose name matches the pattern `only`."""
     for operator in OPERATORS.values():
-        for rows, columns, dtype in operator.cuda_shapes if device == "cuda" else operator.cpu_shapes:
+        shapes = operator.cuda_shapes if device == "cuda" else operator.cpu_shapes
+        for rows, columns, dtype in operator.sweep_shapes if sweep else shapes:
             for gradient in (True, False):
                 case = Case(operator.name, rows, columns, dtype, gradient)
                 if fnmatch.fnmatch(case.name, only):
@@ -137,10 +138,11 @@ def make(case: Case, device: str) -> tuple[Tensor, Tensor]:
 def check(operator: Operator, student: Tensor, teacher: Tensor) -> None:
     """A wrong operator is not timed: loss and gradient of the first rows against float64."""
     student, teacher = student.detach()[:4], teacher[:4]
+    more = operator.arguments(student)
     gradients = []
     for function, dtype in ((operator.function, student.dtype), (operator.reference, torch.float64)):
         s = student.cpu().to(dtype) if dtype == torch.float64 else student.clone()
-        loss = function(s.requires_grad_(), teacher.cpu().to(dtype) if dtype == torch.float64 else teacher)
+        loss = function(s.requires_grad_(), teacher.cpu().to(dtype) if dtype == torch.float64 else teacher, **more)
         gradients.append((loss.detach().cpu().double(), torch.autograd.grad(loss, s)[0].cpu().double()))
     (loss, gradient), (exact_loss, exact_gradient) = gradients
     error = float((gradient - exact_gradient).norm() / exact_gradient.norm())
@@ -148,25 +150,29 @@ def check(operator: Operator, student: Tensor, teacher: Tensor) -> None:
         raise AssertionError(f"{operator.name}: gradient differs from float64 by {error:.1e}: not worth timing")
 
 
-def run(case: Case, device: str, seconds: float = 2.0) -> Result:
+def run(case: Case, device: str, seconds: float = 2.0, compiled: bool = True) -> Result:
+    """Measures one case; with `compiled` against `torch.compile` too, which compiles for many seconds."""
     operator = OPERATORS[case.operator]
     student, teacher = make(case, device)
     check(operator, student, teacher)
-    compiled_eager = torch.compile(operator.eager)
+    more = operator.arguments(student)
 
-    def caller(loss_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
+    def caller(loss_of: Callable[..., Tensor]) -> Callable[[], None]:
         def call() -> None:
-            loss = loss_of(student, teacher)
+            loss = loss_of(student, teacher, **more)
             if case.gradient:
                 torch.autograd.grad(loss, student)
 
         return call
 
-    ours = caller(lambda s, t: operator.function(s, t, reduction="batchmean"))
+    ours = caller(lambda *args, **kw: operator.function(*args, reduction="batchmean", **kw))
     eager = caller(operator.eager)
     # Before anything keeps memory mapped: high-water marks only show what is fresh.
     peaks = peak_memory(ours, device), peak_memory(eager, device)
-    times = interleaved({"kdfast": ours, "eager": eager, "compiled": caller(compiled_eager)}, device, seconds)
+    candidates: dict[str, Callable[[], object]] = {"kdfast": ours, "eager": eager}
+    if compiled:
+        candidates["compiled"] = caller(torch.compile(operator.eager))
+    times = interleaved(candidates, device, seconds)
     bytes_moved = operator.bytes_moved(student, teacher, case.gradient)
     stream, stream_bytes = streaming(student, teacher, case.gradient)
     with reused_memory() if device == "cpu" else contextlib.nullcontext():
@@ -177,7 +183,7 @@ def run(case: Case, device: str, seconds: float = 2.0) -> Result:
         kdfast=times["kdfast"],
         mapped=kernel["kdfast"],
         eager=times["eager"],
-        compiled=times["compiled"],
+        compiled=times.get("compiled"),
         gigabytes_per_second=bytes_moved / kernel["kdfast"] / 1e6,
         roofline=at_bandwidth / kernel["kdfast"],
         peak_memory=peaks[0],
@@ -224,11 +230,11 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def save(results: list[Result], facts: dict[str, Any], folder: Path) -> Path:
-    """Writes `operators-<device>-<date>.json` and returns its path."""
+def save(results: list[Result], facts: dict[str, Any], folder: Path, stem: str = "operators") -> Path:
+    """Writes `<stem>-<device>-<date>.json` and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     device = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    path = folder / f"operators-{device}-{facts['date']}.json"
+    path = folder / f"{stem}-{device}-{facts['date']}.json"
     path.write_text(json.dumps({"environment": facts, "results": [asdict(r) for r in results]}, indent=1) + "\n")
     return path
 
@@ -249,7 +255,7 @@ def table(results: list[Result]) -> list[tuple[str, ...]]:
             f"{r.case.operator} {r.case.rows}×{r.case.columns} {SHORT[r.case.dtype]} {'grad' if r.case.gradient else 'loss'}",
             f"{r.kdfast:.2f}",
             f"{r.eager / r.kdfast:.1f}",
-            f"{r.compiled / r.kdfast:.1f}",
+            f"{r.compiled / r.kdfast:.1f}" if r.compiled else "–",
             f"{r.gigabytes_per_second:.1f}",
             f"{100 * r.roofline:.0f}",
             f"{max(r.peak_memory, 0):.0f} ({max(r.eager_peak_memory, 0):.0f})",
@@ -272,13 +278,16 @@ def plot(results: list[Result], facts: dict[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.55 * len(results)), layout="constrained")
     positions = range(len(results))
-    series = {"eager": lambda r: r.eager, "torch.compile": lambda r: r.compiled, "kdfast": lambda r: r.kdfast}
-    for offset, (name, of) in zip((-0.27, 0.0, 0.27), series.items(), strict=True):
+    series: dict[str, Callable[[Result], float]] = {"eager": lambda r: r.eager, "kdfast": lambda r: r.kdfast}
+    if all(r.compiled for r in results):
+        series = {"eager": series["eager"], "torch.compile": lambda r: r.compiled or 0.0, "kdfast": series["kdfast"]}
+    for i, (name, of) in enumerate(series.items()):
+        offset = 0.27 * (i - (len(series) - 1) / 2)
         bars = axes.barh([p + offset for p in positions], [of(r) / r.eager for r in results], 0.26, label=name)
         axes.bar_label(bars, [f"{of(r):.3g} ms" for r in results], padding=3, fontsize=8)
     axes.set_yticks(positions, [row[0] for row in table(results)], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.15 * max(1, *(r.compiled / r.eager for r in results), *(r.kdfast / r.eager for r in results)))
+    axes.set_xlim(0, 1.15 * max(1, *(of(r) / r.eager for r in results for of in series.values())))
     axes.set_xlabel("time relative to eager PyTorch (shorter is faster)")
     axes.set_title(f"{facts['device']}, torch {facts['torch']}, {facts['date']}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)

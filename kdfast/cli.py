@@ -116,6 +116,9 @@ def bench(
     seconds: Annotated[
         float, typer.Option(help="Time per case, beside compilation; all candidates take turns in it.", min=0.1)
     ] = 2.0,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Every operator at widths from 2 to 262144, without torch.compile.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for JSON, markdown table and plot.")] = None,
 ) -> None:
     """Measures the operators against eager PyTorch and torch.compile, on the GPU where there is one.
@@ -135,14 +138,15 @@ def bench(
     except ImportError as error:
         _fail(f"{error}: pip install kdfast[bench]", 1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cases = list(harness.cases(only, device))
+    cases = list(harness.cases(only, device, sweep))
     if not cases:
-        known = ", ".join(case.name for case in harness.cases(device=device))
+        known = ", ".join(case.name for case in harness.cases(device=device, sweep=sweep))
         raise typer.BadParameter(f"no case matches {only!r}; there are {known}", param_hint="--only")
     facts = harness.environment(device)
     console = Console()
     progress = Console(stderr=True)
-    results = [harness.run(case, device, seconds) for case in track(cases, "measuring", console=progress)]
+    measuring = track(cases, "measuring", console=progress)
+    results = [harness.run(case, device, seconds, compiled=not sweep) for case in measuring]
     title = f"{facts['device']}, torch {facts['torch']}"
     table = Table(
         *harness.HEADER, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
@@ -154,7 +158,7 @@ def bench(
         table.add_row(*row)
     console.print(table)
     if output is not None:
-        path = harness.save(results, facts, output)
+        path = harness.save(results, facts, output, "sweep" if sweep else "operators")
         path.with_suffix(".md").write_text(harness.markdown(results) + "\n")
         harness.plot(results, facts, path.with_suffix(".png"))
         console.print(f"In {output}: {path.name}, {path.stem}.md, {path.stem}.png")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import kdfast.nn
-from kdfast.ops import divergence
+from kdfast.ops import _divergence, divergence, kd_loss, reference
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Operator:
     """A public function, its twins, and the traffic that bounds its speed.
 
     `native`: the raw operators behind it (`torch.ops.kdfast.<name>`). `eager`: the code people write without kdfast.
+    `arguments(student)`: what both need beside the logits in a benchmark.
     `bytes_moved(student, teacher, gradient)`: the least a call can move, loss only or with its gradient. `cpu_shapes`,
-    `cuda_shapes`: rows, columns and dtype of the benchmarks.
+    `cuda_shapes`: rows, columns and dtype of the benchmarks; `sweep_shapes`: of the sweep over widths.
     """
 
     name: str
@@ -41,10 +43,12 @@ class Operator:
     module: type[nn.Module]
     native: tuple[str, ...]
     samples: tuple[Sample, ...]
-    eager: Callable[[Tensor, Tensor], Tensor]
+    eager: Callable[..., Tensor]
     bytes_moved: Callable[[Tensor, Tensor, bool], int]
     cpu_shapes: tuple[tuple[int, int, str], ...]
     cuda_shapes: tuple[tuple[int, int, str], ...]
+    sweep_shapes: tuple[tuple[int, int, str], ...] = ()
+    arguments: Callable[[Tensor], dict[str, Any]] = field(default=lambda student: {})
 
 
 def _logits(*shape: int, offset: float = 0.0) -> Callable[[torch.Generator, float], tuple[Tensor, Tensor]]:
@@ -68,9 +72,14 @@ def _column_strided(generator: torch.Generator, gap: float) -> tuple[Tensor, Ten
 def _with_infinities(generator: torch.Generator, gap: float) -> tuple[Tensor, Tensor]:
     student, teacher = _logits(6, 3001)(generator, gap)
     student[1, ::7] = teacher[1, ::7] = float("-inf")
-    teacher[2, ::11] = float("-inf")
     student[3, 2048:] = teacher[3, 2048:] = float("-inf")  # a whole block of columns
     student[4, :2048] = teacher[4, :2048] = float("-inf")
+    return student, teacher
+
+
+def _with_teacher_zeros(generator: torch.Generator, gap: float) -> tuple[Tensor, Tensor]:
+    student, teacher = _logits(6, 3001)(generator, gap)
+    teacher[2, ::11] = float("-inf")
     return student, teacher
 
 
@@ -122,8 +131,73 @@ def _divergence_samples() -> tuple[Sample, ...]:
     )
 
 
+def _with(samples: tuple[Sample, ...], **settings: Any) -> tuple[Sample, ...]:
+    """The samples with more keyword arguments; tensors are made for each."""
+
+    def more(sample: Sample) -> Sample:
+        return replace(sample, kwargs=lambda generator: sample.kwargs(generator) | settings)
+
+    return tuple(more(sample) for sample in samples)
+
+
+def _labelled(samples: tuple[Sample, ...], **settings: Any) -> tuple[Sample, ...]:
+    """The samples with labels, every fifth of them ignored."""
+
+    def labelled(sample: Sample) -> Sample:
+        def kwargs(generator: torch.Generator) -> dict[str, Any]:
+            student, _ = sample.make(generator, 1.0)
+            given = sample.kwargs(generator)
+            columns = given.get("vocab_size", student.shape[-1])
+            labels = torch.randint(columns, student.shape[:-1], generator=generator)
+            labels = torch.where(torch.rand(labels.shape, generator=generator) < 0.2, -100, labels)
+            return given | {"labels": labels} | settings
+
+        return replace(sample, kwargs=kwargs)
+
+    return tuple(labelled(sample) for sample in samples)
+
+
 def _eager_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return nn.functional.kl_div(student.float().log_softmax(-1), teacher.float().softmax(-1), reduction="batchmean")
+
+
+def _eager_logs(of: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A mean over rows of a sum over columns, of log-softmaxes."""
+    return lambda s, t: of(s.float().log_softmax(-1), t.float().log_softmax(-1)).sum(-1).mean()
+
+
+def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True)
+
+
+def _mixed(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    return torch.logsumexp(torch.stack((log_p + math.log(share), log_q + math.log(1 - share))), 0)
+
+
+def _js_terms(log_s: Tensor, log_t: Tensor) -> Tensor:
+    log_m = _mixed(log_t, log_s, 0.5)
+    return 0.5 * _kl_terms(log_t, log_m) + 0.5 * _kl_terms(log_s, log_m)
+
+
+# The code people write: of student and teacher log-softmaxes, the terms of a row.
+_EAGER_TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "reverse_kl_div": lambda s, t: _kl_terms(s, t),
+    "symmetric_kl_div": lambda s, t: (_kl_terms(s, t) + _kl_terms(t, s)) / 2,
+    "js_div": _js_terms,
+    "skew_kl_div": lambda s, t: _kl_terms(t, _mixed(t, s, 0.1)),
+    "skew_reverse_kl_div": lambda s, t: _kl_terms(s, _mixed(s, t, 0.1)),
+    "total_variation": lambda s, t: (s.exp() - t.exp()).abs() / 2,
+    "soft_cross_entropy": lambda s, t: -t.exp() * s,
+}
+_EAGER: dict[str, Callable[..., Tensor]] = {
+    "kl_div": _eager_kl,
+    "logit_mse": lambda s, t: nn.functional.mse_loss(s.float(), t.float()),
+    **{name: _eager_logs(terms) for name, terms in _EAGER_TERMS.items()},
+}
+
+
+def _eager_kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    return 0.5 * 4 * _eager_kl(student / 2, teacher / 2) + 0.5 * nn.functional.cross_entropy(student.float(), labels)
 
 
 def _divergence_bytes(student: Tensor, teacher: Tensor, gradient: bool) -> int:
@@ -131,8 +205,9 @@ def _divergence_bytes(student: Tensor, teacher: Tensor, gradient: bool) -> int:
     return reads + (student.numel() * student.element_size() if gradient else 0)
 
 
+_WIDE = (64, 152064, "float32")
 _CPU_SHAPES = (
-    (64, 152064, "float32"),
+    _WIDE,
     (128, 128256, "bfloat16"),
     (1, 152064, "float32"),
     (8192, 1000, "float32"),
@@ -145,21 +220,76 @@ _CUDA_SHAPES = tuple((2**30 // v // 16 * 16, v, "bfloat16") for v in (32000, 502
     (8192, 1000, "float32"),
     (4096, 151936, "float32"),
 )
+_CUDA_WIDE = _CUDA_SHAPES[3]
+# About 4 million logits each.
+_SWEEP = tuple(
+    ({2: 100000, 1000: 8192}.get(v, 2**22 // v), v, dtype)
+    for v in (2, 1000, 32000, 50257, 128256, 151936, 262144)
+    for dtype in ("float32", "bfloat16")
+)
+_MODULES: dict[str, type[nn.Module]] = {
+    "kl_div": kdfast.nn.KLDivLoss,
+    "reverse_kl_div": kdfast.nn.ReverseKLDivLoss,
+    "js_div": kdfast.nn.JSDivLoss,
+    "skew_kl_div": kdfast.nn.SkewKLDivLoss,
+    "skew_reverse_kl_div": kdfast.nn.SkewReverseKLDivLoss,
+    "total_variation": kdfast.nn.TotalVariationLoss,
+    "soft_cross_entropy": kdfast.nn.SoftCrossEntropyLoss,
+    "logit_mse": kdfast.nn.LogitMSELoss,
+    "symmetric_kl_div": kdfast.nn.SymmetricKLDivLoss,
+}
+# Where the teacher's probability is 0 and the student's is not, these are infinite.
+_INFINITE = ("reverse_kl_div", "symmetric_kl_div", "logit_mse")
+_ONE_SIDED = (Sample("teacher_zeros", "p_t = 0 where p_s > 0", _with_teacher_zeros),)
+# More than one value of the parameter: a mixture that leans either way.
+_MORE_SAMPLES: dict[str, tuple[Sample, ...]] = {
+    "js_div": _with((Sample("beta_0.1", "a mixture that leans on the student", _logits(7, 700)),), beta=0.1)
+    + _with((Sample("beta_0.9", "a mixture that leans on the teacher", _logits(6, 9)),), beta=0.9),
+    "skew_kl_div": _with((Sample("skew_0.7", "a strong skew", _logits(7, 700)),), skew=0.7),
+    "skew_reverse_kl_div": _with((Sample("skew_0.7", "a strong skew", _logits(6, 9)),), skew=0.7),
+}
 
+
+def _kd_samples() -> tuple[Sample, ...]:
+    few = tuple(s for s in _divergence_samples() if s.name in ("classes", "odd", "rows"))
+    return (
+        _labelled(_divergence_samples() + _ONE_SIDED, alpha=0.3)
+        + tuple(replace(s, name=f"{s.name}_smoothed") for s in _labelled(few, alpha=0.5, label_smoothing=0.1))
+        + tuple(replace(s, name=f"{s.name}_js") for s in _labelled(few, divergence="js_div", beta=0.3))
+        + tuple(replace(s, name=f"{s.name}_mse") for s in _labelled(few, divergence="logit_mse"))
+        + tuple(replace(s, name=f"{s.name}_unlabelled") for s in _with(few, alpha=1.0))
+    )
+
+
+_NATIVE = ("divergence", "divergence_backward")
 OPERATORS: dict[str, Operator] = {
-    operator.name: operator
-    for operator in (
-        Operator(
-            name="kl_div",
-            function=divergence.kl_div,
-            reference=divergence.kl_div_reference,
-            module=kdfast.nn.KLDivLoss,
-            native=("kl_div", "kl_div_backward"),
-            samples=_divergence_samples(),
-            eager=_eager_kl,
-            bytes_moved=_divergence_bytes,
-            cpu_shapes=_CPU_SHAPES,
-            cuda_shapes=_CUDA_SHAPES,
-        ),
+    kind: Operator(
+        name=kind,
+        function=getattr(divergence, kind),
+        reference=reference.of(kind),
+        module=_MODULES[kind],
+        native=_NATIVE,
+        samples=_divergence_samples() + (() if kind in _INFINITE else _ONE_SIDED) + _MORE_SAMPLES.get(kind, ()),
+        eager=_EAGER[kind],
+        bytes_moved=_divergence_bytes,
+        cpu_shapes=_CPU_SHAPES if kind == "kl_div" else (_WIDE,),
+        cuda_shapes=_CUDA_SHAPES if kind == "kl_div" else (_CUDA_WIDE,),
+        sweep_shapes=_SWEEP,
+    )
+    for kind in _divergence.KINDS
+} | {
+    "kd_loss": Operator(
+        name="kd_loss",
+        function=kd_loss.kd_loss,
+        reference=reference.kd_loss,
+        module=kdfast.nn.KDLoss,
+        native=_NATIVE,
+        samples=_kd_samples(),
+        eager=_eager_kd,
+        bytes_moved=_divergence_bytes,
+        cpu_shapes=(_WIDE,),
+        cuda_shapes=(_CUDA_WIDE,),
+        sweep_shapes=_SWEEP,
+        arguments=lambda student: {"labels": torch.arange(student.shape[0], device=student.device) % student.shape[1]},
     )
 }

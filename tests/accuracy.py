@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops.divergence import reduce_rows
+from kdfast import _C
+from kdfast.ops.reference import reduce_rows
 from kdfast.registry import Operator, Sample
 
 ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2**-9, torch.float16: 2**-12}
@@ -34,19 +35,29 @@ def value_and_gradient(function: Any, student: Tensor, teacher: Tensor, kwargs: 
     return value.detach(), gradient
 
 
-def floors(student: Tensor, teacher: Tensor, kwargs: Any) -> tuple[Tensor, float]:
+SETTINGS = ("labels", "alpha", "divergence", "beta", "skew", "label_smoothing")
+
+
+def floors(student: Tensor, teacher: Tensor, kwargs: Any, operator: str) -> tuple[Tensor, float]:
     """Absolute floors: of the value (2^-22 max|z/T|, per result) and of the gradient's norm (2^-19 ‖p_t‖/T)."""
-    kwargs = dict(kwargs)
+    kwargs, kd_loss = dict(kwargs), operator == "kd_loss"
     columns = kwargs.pop("vocab_size", None)
-    temperature = torch.as_tensor(kwargs.pop("temperature", 1.0), dtype=torch.float64).expand(student.shape[:-1])
-    z = [x[..., :columns].double() / temperature[..., None] for x in (student, teacher)]
-    largest = max(float(x[x.isfinite()].abs().max()) for x in z)
+    temperature = torch.as_tensor(kwargs.pop("temperature", 2.0 if kd_loss else 1.0), dtype=torch.float64)
+    temperature = temperature.expand(student.shape[:-1])
+    alpha = kwargs.get("alpha", 0.5)
+    # What kd_loss multiplies by: T² before the divergence, and a cross-entropy of logits that are not divided by T.
+    factor = alpha * temperature**2 + (1 - alpha) * temperature if kd_loss else torch.ones_like(temperature)
     reduction = {"mask": None, "weight": None, "reduction": "mean", "num_items": None} | kwargs
-    value = reduce_rows(torch.full(student.shape[:-1], 2**-22 * largest, dtype=torch.float64), **reduction)
+    reduction = {name: x for name, x in reduction.items() if name not in SETTINGS}
+    z = [x[..., :columns].double() / temperature[..., None] for x in (student, teacher)]
+    squared = operator == "logit_mse"
+    largest = max(float(x[x.isfinite()].abs().max()) for x in ([z[0] - z[1]] if squared else z))
+    value = reduce_rows(2**-22 * largest ** (2 if squared else 1) * factor, **reduction)
     coefficients = torch.ones(student.shape[:-1], dtype=torch.float64, requires_grad=True)
     (factors,) = torch.autograd.grad(reduce_rows(coefficients, **reduction).sum(), coefficients)
-    p = z[1].softmax(-1) * (1.5 * factors / temperature)[..., None]
-    return value, 2**-19 * float(p.norm())
+    p = z[1].softmax(-1) * (1.5 * factors * factor / temperature)[..., None]
+    labels = (1 - alpha) * 1.5 * factors if kd_loss else torch.zeros(1)  # the cross-entropy's target instead of p_t
+    return value, 2**-19 * float(p.norm() + labels.norm())
 
 
 def check(
@@ -57,24 +68,38 @@ def check(
     teacher_dtype: torch.dtype,
     device: str = "cpu",
 ) -> None:
+    """The operator's value and gradient on one sample, under every CPU variant or on the device."""
     student, teacher, kwargs = inputs(sample, gap, student_dtype, teacher_dtype)
-    to = lambda x: x.to(device) if isinstance(x, Tensor) else x  # noqa: E731
     exact = value_and_gradient(operator.reference, student.double(), teacher.double(), kwargs)
     eager = value_and_gradient(operator.reference, student, teacher, kwargs)
-    moved = {name: to(x) for name, x in kwargs.items()}
-    value, gradient = value_and_gradient(operator.function, to(student), to(teacher), moved)
-    assert value.dtype == (torch.float64 if torch.float64 in (student_dtype, teacher_dtype) else torch.float32)
-    assert gradient.dtype == student_dtype
-    assert gradient.shape == student.shape
-    value_floor, gradient_floor = floors(student, teacher, kwargs)
-    if value.dtype == torch.float64:
+    value_floor, gradient_floor = floors(student, teacher, kwargs, operator.name)
+    real = torch.float64 if torch.float64 in (student_dtype, teacher_dtype) else torch.float32
+    if real == torch.float64:
         value_floor, gradient_floor = value_floor * 2**-29, gradient_floor * 2**-29
-    close(value.cpu(), exact[0], eager[0], value_floor)
     rounding = ROUNDING[student_dtype] * float(exact[1].norm())
-    close(gradient.cpu(), exact[1], eager[1], torch.tensor(gradient_floor + rounding), norm=True)
+    for variant in _C.cpu_variants() if device == "cpu" else (None,):
+        value, gradient = on_device(operator, student, teacher, kwargs, device, variant)
+        assert value.dtype == real
+        assert gradient.dtype == student_dtype
+        assert gradient.shape == student.shape
+        close(value.cpu(), exact[0], eager[0], value_floor, str(variant))
+        close(gradient.cpu(), exact[1], eager[1], torch.tensor(gradient_floor + rounding), str(variant), norm=True)
 
 
-def close(got: Tensor, exact: Tensor, eager: Tensor, floor: Tensor, norm: bool = False) -> None:
+def on_device(
+    operator: Operator, student: Tensor, teacher: Tensor, kwargs: dict[str, Any], device: str, variant: str | None
+) -> tuple[Tensor, Tensor]:
+    moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in kwargs.items()}
+    before = _C.cpu_variant()
+    if variant is not None:
+        _C.set_cpu_variant(variant)
+    try:
+        return value_and_gradient(operator.function, student.to(device), teacher.to(device), moved)
+    finally:
+        _C.set_cpu_variant(before)
+
+
+def close(got: Tensor, exact: Tensor, eager: Tensor, floor: Tensor, label: str, norm: bool = False) -> None:
     """NaN never passes; an infinity only where the exact result has the same one; zeros must fail."""
     finite = exact.isfinite()
     assert torch.equal(got.double()[~finite], exact[~finite]), "infinities differ"
@@ -82,6 +107,6 @@ def close(got: Tensor, exact: Tensor, eager: Tensor, floor: Tensor, norm: bool =
     size = (lambda x: x.norm()) if norm else (lambda x: x.abs())
     allowed = torch.maximum(2 * size(eager - exact), floor)
     error = size(got - exact)
-    assert bool((error <= allowed).all()), f"error {error.max():.3e}, allowed {allowed.max():.3e}"
+    assert bool((error <= allowed).all()), f"{label}: error {error.max():.3e}, allowed {allowed.max():.3e}"
     if exact.any():
         assert not bool((size(exact) <= allowed).all()), "a zero result would pass: the tolerance is too loose"

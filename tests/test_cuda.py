@@ -12,18 +12,22 @@ from torch.autograd import DeviceType
 
 import kdfast
 from kdfast import _C
-from kdfast.ops.divergence import kl_div_reference
 from kdfast.registry import OPERATORS, Operator, Sample
 
 pytestmark = pytest.mark.cuda
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PAIRS = [(s, t) for s in DTYPES for t in DTYPES]
+ALIKE = [(dtype, dtype) for dtype in DTYPES]
+MIXED = [(s, t) for s in DTYPES for t in DTYPES if s != t]
+# One kernel takes all mixtures of dtypes: all of them with one operator, one of them with every other.
 CASES = [
-    pytest.param(operator, sample, id=f"{operator.name}-{sample.name}")
+    pytest.param(operator, sample, pair, id=f"{operator.name}-{sample.name}-{pair[0]}-{pair[1]}".replace("torch.", ""))
     for operator in OPERATORS.values()
     for sample in operator.samples
+    for pair in ALIKE + (MIXED if operator.name == "kl_div" else MIXED[:1])
 ]
+# One that looks once at the rows, one that looks twice, one with labels.
+LOOKS = pytest.mark.parametrize("name", ["kl_div", "js_div", "kd_loss"])
 
 
 @pytest.fixture(params=["clusters", "no clusters"])
@@ -45,21 +49,32 @@ def logits(
     return z
 
 
-def compare(student: Tensor, teacher: Tensor, **kwargs: Any) -> None:
+def labels(rows: int, columns: int) -> Tensor:
+    """At the edges of rows and inside; every seventh is ignored."""
+    at = torch.arange(rows, device="cuda")
+    return torch.where(
+        at % 7 == 3, -100, torch.where(at % 2 == 0, at * 997 % columns, columns - 1 - at % min(columns, 9))
+    )
+
+
+def compare(student: Tensor, teacher: Tensor, name: str = "kl_div", **kwargs: Any) -> None:
     """Value and gradient by the accuracy rule: twice the error of eager in the same dtype, or a floor of rounding."""
-    value, gradient = value_and_gradient(kdfast.kl_div, student, teacher, kwargs)
-    exact = value_and_gradient(kl_div_reference, student.double(), teacher.double(), kwargs)
-    eager = value_and_gradient(kl_div_reference, student, teacher, kwargs)
-    on_cpu = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in kwargs.items()}
-    value_floor, gradient_floor = floors(student.detach().cpu(), teacher.cpu(), on_cpu)
-    close(value.cpu(), exact[0].cpu(), eager[0].cpu(), value_floor)
+    operator = OPERATORS[name]
+    if name == "kd_loss":
+        rows = student.shape[:-1]
+        kwargs = {"labels": labels(rows.numel(), student.shape[-1]).view(rows), "label_smoothing": 0.1} | kwargs
+    value, gradient = value_and_gradient(operator.function, student, teacher, kwargs)
+    exact = value_and_gradient(operator.reference, student.double(), teacher.double(), kwargs)
+    eager = value_and_gradient(operator.reference, student, teacher, kwargs)
+    on_cpu = {key: x.cpu() if isinstance(x, Tensor) else x for key, x in kwargs.items()}
+    value_floor, gradient_floor = floors(student.detach().cpu(), teacher.cpu(), on_cpu, name)
+    close(value.cpu(), exact[0].cpu(), eager[0].cpu(), value_floor, name)
     allowed = torch.tensor(gradient_floor + ROUNDING[student.dtype] * float(exact[1].norm()))
-    close(gradient.cpu(), exact[1].cpu(), eager[1].cpu(), allowed, norm=True)
+    close(gradient.cpu(), exact[1].cpu(), eager[1].cpu(), allowed, name, norm=True)
 
 
-@pytest.mark.parametrize("dtypes", PAIRS, ids=lambda d: f"{d[0]}-{d[1]}".replace("torch.", ""))
 @pytest.mark.parametrize("gap", [1.0, 0.05])
-@pytest.mark.parametrize(("operator", "sample"), CASES)
+@pytest.mark.parametrize(("operator", "sample", "dtypes"), CASES)
 def test_registry(operator: Operator, sample: Sample, gap: float, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     check(operator, sample, gap, *dtypes, device="cuda")
 
@@ -67,23 +82,36 @@ def test_registry(operator: Operator, sample: Sample, gap: float, dtypes: tuple[
 # A lane, lanes, a warp with and without whole vectors; a block; clusters of 2, 4, 8 and 16; 4999 and 50257 are odd.
 @pytest.mark.parametrize("columns", [2, 33, 999, 1000, 4999, 32000, 50257, 128256, 151936, 262144])
 @pytest.mark.parametrize("dtype", DTYPES)
+@LOOKS
 @pytest.mark.usefixtures("path")
-def test_vocabularies(columns: int, dtype: torch.dtype) -> None:
+def test_vocabularies(columns: int, dtype: torch.dtype, name: str) -> None:
     for rows in (5, 300):  # few rows are spread over more blocks
         student, teacher = logits(rows, columns, dtype, 0), logits(rows, columns, dtype, 1)
-        compare(student, teacher, temperature=2.0)
-        compare(student, (student + 0.05 * teacher).to(dtype), reduction="none")
+        compare(student, teacher, name, temperature=2.0)
+        compare(student, (student + 0.05 * teacher).to(dtype), name, reduction="none")
+
+
+@pytest.mark.parametrize("columns", [100, 50257, 151936])
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "kd_loss"])
+@pytest.mark.usefixtures("path")
+def test_every_divergence(columns: int, name: str) -> None:
+    """Alone and beside labels, whose powers are at temperature 1."""
+    student, teacher = logits(40, columns, torch.bfloat16, 0), logits(40, columns, torch.bfloat16, 1)
+    compare(student, teacher, name)
+    for temperature in (1.0, 2.0, 3.0):
+        compare(student, teacher, "kd_loss", divergence=name, temperature=temperature)
 
 
 @pytest.mark.parametrize("offset", range(1, 8))
 @pytest.mark.parametrize("columns", [1000, 4999, 50257])
+@LOOKS
 @pytest.mark.usefixtures("path")
-def test_unaligned(columns: int, offset: int) -> None:
+def test_unaligned(columns: int, offset: int, name: str) -> None:
     """Alike, where gradients are aligned and the general kernel takes over, and unlike."""
     for dtype in (torch.float32, torch.bfloat16):
         student = logits(7, columns, dtype, 0, offset=offset)
-        compare(student, logits(7, columns, dtype, 1, offset=offset))
-        compare(student, logits(7, columns, dtype, 1))
+        compare(student, logits(7, columns, dtype, 1, offset=offset), name)
+        compare(student, logits(7, columns, dtype, 1), name)
 
 
 @pytest.mark.parametrize("columns", [3, 1000, 4999, 32000])
@@ -121,8 +149,9 @@ def test_rows_that_are_not_read(columns: int, reduction: str) -> None:
 
 
 @pytest.mark.parametrize("columns", [10, 1000, 4999, 128256])
+@pytest.mark.parametrize("name", ["kl_div", "js_div", "skew_kl_div", "skew_reverse_kl_div", "total_variation"])
 @pytest.mark.usefixtures("path")
-def test_infinities(columns: int) -> None:
+def test_infinities(columns: int, name: str) -> None:
     inf = torch.inf
     student, teacher = logits(6, columns, torch.bfloat16, 0), logits(6, columns, torch.bfloat16, 1)
     student[0, ::3] = teacher[0, ::3] = -inf
@@ -131,10 +160,10 @@ def test_infinities(columns: int) -> None:
     student[3] = -inf
     teacher[4, 1] = torch.nan
     student[5, 2] = inf
-    compare(student[:2], teacher[:2], reduction="none")
-    loss = kdfast.kl_div(student, teacher, reduction="none")
+    compare(student[:2], teacher[:2], name, reduction="none")
+    loss = OPERATORS[name].function(student, teacher, reduction="none")
     assert loss[:2].isfinite().all()
-    assert loss[2] == inf
+    assert loss[2] == inf if name == "kl_div" else loss[2].isfinite()  # the others are bounded
     assert loss[3:].isnan().all()
 
 
@@ -148,11 +177,13 @@ def test_empty() -> None:
         assert z.grad.shape == shape
 
 
-def test_same_every_time() -> None:
+@pytest.mark.parametrize("name", ["kl_div", "js_div"])
+def test_same_every_time(name: str) -> None:
     student, teacher = logits(3000, 50257, torch.bfloat16, 0), logits(3000, 50257, torch.bfloat16, 1)
-    first = value_and_gradient(kdfast.kl_div, student, teacher, {})
+    function = OPERATORS[name].function
+    first = value_and_gradient(function, student, teacher, {})
     for _ in range(3):
-        again = value_and_gradient(kdfast.kl_div, student, teacher, {})
+        again = value_and_gradient(function, student, teacher, {})
         assert torch.equal(first[0], again[0])
         assert torch.equal(first[1], again[1])
 
@@ -192,19 +223,28 @@ def test_waits_for_nothing(columns: int) -> None:
         (
             2 * kdfast.kl_div(student, teacher, num_items=torch.tensor(3.0).pin_memory().to("cuda", non_blocking=True))
         ).backward()
+        kdfast.kd_loss(student, teacher, mask.long(), mask=mask).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("columns", [1000, 50257])
 def test_two_launches(columns: int) -> None:
+    """And a third before them where labels have to be counted."""
     student = logits(64, columns, torch.bfloat16, 0).requires_grad_()
     teacher = logits(64, columns, torch.bfloat16, 1)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        kdfast.kl_div(student, teacher)
-        torch.cuda.synchronize()
-    kernels = [e.name for e in profile.events() if e.device_type == DeviceType.CUDA and "kdfast" in e.name]
-    assert len(kernels) == 2, kernels
+    hard = torch.zeros(64, dtype=torch.long, device="cuda")
+    for call, launches in (
+        (lambda: kdfast.kl_div(student, teacher), 2),
+        (lambda: kdfast.js_div(student, teacher), 2),
+        (lambda: kdfast.kd_loss(student, teacher, hard, reduction="sum"), 2),
+        (lambda: kdfast.kd_loss(student, teacher, hard), 3),
+    ):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        kernels = [e.name for e in profile.events() if e.device_type == DeviceType.CUDA and "kdfast" in e.name]
+        assert len(kernels) == launches, kernels
 
 
 @pytest.mark.parametrize("columns", [1000, 50257, 151936])
@@ -262,7 +302,9 @@ def test_float16_gradients_survive_a_grad_scaler() -> None:
     student = logits(8192, 1000, torch.float16, 0).requires_grad_()
     teacher = logits(8192, 1000, torch.float16, 1)
     (gradient,) = torch.autograd.grad(65536.0 * kdfast.kl_div(student, teacher), student)
-    exact = value_and_gradient(kl_div_reference, student.double(), teacher.double(), {})[1] * (65536.0 / 0.5)
+    exact = value_and_gradient(OPERATORS["kl_div"].reference, student.double(), teacher.double(), {})[1] * (
+        65536.0 / 0.5
+    )
     assert (gradient.double() - exact).norm() <= 2**-11 * exact.norm()
 
 
@@ -279,7 +321,7 @@ def test_more_than_2_31_elements(columns: int, pad: int) -> None:
     loss = kdfast.kl_div(student, teacher, reduction="sum", vocab_size=columns)
     (gradient,) = torch.autograd.grad(loss, student)
     small = student.detach()[ends, :columns].contiguous(), teacher[ends, :columns].contiguous()
-    expected = value_and_gradient(kl_div_reference, *(z.double() for z in small), {"reduction": "sum"})
+    expected = value_and_gradient(OPERATORS["kl_div"].reference, *(z.double() for z in small), {"reduction": "sum"})
     torch.testing.assert_close(loss.double(), expected[0], rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(gradient[ends, :columns].double(), 2 * expected[1], rtol=2**-7, atol=1e-6)
     assert not gradient[2 : rows // 2].any()

@@ -8,7 +8,8 @@ import pytest
 
 from kdfast import _C
 
-EXCHANGE, RESERVED = 832, 1024  # shared bytes per block beside the row: kExchangeBytes, and what the driver takes
+RESERVED = 1024  # shared bytes that the driver takes of every block
+MOST_THREADS = 384
 H100 = {
     "multiprocessors": 132,
     "shared_per_block": 227 << 10,
@@ -24,10 +25,15 @@ RTX3090 = {
 }
 
 
+def exchange(threads: int) -> int:
+    """Shared bytes per block beside the row, as in plan.h."""
+    return 560 + threads
+
+
 def plan(
     columns: int, *, rows: int = 8192, size: int = 2, device: dict[str, int] = H100, **case: bool
 ) -> dict[str, Any]:
-    flags = {"same_elements": True, "alike": True, "aligned": True, "gradient": True, "given": False} | case
+    flags = {"same_elements": True, "alike": True, "aligned": True, "again": True, "given": False} | case
     return _C.cuda_plan(rows=rows, columns=columns, element_size=size, **flags, **device)
 
 
@@ -39,7 +45,7 @@ def plan(
         (32000, 2, 2),
         (50257, 2, 4),
         (128256, 2, 8),
-        (151936, 2, 8),  # fits to the byte: see kExchangeBytes
+        (151936, 2, 8),  # fits to 16 bytes: see exchange_bytes
         (262144, 2, 16),
         (32000, 4, 4),
         (128256, 4, 16),
@@ -49,16 +55,16 @@ def test_three_blocks_share_a_multiprocessor(columns: int, size: int, cluster: i
     p = plan(columns, size=size)
     assert (p["kernel"], p["cluster"], p["blocks"]) == ("on_chip", cluster, 8192 * cluster)
     assert 3 * (p["shared"] + RESERVED) <= H100["shared_per_multiprocessor"]
-    assert p["shared"] >= 2 * columns * size / cluster + EXCHANGE
+    assert p["shared"] >= 2 * columns * size / cluster + exchange(p["threads"])
     assert p["threads"] <= 256
 
 
 def test_rows_that_only_one_block_per_multiprocessor_holds() -> None:
     p = plan(262144, size=4)
-    assert (p["kernel"], p["cluster"], p["threads"]) == ("on_chip", 16, 512)
+    assert (p["kernel"], p["cluster"], p["threads"]) == ("on_chip", 16, MOST_THREADS)
     assert p["shared"] <= H100["shared_per_block"]
     p = plan(32000, device=A100)
-    assert (p["kernel"], p["cluster"], p["threads"]) == ("on_chip", 1, 512)
+    assert (p["kernel"], p["cluster"], p["threads"]) == ("on_chip", 1, MOST_THREADS)
 
 
 @pytest.mark.parametrize(("columns", "device"), [(128256, A100), (32000, RTX3090), (1 << 20, H100)])
@@ -72,7 +78,7 @@ def test_forced_without_clusters() -> None:
     assert plan(50257, device=H100 | {"max_cluster": 1})["kernel"] == "on_chip"
 
 
-@pytest.mark.parametrize("columns", [1, 2, 8, 9, 64, 65, 1000, 1024])
+@pytest.mark.parametrize("columns", [1, 2, 8, 9, 64, 65, 255, 256, 1000, 1024])
 @pytest.mark.parametrize("rows", [1, 127, 100000])
 def test_small_rows_stay_in_registers(columns: int, rows: int) -> None:
     p = plan(columns, rows=rows, aligned=columns % 8 == 0)
@@ -81,7 +87,7 @@ def test_small_rows_stay_in_registers(columns: int, rows: int) -> None:
     assert p["lanes"] <= 32
     assert p["held"] <= 32
     assert p["blocks"] * (p["threads"] // p["lanes"]) >= rows > (p["blocks"] - 1) * (p["threads"] // p["lanes"])
-    assert p["vectors"] == (columns in (1000, 1024))
+    assert p["vectors"] == (columns in (256, 1000, 1024))
 
 
 @pytest.mark.parametrize("columns", [2, 1000, 128256])
@@ -92,13 +98,19 @@ def test_mixed_dtypes_and_strides_take_the_general_kernel(columns: int) -> None:
 
 def test_rows_misaligned_differently_take_the_general_kernel_unless_small() -> None:
     assert plan(50257, alike=False, aligned=False)["kernel"] == "any_layout"
-    assert plan(1000, alike=False, aligned=False)["kernel"] == "registers"
+    assert plan(256, alike=False, aligned=False)["kernel"] == "registers"
+    assert plan(1000, alike=False, aligned=False)["kernel"] == "any_layout"
 
 
-def test_without_a_gradient_one_read_is_enough() -> None:
-    assert plan(128256, gradient=False)["kernel"] == "two_reads"
+def test_small_rows_that_are_not_whole_vectors() -> None:
+    assert plan(256, aligned=False)["kernel"] == "registers"
+    assert plan(257, aligned=False)["kernel"] == "on_chip"
+
+
+def test_for_one_look_one_read_is_enough() -> None:
+    assert plan(128256, again=False)["kernel"] == "two_reads"
     assert plan(128256, given=True)["kernel"] == "two_reads"
-    assert plan(128256, gradient=False, rows=16)["kernel"] == "on_chip"  # a block per row would leave most idle
+    assert plan(128256, again=False, rows=16)["kernel"] == "on_chip"  # a block per row would leave most idle
 
 
 def test_few_rows_spread_over_more_blocks() -> None:
@@ -112,10 +124,10 @@ def test_few_rows_spread_over_more_blocks() -> None:
 @pytest.mark.parametrize("device", [H100, A100, RTX3090])
 @pytest.mark.parametrize("rows", [1, 64, 10**6])
 def test_every_plan_fits_its_device(columns: int, size: int, device: dict[str, int], rows: int) -> None:
-    for gradient in (True, False):
-        p = plan(columns, size=size, device=device, rows=rows, gradient=gradient)
+    for again in (True, False):
+        p = plan(columns, size=size, device=device, rows=rows, again=again)
         assert p["shared"] <= device["shared_per_block"]
         assert p["cluster"] <= device["max_cluster"]
         assert p["threads"] % 32 == 0
-        assert 64 <= p["threads"] <= 512
+        assert 64 <= p["threads"] <= MOST_THREADS
         assert p["blocks"] == rows * p["cluster"]

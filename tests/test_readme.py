@@ -18,11 +18,14 @@ def test_tables_come_from_the_committed_results() -> None:
     assert readme.filled(README) == README, "run: python tools/readme.py"
 
 
-def test_example_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    output = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=True).stdout
+def test_example_runs_and_equals_plain_torch() -> None:
+    example, plain = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    program = f"{example}\nours = loss.item()\n{plain}\nprint(ours, loss.item())"
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert "torch.Size([8, 32000])" in output
-    assert float(output.split()[0]) > 0
+    ours, theirs = map(float, output.split()[-2:])
+    assert theirs > 0
+    assert abs(ours / theirs - 1) < 1e-5
 
 
 def test_named_files_exist() -> None:

@@ -5,32 +5,52 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "common/divergence_terms.h"
 #include "common/row_offsets.h"
 
 namespace kdfast {
 
-// As kdfast/ops/divergence.py numbers them.
+// As kdfast/ops/_checks.py numbers them.
 enum class Reduction : int64_t { none, mean, sum, batchmean };
 // What the forward leaves for the backward: nothing, the state of every row, or the gradient for an upstream of 1.
 enum class Save : int64_t { nothing, state, gradient };
 
-// A value per row, expanded to the logits' leading dimensions: mask, weight, temperature.
+// A value per row, expanded to the logits' leading dimensions: mask, weight, temperature, labels.
 struct RowInput {
   const void* data = nullptr;  // null: not given
   RowOffsets offsets;
 };
 
+// In the order of the schema (csrc/library.cpp).
 struct DivergenceCall {
-  const char* op;
   Tensor student, teacher;
-  std::optional<Tensor> row_temperature, mask, weight, num_items;
-  double temperature;
-  int64_t columns;
-  Reduction reduction;
-  double scale;
+  std::optional<Tensor> labels, row_temperature, mask, weight, num_items;
+  int64_t kind;  // of Divergence
+  double mixing, temperature;
+  int64_t columns;                   // that count, of these logits
+  int64_t vocabulary, vocab_start;   // of all shards together, and where this one starts
+  int64_t reduction;                 // of Reduction
+  double scale;                      // of the result
+  bool distillation;                 // kd_loss: the divergence counts alpha * T^2, the cross-entropy 1 - alpha
+  double alpha, smoothing;
+  int64_t ignore_index;
 
+  const char* op() const {
+    static constexpr const char* kNames[] = {"kl_div",          "reverse_kl_div",     "js_div",
+                                             "skew_kl_div",     "skew_reverse_kl_div", "total_variation",
+                                             "soft_cross_entropy", "logit_mse",       "symmetric_kl_div"};
+    static_assert(std::size(kNames) == size_t(Divergence::count));
+    return distillation ? "kd_loss" : kNames[kind];
+  }
+  bool reduces_to(Reduction r) const { return Reduction(reduction) == r; }
+  bool per_row() const { return reduces_to(Reduction::none); }
   int64_t leading() const { return student.dim() - 1; }
   std::vector<int64_t> leading_sizes() const { return {student.sizes().begin(), student.sizes().begin() + leading()}; }
+  std::vector<int64_t> leading_sizes_and(int64_t last) const {
+    std::vector<int64_t> sizes = leading_sizes();
+    sizes.push_back(last);
+    return sizes;
+  }
   int64_t rows() const {
     int64_t n = 1;
     for (int64_t d = 0; d < leading(); ++d) n *= student.size(d);
@@ -41,7 +61,7 @@ struct DivergenceCall {
 
   RowOffsets offsets_of(const Tensor& t, const char* argument) const {
     RowOffsets offsets;
-    STD_TORCH_CHECK(row_offsets(t.sizes().data(), t.strides().data(), leading(), &offsets), op, ": ", argument,
+    STD_TORCH_CHECK(row_offsets(t.sizes().data(), t.strides().data(), leading(), &offsets), op(), ": ", argument,
                     ": expected at most ", RowOffsets::kMax, " leading dimensions that memory keeps apart, got ",
                     shape_of(t));
     return offsets;
@@ -51,36 +71,60 @@ struct DivergenceCall {
   }
 
   void check() const {
+    STD_TORCH_CHECK(kind >= 0 && kind < int64_t(Divergence::count), "divergence: kind: expected 0 to ",
+                    int64_t(Divergence::count) - 1, ", got ", kind);
+    check_logits();
+    check_rows(mask, "mask", ScalarType::Bool);
+    check_rows(weight, "weight", loss_type());
+    check_rows(row_temperature, "temperature", loss_type());
+    check_rows(labels, "labels", ScalarType::Long);
+    STD_TORCH_CHECK(!labels || distillation, op(), ": labels: expected none, got some");
+    if (num_items) {
+      check_device(op(), "num_items", *num_items, student);
+      check_dtype(op(), "num_items", *num_items, loss_type());
+      STD_TORCH_CHECK(num_items->numel() == 1, op(), ": num_items: expected one number, got ", shape_of(*num_items));
+    }
+  }
+  // A state that is given, or asked for in the backward.
+  void check_state(const Tensor& state) const {
+    check_device(op(), "state", state, student);
+    check_dtype(op(), "state", state, loss_type());
+    STD_TORCH_CHECK(state.is_contiguous() && state.numel() == rows() * kRowStateSize, op(), ": state: expected ",
+                    kRowStateSize, " numbers per row, got ", shape_of(state));
+  }
+  void check_upstream(const Tensor& grad_loss) const {
+    check_device(op(), "grad_loss", grad_loss, student);
+    check_dtype(op(), "grad_loss", grad_loss, loss_type());
+    if (per_row()) return check_leading(op(), "grad_loss", grad_loss, student, leading());
+    STD_TORCH_CHECK(grad_loss.numel() == 1, op(), ": grad_loss: expected one number, got ", shape_of(grad_loss));
+  }
+
+ private:
+  void check_logits() const {
     const ScalarType dtype = student.scalar_type(), other = teacher.scalar_type();
     auto is_float = [](ScalarType t) {
       return t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half;
     };
-    STD_TORCH_CHECK((is_float(dtype) && is_float(other)) || (is_double() && other == dtype), op,
+    STD_TORCH_CHECK((is_float(dtype) && is_float(other)) || (is_double() && other == dtype), op(),
                     ": logits: expected float32, bfloat16 or float16 each, or float64 both, got ",
                     torch::headeronly::toString(dtype), " and ", torch::headeronly::toString(other));
-    STD_TORCH_CHECK(student.dim() >= 1 && teacher.dim() == student.dim(), op, ": teacher_logits: expected ",
+    STD_TORCH_CHECK(student.dim() >= 1 && teacher.dim() == student.dim(), op(), ": teacher_logits: expected ",
                     student.dim(), " dimensions, got ", teacher.dim());
     for (int64_t d = 0; d < leading(); ++d) {
-      STD_TORCH_CHECK(student.size(d) == teacher.size(d), op, ": teacher_logits: expected the leading dimensions of ",
+      STD_TORCH_CHECK(student.size(d) == teacher.size(d), op(), ": teacher_logits: expected the leading dimensions of ",
                       shape_of(student), ", got ", shape_of(teacher));
     }
-    STD_TORCH_CHECK(columns >= 0 && columns <= student.size(leading()) && columns <= teacher.size(leading()), op,
+    STD_TORCH_CHECK(columns >= 0 && columns <= student.size(leading()) && columns <= teacher.size(leading()), op(),
                     ": vocab_size: expected at most the logits' widths, got ", columns);
-    check_device(op, "teacher_logits", teacher, student);
-    auto check_rows = [&](const std::optional<Tensor>& t, const char* argument, ScalarType expected) {
-      if (!t) return;
-      check_device(op, argument, *t, student);
-      check_dtype(op, argument, *t, expected);
-      check_leading(op, argument, *t, student, leading());
-    };
-    check_rows(mask, "mask", ScalarType::Bool);
-    check_rows(weight, "weight", loss_type());
-    check_rows(row_temperature, "temperature", loss_type());
-    if (num_items) {
-      check_device(op, "num_items", *num_items, student);
-      check_dtype(op, "num_items", *num_items, loss_type());
-      STD_TORCH_CHECK(num_items->numel() == 1, op, ": num_items: expected one number, got ", shape_of(*num_items));
-    }
+    STD_TORCH_CHECK(vocab_start >= 0 && vocab_start + columns <= vocabulary, op(), ": vocab_size: expected at least ",
+                    vocab_start + columns, " for columns up to there, got ", vocabulary);
+    check_device(op(), "teacher_logits", teacher, student);
+  }
+  void check_rows(const std::optional<Tensor>& t, const char* argument, ScalarType expected) const {
+    if (!t) return;
+    check_device(op(), argument, *t, student);
+    check_dtype(op(), argument, *t, expected);
+    check_leading(op(), argument, *t, student, leading());
   }
 };
 

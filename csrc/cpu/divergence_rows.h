@@ -3,7 +3,7 @@
 #pragma once
 #include <stdint.h>
 
-#include "common/rowmath.h"
+#include "common/divergence_terms.h"
 
 namespace kdfast {
 
@@ -15,6 +15,10 @@ struct DivergenceShape {
   int64_t columns;           // that count (vocab_size)
   int64_t gradient_columns;  // that the student has: padding gets a zero gradient
   int64_t student_stride, teacher_stride;
+  Settings<double> settings;
+  bool labels;       // rows have a cross-entropy too
+  bool keeps_state;  // rows' states are asked for
+  double smoothing;  // of the labels
 };
 
 struct DivergenceRow {
@@ -23,13 +27,17 @@ struct DivergenceRow {
   void* gradient;      // null: not wanted
   double k;            // log2(e) / temperature, of csrc/common/rowmath.h
   double coefficient;  // of the row's divergence in the result
-  double factor;       // coefficient / temperature: of the gradient
-  RowState<double> state;
+  double factor;       // coefficient / temperature: of its gradient
+  double loss;         // of the divergence, without the coefficient: a result
+  int64_t label;       // a column, or outside of them
+  double hard_coefficient;  // of the row's cross-entropy in the result
+  double hard_factor;       // of its gradient
   void* powers = nullptr;  // room for powers_bytes(): the gradient then needs no second exponential; null: none
+  RowState<double> state;
 };
 
-// Columns that the first look takes at a time: two blocks of floats fill half of a 32 KB L1.
-constexpr int64_t kBlock = 2048;
+// Columns that are taken at a time.
+constexpr int64_t kBlock = 1024;
 
 // Per block of columns: its two maxima, and the powers of student and teacher relative to them.
 static inline int64_t powers_bytes(const DivergenceShape& shape) {
@@ -37,30 +45,43 @@ static inline int64_t powers_bytes(const DivergenceShape& shape) {
   return (shape.columns + kBlock - 1) / kBlock * (2 + 2 * kBlock) * real;
 }
 
+// Of one divergence. Columns [begin, end) begin at a block's start.
 struct DivergenceKernels {
-  // Sets row.state from the columns [begin, end), begin at a block's start, and fills row.powers.
+  bool second_look;
+  // Sets row.state from the columns and fills row.powers.
   void (*look)(const DivergenceShape&, DivergenceRow&, int64_t begin, int64_t end);
+  // Where the divergence needs it: sets row.state.a and b from the columns, the normalisers being known.
+  void (*look_again)(const DivergenceShape&, DivergenceRow&, int64_t begin, int64_t end);
+  // Adds the state of other columns of the row.
+  void (*merge)(DivergenceRow& into, const DivergenceRow& other);
+  // Sets row.loss from row.state.
+  void (*finish)(const DivergenceShape&, DivergenceRow&);
   // Writes row.gradient[begin, end) from row.state, and from row.powers or the logits.
   void (*gradient)(const DivergenceShape&, const DivergenceRow&, int64_t begin, int64_t end);
-  // Both for `count` rows of few columns, side by side in the lanes of a vector. Element by element, any stride.
-  void (*narrow)(const DivergenceShape&, DivergenceRow* rows, int64_t count, bool have_state);
-  // y[i] = 2^x[i]: the vector exponential on its own, for its test.
-  void (*exp2)(const float* x, float* y, int64_t count);
+  // All of it for `count` rows of few columns, side by side in the lanes of a vector.
+  void (*narrow)(const DivergenceShape&, DivergenceRow* rows, int64_t count, Known known);
 };
 // Rows of at most this many columns take `narrow`.
 constexpr int64_t kNarrow = 32;
 
+struct VariantKernels {
+  DivergenceKernels divergence[int(Divergence::count)];
+  // y[i] = 2^x[i] and log2(x[i]): the vector functions on their own, for their tests.
+  void (*exp2)(const float* x, float* y, int64_t count);
+  void (*log2)(const float* x, float* y, int64_t count);
+};
+
 namespace portable {
-extern const DivergenceKernels kDivergence;
+extern const VariantKernels kKernels;
 }
 namespace avx2 {
-extern const DivergenceKernels kDivergence;
+extern const VariantKernels kKernels;
 }
 namespace avx512 {
-extern const DivergenceKernels kDivergence;
+extern const VariantKernels kKernels;
 }
 namespace avx512_bf16 {
-extern const DivergenceKernels kDivergence;
+extern const VariantKernels kKernels;
 }
 
 }  // namespace kdfast

@@ -92,9 +92,9 @@ KDFAST_LOCAL float top(Floats x) {
 }
 
 // ---- 2^(x * k) ----
-// For x * k in [-126, 128) the error is below 1 ulp (1.25 without fused multiply-add). Below, AVX-512 underflows
-// gradually to 0 at -150; the others give 0 from -126.5 on. -inf gives 0, NaN stays. Degree 6 minimax on [-0.5, 0.5]
-// with the constant term fixed at 1 (relative error 2e-9 before rounding).
+// For x * k in [-126, 128) the error is below 1 ulp (1.25 without fused multiply-add); from -126.5 down it is 0, and so
+// for -inf. NaN stays. Degree 6 minimax on [-0.5, 0.5] with the constant term fixed at 1 (relative error 2e-9 before
+// rounding).
 KDFAST_LOCAL Floats exp2_fraction(Floats r) {
   Floats p = broadcast(1.535336196e-4f);
   p = p * r + 1.339887385e-3f;
@@ -104,23 +104,48 @@ KDFAST_LOCAL Floats exp2_fraction(Floats r) {
   p = p * r + 6.931471825e-1f;
   return p * r + 1.f;
 }
-#if defined(__AVX512F__)
-constexpr float kExp2Least = -160;  // keeps -inf out of the difference with its rounding
-#else
 constexpr float kExp2Least = -127;
-#endif
 KDFAST_LOCAL double exp2(double x, double k, double) { return __builtin_exp2(x * k); }
 KDFAST_LOCAL Floats exp2(Floats x, Floats k, Floats least) {  // least: kExp2Least / k
+#if !defined(__AVX512F__)
   x = maximum(least, x);
-#if defined(__AVX512F__)
-  const Floats n = (Floats)_mm512_roundscale_ps((__m512)(x * k), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return (Floats)_mm512_scalef_ps((__m512)exp2_fraction(x * k - n), (__m512)n);
-#else
-  const Floats shift = broadcast(12582912.f);  // 1.5 * 2^23: a sum with it has no bits after the point
-  const Floats sum = x * k + shift, n = sum - shift;
-  // The sum's low bits are n: moved into the exponent they are 2^n, and 0 for n = -127.
-  return exp2_fraction(x * k - n) * (Floats)(((Ints)sum << 23) + (127 << 23));
 #endif
+  const Floats shift = broadcast(12582912.f);  // 1.5 * 2^23: a sum with it has no bits after the point
+  const Floats sum = x * k + shift, n = sum - shift, p = exp2_fraction(x * k - n);
+  // The sum's low bits are n: moved into the exponent they are 2^n, and 0 for n = -127.
+  const Floats power = (Floats)(((Ints)sum << 23) + (127 << 23));
+#if defined(__AVX512F__)  // zeroed on the way instead: the port that compares has less to do than those that calculate
+  return (Floats)_mm512_maskz_mul_ps(_mm512_cmp_ps_mask((__m512)x, (__m512)least, _CMP_NLE_UQ), (__m512)p,
+                                     (__m512)power);
+#else
+  return p * power;
+#endif
+}
+template <class V>
+KDFAST_LOCAL V exp2(V x) {
+  return exp2(x, V{} + 1.f, V{} + kExp2Least);
+}
+
+// ---- log2(x) ----
+// Of normal numbers, below 1.5 ulp or 2^-24 of the exponent; 0 gives -inf, inf and NaN stay. Degree 8 minimax of
+// log2(1 + f) / f on [sqrt(1/2), sqrt(2)] - 1 (relative error 3e-8).
+KDFAST_LOCAL double log2(double x) { return __builtin_log2(x); }
+KDFAST_LOCAL Floats log2(Floats x) {
+  const Ints half = Ints{} + 0x3f3504f3;  // the bits of sqrt(1/2)
+  const Ints n = ((Ints)x - half) >> 23;
+  const Floats f = (Floats)((Ints)x - (n << 23)) - 1.f;
+  Floats p = broadcast(1.2583689e-1f);
+  p = p * f - 2.0726968e-1f;
+  p = p * f + 2.1571562e-1f;
+  p = p * f - 2.3894483e-1f;
+  p = p * f + 2.8791624e-1f;
+  p = p * f - 3.6070368e-1f;
+  p = p * f + 4.8091063e-1f;
+  p = p * f - 7.2134733e-1f;
+  p = p * f + 1.442695f;
+  const Floats y = p * f + __builtin_convertvector(n, Floats);
+  const Floats inf = broadcast(__builtin_inff());
+  return x > 0.f ? (x < inf ? y : x) : (x == 0.f ? -inf : x - x);
 }
 
 // ---- loads and stores of whole vectors ----

@@ -17,16 +17,16 @@ struct Candidate {
 
 // Narrowest first.
 const Candidate kCandidates[] = {
-    {{"portable", &portable::kDivergence}, [] { return true; }},
+    {{"portable", &portable::kKernels}, [] { return true; }},
 #if defined(__x86_64__)
-    {{"avx2", &avx2::kDivergence},
+    {{"avx2", &avx2::kKernels},
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
-    {{"avx512", &avx512::kDivergence},
+    {{"avx512", &avx512::kKernels},
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      }},
-    {{"avx512_bf16", &avx512_bf16::kDivergence},
+    {{"avx512_bf16", &avx512_bf16::kKernels},
      [] { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16"); }},
 #endif
 };
@@ -58,7 +58,9 @@ void set_cpu_variant(const std::string& name) { chosen = &find(name); }
 
 std::string cpu_variant_name() { return cpu_variant().name; }
 
-void vector_exp2(const float* x, float* y, int64_t count) { cpu_variant().divergence->exp2(x, y, count); }
+void vector_exp2(const float* x, float* y, int64_t count) { cpu_variant().kernels->exp2(x, y, count); }
+
+void vector_log2(const float* x, float* y, int64_t count) { cpu_variant().kernels->log2(x, y, count); }
 
 const Variant& cpu_variant() {
   if (!chosen) {

@@ -6,7 +6,7 @@ namespace kdfast {
 
 struct Variant {
   const char* name;
-  const DivergenceKernels* divergence;
+  const VariantKernels* kernels;
 };
 
 // The widest variant this processor has, or the one that KDFAST_CPU_VARIANT names.

@@ -22,6 +22,7 @@ struct Float16 {
 #include <cuda_runtime.h>
 
 #define KDFAST_DEVICE __device__ __forceinline__
+#define KDFAST_DEVICE_CALL static __device__ __noinline__  // rarely run, and much code
 
 namespace kdfast::cuda {
 
@@ -34,6 +35,18 @@ KDFAST_DEVICE unsigned char* shared_memory() {
 KDFAST_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// Its absolute error is below 2^-22 between 1/2 and 2, its relative error beyond. Denormal arguments are 0.
+KDFAST_DEVICE float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// 1 ulp.
+KDFAST_DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 KDFAST_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -103,14 +116,20 @@ KDFAST_DEVICE int cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return int(rank);
 }
-// Makes the barrier and tells the cluster that this block runs. Relaxed: a release here costs a full memory barrier,
+// Makes two barriers and tells the cluster that this block runs. Relaxed: a release here costs a full memory barrier,
 // and the fence has published what peers need. All threads call it.
-KDFAST_DEVICE void cluster_announce(PushBarrier* barrier, int bytes) {
+KDFAST_DEVICE void cluster_announce(PushBarrier* barriers, int first_bytes, int second_bytes) {
   if (threadIdx.x == 0) {
-    const uint32_t at = shared_address(barrier);
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
+    const uint32_t first = shared_address(barriers), second = shared_address(barriers + 1);
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(first) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(second) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("mbarrier.arrive.expect_tx.relaxed.cta.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+    auto expect = [](uint32_t at, int bytes) {
+      asm volatile("mbarrier.arrive.expect_tx.relaxed.cta.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
+                   : "memory");
+    };
+    expect(first, first_bytes);
+    expect(second, second_bytes);
   }
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
@@ -129,11 +148,11 @@ KDFAST_DEVICE void cluster_push(float4* to, PushBarrier* barrier, int rank, floa
                "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(peer_address(barrier, rank))
                : "memory");
 }
-KDFAST_DEVICE void cluster_push(float* to, PushBarrier* barrier, int rank, float v) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(peer_address(to, rank)),
-      "f"(v), "r"(peer_address(barrier, rank))
-      : "memory");
+KDFAST_DEVICE void cluster_push(float2* to, PushBarrier* barrier, int rank, float2 v) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+                   peer_address(to, rank)),
+               "f"(v.x), "f"(v.y), "r"(peer_address(barrier, rank))
+               : "memory");
 }
 KDFAST_DEVICE void pushes_arrived(PushBarrier* barrier) {
   asm volatile(
@@ -145,10 +164,10 @@ KDFAST_DEVICE void pushes_arrived(PushBarrier* barrier) {
 #else
 // Before sm_90 the plan never asks for clusters; the same kernels still have to compile.
 KDFAST_DEVICE int cluster_rank() { return 0; }
-KDFAST_DEVICE void cluster_announce(PushBarrier*, int) {}
+KDFAST_DEVICE void cluster_announce(PushBarrier*, int, int) {}
 KDFAST_DEVICE void cluster_ready() {}
 KDFAST_DEVICE void cluster_push(float4*, PushBarrier*, int, float4) {}
-KDFAST_DEVICE void cluster_push(float*, PushBarrier*, int, float) {}
+KDFAST_DEVICE void cluster_push(float2*, PushBarrier*, int, float2) {}
 KDFAST_DEVICE void pushes_arrived(PushBarrier*) {}
 #endif
 

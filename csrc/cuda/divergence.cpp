@@ -1,5 +1,6 @@
-// The divergences on the GPU: two launches, the rows and then the sum of their losses (csrc/cuda/rows.cu); a masked
-// mean counts its rows first. Nothing waits for the device, nothing is read back: safe in CUDA graphs by construction.
+// The divergences on the GPU: two launches, the rows and then the sum of their losses (csrc/cuda/rows.cu); a mean over
+// a mask or labels counts them first. Nothing waits for the device, nothing is read back: safe in CUDA graphs by
+// construction.
 #include "common/divergence.h"
 
 #include <torch/csrc/stable/library.h>
@@ -13,7 +14,20 @@
 namespace kdfast::cuda {
 namespace {
 
-using Launch = void (*)(const char* op, const Target& target, const RowPlan& plan, DivergenceArgs args);
+// In the order of Divergence.
+const DivergenceKernels& kernels_of(int64_t kind) {
+  static const DivergenceKernels kernels[] = {divergence_kernels_of<KlDiv>(),
+                                              divergence_kernels_of<ReverseKlDiv>(),
+                                              divergence_kernels_of<JsDiv>(),
+                                              divergence_kernels_of<SkewKlDiv>(),
+                                              divergence_kernels_of<SkewReverseKlDiv>(),
+                                              divergence_kernels_of<TotalVariation>(),
+                                              divergence_kernels_of<SoftCrossEntropy>(),
+                                              divergence_kernels_of<LogitMse>(),
+                                              divergence_kernels_of<SymmetricKlDiv>()};
+  static_assert(std::size(kernels) == size_t(Divergence::count));
+  return kernels[kind];
+}
 
 Element element_of(ScalarType t) {
   if (t == ScalarType::BFloat16) return Element::bf16;
@@ -22,9 +36,9 @@ Element element_of(ScalarType t) {
 
 void check(const DivergenceCall& call) {
   call.check();
-  STD_TORCH_CHECK(!call.is_double(), call.op,
+  STD_TORCH_CHECK(!call.is_double(), call.op(),
                   ": logits: expected float32, bfloat16 or float16 on the GPU, got float64");
-  STD_TORCH_CHECK(call.columns < int64_t(1) << 31, call.op, ": logits: expected fewer than 2^31 columns, got ",
+  STD_TORCH_CHECK(call.columns < int64_t(1) << 31, call.op(), ": logits: expected fewer than 2^31 columns, got ",
                   call.columns);
 }
 
@@ -48,13 +62,18 @@ bool rows_aligned(const Tensor& t) {
   return true;
 }
 
-RowCase case_of(const DivergenceCall& call, const Tensor* gradient, bool given) {
+RowCase case_of(const DivergenceCall& call, const Tensor* gradient, bool given, bool second_look) {
   const Tensor &s = call.student, &t = call.teacher;
   const int64_t last = call.leading();
-  RowCase c = {call.rows(), call.columns, int(s.element_size()), false, false, false, gradient != nullptr, given};
+  RowCase c = {};
+  c.rows = call.rows();
+  c.columns = call.columns;
+  c.element_size = int(s.element_size());
   c.same_elements = s.scalar_type() == t.scalar_type() && s.stride(last) == 1 && t.stride(last) == 1;
   c.alike = c.same_elements && misaligned_alike(s, t) && (!gradient || misaligned_alike(s, *gradient));
   c.aligned = c.alike && rows_aligned(s) && call.columns * c.element_size % 16 == 0;
+  c.again = gradient || second_look;
+  c.given = given;
   return c;
 }
 
@@ -78,112 +97,157 @@ DivergenceArgs args_of(const DivergenceCall& call) {
   args.columns = call.columns;
   args.gradient_columns = call.student.size(last);
   args.temperature = float(call.temperature);
-  args.factor = float(call.scale);
-  const RowInput mask = call.row_input(call.mask, "mask");
+  args.settings = {float(call.mixing), 1 / float(call.vocabulary)};
+  args.distillation = call.distillation;
+  args.divergence_share = call.distillation ? float(call.alpha) : 1.f;
+  args.cross_entropy_share = float(1 - call.alpha);
+  args.divergence_factor = args.cross_entropy_factor = float(call.scale);
+  args.smoothing = float(call.smoothing);
+  args.even_smoothing = float(call.smoothing / double(call.vocabulary));
+  const RowInput mask = call.row_input(call.mask, "mask"), labels = call.row_input(call.labels, "labels");
   args.mask = {(const bool*)mask.data, mask.offsets};
+  args.labels = {(const int64_t*)labels.data, labels.offsets, call.ignore_index, call.vocabulary, call.vocab_start};
   args.row_temperature = numbers_of(call, call.row_temperature, "temperature");
   args.weight = numbers_of(call, call.weight, "weight");
   return args;
 }
 
-// Puts the reduction's denominator into the factor, or where it is known only on the device, beside it. `count` keeps
-// the memory of a counted mask alive until the launches are queued.
-void divide(const DivergenceCall& call, const Target& target, DivergenceArgs& args, std::optional<Tensor>& count) {
-  if (call.reduction == Reduction::batchmean) args.factor = float(call.scale / double(call.student.size(0)));
-  if (call.reduction != Reduction::mean) return;
+// Puts the reduction's denominators into the factors, or where they are known only on the device, beside them. `counts`
+// keeps the memory of what is counted there alive until the launches are queued.
+void divide(const DivergenceCall& call, const Target& target, DivergenceArgs& args, std::optional<Tensor>& counts) {
+  auto divide_both = [&](int64_t by) {
+    args.divergence_factor = args.cross_entropy_factor = float(call.scale / double(by));
+  };
+  if (call.reduces_to(Reduction::batchmean)) divide_both(call.student.size(0));
+  if (!call.reduces_to(Reduction::mean)) return;
   if (call.num_items) {
-    args.denominator = (const float*)call.num_items->const_data_ptr();
-  } else if (args.mask.data) {
-    count = new_output(call.student, {1}, ScalarType::Float);
-    args.denominator = (const float*)count->const_data_ptr();
-    launch_count(call.op, target, args.mask, args.rows, (float*)count->mutable_data_ptr());
-  } else {
-    args.factor = float(call.scale / double(args.rows));
+    args.divergence_count = args.cross_entropy_count = (const float*)call.num_items->const_data_ptr();
+    return;
   }
+  if (!args.mask.data) args.divergence_factor = float(call.scale / double(args.rows));
+  if (!args.mask.data && !args.labels.data) return;
+  counts = new_output(call.student, {2}, ScalarType::Float);
+  auto* numbers = (float*)counts->mutable_data_ptr();
+  launch_count(call.op(), target, args.mask, args.labels, args.rows, numbers);
+  if (args.mask.data) args.divergence_count = numbers;
+  args.cross_entropy_count = numbers + 1;
 }
 
-void launch_rows(const DivergenceCall& call, const Target& target, Launch launch, const DivergenceArgs& args,
-                 const Tensor* gradient) {
-  const RowCase c = case_of(call, gradient, args.given != nullptr);
-  launch(call.op, target, plan_rows(c, limits_of(call.op, target)), args);
+void launch_rows(const DivergenceCall& call, const Target& target, const DivergenceArgs& args, const Tensor* gradient) {
+  const DivergenceKernels& kernels = kernels_of(call.kind);
+  const RowCase c = case_of(call, gradient, args.given != nullptr, kernels.second_look);
+  kernels.launch(call.op(), target, plan_rows(c, limits_of(call.op(), target)), args);
 }
 
-std::tuple<Tensor, Tensor> forward(const DivergenceCall& call, Save save, Launch launch) {
+// Nothing to look at. A shard of no columns has rows all the same: those of the others.
+bool is_empty(const DivergenceCall& call) { return call.rows() == 0 || call.vocabulary == 0; }
+
+using Results = std::tuple<Tensor, Tensor, Tensor>;
+
+// Not initialized: loss, components and what is saved for the backward.
+Results new_results(const DivergenceCall& call, Save save) {
+  auto of = [&](const std::vector<int64_t>& sizes, ScalarType dtype = ScalarType::Float) {
+    return new_output(call.student, sizes, dtype);
+  };
+  const bool per_row = call.per_row();
+  Tensor components = !call.distillation ? of({0}) : of(per_row ? call.leading_sizes_and(2) : std::vector<int64_t>{2});
+  Tensor saved = save == Save::gradient ? of(sizes_of(call.student), call.student.scalar_type())
+                 : save == Save::state  ? of(call.leading_sizes_and(kRowStateSize))
+                                        : of({0});
+  return {of(per_row ? call.leading_sizes() : std::vector<int64_t>{}), components, saved};
+}
+
+Results forward(const DivergenceCall& call, const std::optional<Tensor>& state, Known known, Save save) {
   check(call);
-  const bool per_row = call.reduction == Reduction::none;
-  std::vector<int64_t> sizes = call.leading_sizes();
-  Tensor loss = new_output(call.student, per_row ? sizes : std::vector<int64_t>{}, ScalarType::Float);
-  sizes.push_back(kRowStateSize);
-  Tensor saved =
-      save == Save::gradient
-          ? new_output(call.student, sizes_of(call.student), call.student.scalar_type())
-          : new_output(call.student, save == Save::state ? sizes : std::vector<int64_t>{0}, ScalarType::Float);
-  if (call.rows() == 0 || call.columns == 0) {
-    torch::stable::zero_(loss);
-    torch::stable::zero_(saved);
-    return {loss, saved};
+  STD_TORCH_CHECK(state || known == Known::nothing, call.op(), ": state: expected one, of which something is known");
+  if (state) call.check_state(*state);
+  const Results results = new_results(call, save);
+  const auto& [loss, components, saved] = results;
+  if (is_empty(call)) {
+    for (Tensor t : {loss, components, saved}) torch::stable::zero_(t);
+    return results;
   }
-  const Target target = target_of(call.op, call.student);
+  const Target target = target_of(call.op(), call.student);
   DivergenceArgs args = args_of(call);
-  std::optional<Tensor> count;
-  divide(call, target, args, count);
+  std::optional<Tensor> counts;
+  divide(call, target, args, counts);
+  const bool per_row = call.per_row();
   const Tensor losses = per_row ? loss : new_output(call.student, {args.rows}, ScalarType::Float);
+  const Tensor both =
+      per_row || !call.distillation ? components : new_output(call.student, {args.rows, 2}, ScalarType::Float);
   args.losses = (float*)losses.mutable_data_ptr();
+  if (call.distillation) args.components = (float*)both.mutable_data_ptr();
   if (save == Save::state) args.states = (float*)saved.mutable_data_ptr();
   if (save == Save::gradient) args.gradient = saved.mutable_data_ptr();
-  launch_rows(call, target, launch, args, save == Save::gradient ? &saved : nullptr);
-  if (!per_row) launch_sum(call.op, target, args.losses, args.rows, (float*)loss.mutable_data_ptr());
-  return {loss, saved};
+  args.known = known;
+  if (known != Known::nothing) args.given = (const float*)state->const_data_ptr();
+  launch_rows(call, target, args, save == Save::gradient ? &saved : nullptr);
+  if (!per_row) {
+    launch_sum(call.op(), target, args.losses, args.components, args.rows, (float*)loss.mutable_data_ptr(),
+               (float*)components.mutable_data_ptr());
+  }
+  return results;
 }
 
-Tensor backward(const DivergenceCall& call, const Tensor& grad_loss, const Tensor& state, Launch launch) {
+Tensor backward(const DivergenceCall& call, const Tensor& grad_loss, const Tensor& state) {
   check(call);
-  const bool per_row = call.reduction == Reduction::none;
-  check_device(call.op, "grad_loss", grad_loss, call.student);
-  check_device(call.op, "state", state, call.student);
-  check_dtype(call.op, "grad_loss", grad_loss, ScalarType::Float);
-  check_dtype(call.op, "state", state, ScalarType::Float);
-  STD_TORCH_CHECK(state.is_contiguous() && state.numel() == call.rows() * kRowStateSize, call.op, ": state: expected ",
-                  kRowStateSize, " numbers per row, got ", shape_of(state));
-  if (per_row) check_leading(call.op, "grad_loss", grad_loss, call.student, call.leading());
-  STD_TORCH_CHECK(per_row || grad_loss.numel() == 1, call.op, ": grad_loss: expected one number, got ",
-                  shape_of(grad_loss));
+  call.check_upstream(grad_loss);
+  call.check_state(state);
   Tensor gradient = new_output(call.student, sizes_of(call.student), call.student.scalar_type());
-  if (call.rows() == 0 || call.columns == 0) return torch::stable::zero_(gradient);
-  const Target target = target_of(call.op, call.student);
+  if (is_empty(call)) return torch::stable::zero_(gradient);
+  const Target target = target_of(call.op(), call.student);
   DivergenceArgs args = args_of(call);
-  std::optional<Tensor> count;
-  divide(call, target, args, count);
+  std::optional<Tensor> counts;
+  divide(call, target, args, counts);
   args.upstream = {(const float*)grad_loss.const_data_ptr(), {}};
-  if (per_row) args.upstream.offsets = call.offsets_of(grad_loss, "grad_loss");
+  if (call.per_row()) args.upstream.offsets = call.offsets_of(grad_loss, "grad_loss");
+  args.known = Known::everything;
   args.given = (const float*)state.const_data_ptr();
   args.gradient = gradient.mutable_data_ptr();
-  launch_rows(call, target, launch, args, &gradient);
+  launch_rows(call, target, args, &gradient);
   return gradient;
 }
 
-std::tuple<Tensor, Tensor> kl_div(Tensor student, Tensor teacher, std::optional<Tensor> row_temperature,
-                                  std::optional<Tensor> mask, std::optional<Tensor> weight,
-                                  std::optional<Tensor> num_items, double temperature, int64_t columns,
-                                  int64_t reduction, double scale, int64_t save) {
-  return forward({"kl_div", student, teacher, row_temperature, mask, weight, num_items, temperature, columns,
-                  Reduction(reduction), scale},
-                 Save(save), launch_kl_div);
+Results divergence(Tensor student, Tensor teacher, std::optional<Tensor> labels, std::optional<Tensor> row_temperature,
+                   std::optional<Tensor> mask, std::optional<Tensor> weight, std::optional<Tensor> num_items,
+                   int64_t kind, double mixing, double temperature, int64_t columns, int64_t vocabulary,
+                   int64_t vocab_start, int64_t reduction, double scale, bool distillation, double alpha,
+                   double smoothing, int64_t ignore_index, std::optional<Tensor> state, int64_t known, int64_t save) {
+  return forward({student, teacher, labels, row_temperature, mask, weight, num_items, kind, mixing, temperature,
+                  columns, vocabulary, vocab_start, reduction, scale, distillation, alpha, smoothing, ignore_index},
+                 state, Known(known), Save(save));
 }
 
-Tensor kl_div_backward(Tensor grad_loss, Tensor state, Tensor student, Tensor teacher,
-                       std::optional<Tensor> row_temperature, std::optional<Tensor> mask, std::optional<Tensor> weight,
-                       std::optional<Tensor> num_items, double temperature, int64_t columns, int64_t reduction,
-                       double scale) {
-  return backward({"kl_div", student, teacher, row_temperature, mask, weight, num_items, temperature, columns,
-                   Reduction(reduction), scale},
-                  grad_loss, state, launch_kl_div);
+Tensor divergence_backward(Tensor grad_loss, Tensor state, Tensor student, Tensor teacher, std::optional<Tensor> labels,
+                           std::optional<Tensor> row_temperature, std::optional<Tensor> mask,
+                           std::optional<Tensor> weight, std::optional<Tensor> num_items, int64_t kind, double mixing,
+                           double temperature, int64_t columns, int64_t vocabulary, int64_t vocab_start,
+                           int64_t reduction, double scale, bool distillation, double alpha, double smoothing,
+                           int64_t ignore_index) {
+  return backward({student, teacher, labels, row_temperature, mask, weight, num_items, kind, mixing, temperature,
+                   columns, vocabulary, vocab_start, reduction, scale, distillation, alpha, smoothing, ignore_index},
+                  grad_loss, state);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(KDFAST_CUDA_NAMESPACE, KDFAST_CUDA_KEY, m) {
-  m.impl("kl_div", TORCH_BOX(&kl_div));
-  m.impl("kl_div_backward", TORCH_BOX(&kl_div_backward));
+  m.impl("divergence", TORCH_BOX(&divergence));
+  m.impl("divergence_backward", TORCH_BOX(&divergence_backward));
 }
 
 }  // namespace
+
+std::vector<NamedKernel> divergence_kernels() {
+  static const char* const names[] = {
+      "kl_div",          "reverse_kl_div",     "js_div",    "skew_kl_div",     "skew_reverse_kl_div",
+      "total_variation", "soft_cross_entropy", "logit_mse", "symmetric_kl_div"};
+  static_assert(std::size(names) == size_t(Divergence::count));
+  std::vector<NamedKernel> all;
+  for (size_t kind = 0; kind < std::size(names); ++kind) {
+    for (const NamedKernel& kernel : kernels_of(int64_t(kind)).list()) {
+      all.push_back({std::string(names[kind]) + ", " + kernel.name, kernel.function});
+    }
+  }
+  return all;
+}
+
 }  // namespace kdfast::cuda

@@ -1,21 +1,25 @@
-// The kernels of the divergences: loss, state and gradient of every row in one launch.
+// The kernels of the divergences: loss, state and gradient of every row in one launch. Compiled once for each of them,
+// with -DKDFAST_TERMS=KlDiv and so on (common/divergence_terms.h).
 //
 // Least traffic: 3 x elements x size with the gradient (both logits read once, the gradient written once), 2 x without.
-// Work: 4 powers and 30 instructions per pair of logits (counted in the machine code), because the powers are made
-// again for the gradient rather than kept: at 3 TB/s about half of an H100's issue slots and of its special-function
-// units.
+// Powers are made again for every look rather than kept. Per pair of logits, counted in the machine code: 27
+// instructions and 4 powers for kl_div, half of an H100's issue slots and of its special-function units at 3 TB/s;
+// 71 and 9 (powers and logarithms) for js_div, which with its second look is bound by both before memory.
 //
-//   columns       what keeps a row on chip between its two looks                                        passes
-//   <= 1024       registers of 1, 8 or 32 lanes                                                         one
+//   columns       what keeps a row on chip between its looks                                            passes
+//   <= 1024       registers of 1, 8 or 32 lanes (<= 256 where rows are not whole 16-byte vectors)       one
 //   more          shared memory of a block, or of a cluster of 2 to 16 blocks (up to 930k columns       one
 //                 of 16 bits, 465k of float32); three blocks share a multiprocessor where they can
-//   no clusters   nothing: each row is read again, from L2 at best (5 x elements x size)                two
-//   no gradient   nothing need be kept                                                                  one
-//   mixed dtypes, strided columns, rows misaligned unlike: column by column, two passes
+//   no clusters   nothing: each row is read again for every look, from L2 at best                       two or three
+//   one look      nothing need be kept                                                                  one
+//   mixed dtypes, strided columns, rows misaligned unlike: column by column, two or three passes
 //
-// Hopper, bfloat16: 55 registers and 64 to 76 KB of shared memory per block of 256 threads, no spills; rows arrive by
-// 16-byte asynchronous copies and leave by 16-byte stores; 2 block barriers and 1 push per row and block.
-// csrc/cuda/plan.h decides which kernel and shape a call takes.
+// A cross-entropy of labels costs one more power per look, in loops of its own: others stay as they are.
+//
+// Registers per thread, no spills: on_chip 64 (kl_div) to 80, two_reads 66 to 80, any_layout 60, registers of lanes 72,
+// of vectors up to 168. Rows arrive by 16-byte asynchronous copies and leave by 16-byte stores; 2 block barriers and 1
+// push of sums per row and block, and as many for a second look. csrc/cuda/plan.h decides which kernel and shape a call
+// takes.
 #include "cuda/divergence_large.cuh"
 #include "cuda/divergence_small.cuh"
 #include "cuda/launch.cuh"
@@ -25,32 +29,32 @@ namespace {
 
 using Kernel = void (*)(DivergenceArgs);
 
-template <class Terms, class T>
+template <template <class> class Terms, class T>
 Kernel kernel_for(const RowPlan& plan) {
   if (plan.kernel == RowKernel::on_chip) return rows_on_chip<Terms, T>;
   if (plan.kernel == RowKernel::two_reads) return rows_in_two_reads<Terms, VectorColumns<T>>;
   if (plan.lanes == 1) return rows_in_registers<Terms, T, 1, 8, false>;
   if (plan.lanes == 8) return rows_in_registers<Terms, T, 8, 8, false>;
-  return plan.vectors ? rows_in_registers<Terms, T, 32, 32, true> : rows_in_registers<Terms, T, 32, 32, false>;
+  return plan.vectors ? rows_in_registers<Terms, T, 32, 32, true> : rows_in_registers<Terms, T, 32, 8, false>;
 }
 
-template <class Terms>
+template <template <class> class Terms>
 Kernel kernel_for(const RowPlan& plan, Element type) {
   if (plan.kernel == RowKernel::any_layout) return rows_in_two_reads<Terms, AnyColumns>;
   if (type == Element::f32) return kernel_for<Terms, float>(plan);
   return type == Element::bf16 ? kernel_for<Terms, BFloat16>(plan) : kernel_for<Terms, Float16>(plan);
 }
 
-}  // namespace
-
-void launch_kl_div(const char* op, const Target& target, const RowPlan& plan, DivergenceArgs args) {
+template <template <class> class Terms>
+void launch_rows(const char* op, const Target& target, const RowPlan& plan, DivergenceArgs args) {
   while ((1 << args.log_cluster) < plan.cluster) ++args.log_cluster;
-  launch(op, kernel_for<KlDiv>(plan, args.student_type), target, {plan.blocks, plan.threads, plan.shared, plan.cluster},
+  launch(op, kernel_for<Terms>(plan, args.student_type), target, {plan.blocks, plan.threads, plan.shared, plan.cluster},
          args);
 }
 
-std::vector<NamedKernel> divergence_kernels() {
-  auto kernel = [](RowPlan plan, Element type) { return (const void*)kernel_for<KlDiv>(plan, type); };
+template <template <class> class Terms>
+std::vector<NamedKernel> list() {
+  auto kernel = [](RowPlan plan, Element type) { return (const void*)kernel_for<Terms>(plan, type); };
   const RowPlan on_chip{RowKernel::on_chip, 0, 0}, two_reads{RowKernel::two_reads, 0, 0};
   const RowPlan any_layout{RowKernel::any_layout, 0, 0}, registers{RowKernel::registers, 0, 0};
   RowPlan lane = registers, vectors = registers;
@@ -66,5 +70,13 @@ std::vector<NamedKernel> divergence_kernels() {
           {"registers bfloat16, 16-byte accesses", kernel(vectors, Element::bf16)},
           {"registers float32, 16-byte accesses", kernel(vectors, Element::f32)}};
 }
+
+}  // namespace
+
+template <template <class> class Terms>
+DivergenceKernels divergence_kernels_of() {
+  return {Terms<RowMath>::kSecondLook, launch_rows<Terms>, list<Terms>};
+}
+template DivergenceKernels divergence_kernels_of<KDFAST_TERMS>();
 
 }  // namespace kdfast::cuda

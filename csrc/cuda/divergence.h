@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "common/divergence_terms.h"
 #include "cuda/plan.h"
 #include "cuda/rows.h"
 
@@ -9,29 +10,46 @@ namespace kdfast::cuda {
 
 enum class Element : int { f32, bf16, f16 };
 
-// In device memory, except for the numbers themselves. Offsets and strides are in elements; gradient, losses and states
-// are contiguous.
+// In device memory, except for the numbers themselves. Offsets and strides are in elements; gradient, losses,
+// components and states are contiguous.
 struct DivergenceArgs {
   Element student_type, teacher_type;
   const void *student, *teacher;
   RowOffsets student_rows, teacher_rows;
   int64_t student_stride, teacher_stride;  // between columns
   int64_t rows, columns, gradient_columns;
-  float temperature, factor;  // of every row
   RowMask mask;
+  RowLabels labels;
   RowNumbers row_temperature, weight, upstream;
-  const float* denominator = nullptr;  // divides the factor; null: it already does
-  const float* given = nullptr;        // states; null: made from the logits
-  void* gradient = nullptr;            // the rest are results; null: not wanted
+  float temperature;  // of every row
+  Settings<float> settings;
+  bool distillation;  // the divergence counts T^2
+  // What the divergence and the cross-entropy count in the result, and in their own component of it.
+  float divergence_share, divergence_factor, cross_entropy_share, cross_entropy_factor;
+  float smoothing, even_smoothing;  // of the labels, and of it each column's part
+  // These divide the factors; null: they already do.
+  const float *divergence_count = nullptr, *cross_entropy_count = nullptr;
+  Known known = Known::nothing;
+  const float* given = nullptr;  // states; null: made from the logits
+  void* gradient = nullptr;      // the rest are results; null: not wanted
   float* losses = nullptr;
+  float* components = nullptr;  // two per row
   float* states = nullptr;
   int log_cluster = 0;
 };
 
-// Losses, states and gradients of all rows, in one launch.
-void launch_kl_div(const char* op, const Target& target, const RowPlan& plan, DivergenceArgs args);
+// Of one divergence. Defined by divergence.cu, which is compiled once for each.
+struct DivergenceKernels {
+  bool second_look;
+  // Losses, states and gradients of all rows, in one launch.
+  void (*launch)(const char* op, const Target& target, const RowPlan& plan, DivergenceArgs args);
+  // One of each kind, by name, for their attributes.
+  std::vector<NamedKernel> (*list)();
+};
+template <template <class> class Terms>
+DivergenceKernels divergence_kernels_of();
 
-// One of each kind, by name, for their attributes.
+// Of all divergences.
 std::vector<NamedKernel> divergence_kernels();
 
 }  // namespace kdfast::cuda

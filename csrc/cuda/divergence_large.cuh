@@ -17,8 +17,8 @@ struct Share {
   int edge = -1;               // this thread's own column at an edge of the row
 
   KDFAST_DEVICE Share(const DivergenceArgs& args, int64_t row, int rank)
-      : student((const T*)args.student + args.student_rows(row)),
-        teacher((const T*)args.teacher + args.teacher_rows(row)),
+      : student((const T*)args.student + offset(args.student_rows, row)),
+        teacher((const T*)args.teacher + offset(args.teacher_rows, row)),
         gradient((T*)gradient_of(args, row, sizeof(T))) {
     const int columns = int(args.columns), thread = threadIdx.x, last = (1 << args.log_cluster) - 1;
     const int head = min(columns, int((0 - uintptr_t(student) / sizeof(T)) & (kWidth - 1)));
@@ -46,16 +46,37 @@ struct Share {
     for (int e = 0; e < kWidth; ++e) g[e] = of(x[e], y[e]);
     store16(gradient + first + int64_t(vector) * kWidth, Vector<T>::narrow(g));
   }
+  // The label's column again, `less` lower: by the thread that has written it, so that no other need wait.
+  template <class Gradient>
+  KDFAST_DEVICE void write_label(int column, Gradient of, float less) const {
+    const int vector = (column - first) / kWidth;
+    const bool mine = column >= first && vector < vectors && vector % int(blockDim.x) == int(threadIdx.x);
+    if (!mine && column != edge) return;
+    const float s = Vector<T>::widen_one(student[column]), t = Vector<T>::widen_one(teacher[column]);
+    gradient[column] = Vector<T>::narrow_one(of(s, t) - less);
+  }
 };
+
+template <class T>
+KDFAST_DEVICE Logits<Vector<T>::count> widened(uint4 s, uint4 t) {
+  Logits<Vector<T>::count> z;
+  Vector<T>::widen(s, z.s);
+  Vector<T>::widen(t, z.t);
+  return z;
+}
+
+// The kernels see the columns of a row through three functions. look(f) calls f(logits, n) with the thread's own, of
+// which the first n exist; write(of) writes the gradient of(s, t) of each; write_label writes a label's again.
 
 // A block's share in its shared memory. A thread reads back only what it copied itself: no barrier.
 template <class T>
 struct OnChip {
   const Share<T>& share;
   uint4 *s, *t;
+  Logits<1> edge;
 
   KDFAST_DEVICE explicit OnChip(const Share<T>& share) : share(share) {
-    s = (uint4*)(shared_memory() + kExchangeBytes);
+    s = (uint4*)(shared_memory() + exchange_bytes(blockDim.x));
     t = s + share.vectors;
 #pragma unroll 4
     for (int v = threadIdx.x; v < share.vectors; v += blockDim.x) {
@@ -63,78 +84,103 @@ struct OnChip {
       copy16_async(s + v, share.student + at);
       copy16_async(t + v, share.teacher + at);
     }
+    edge = share.edge_logits();
+  }
+  template <int unroll = 2, class F>
+  KDFAST_DEVICE void each(F f) const {
+#pragma unroll unroll
+    for (int v = threadIdx.x; v < share.vectors; v += blockDim.x) f(v, s[v], t[v]);
   }
   template <class F>
-  KDFAST_DEVICE void each(F f) const {
-#pragma unroll 2
-    for (int v = threadIdx.x; v < share.vectors; v += blockDim.x) f(v, s[v], t[v]);
+  KDFAST_DEVICE void look(F f) const {
+    f(edge, share.edge >= 0);
+    each<1>([&](int, uint4 a, uint4 b) { f(widened<T>(a, b), Vector<T>::count); });
+  }
+  template <class Gradient>
+  KDFAST_DEVICE void write(Gradient of) const {
+    each([&](int v, uint4 a, uint4 b) { share.write(v, a, b, of); });
+    share.write_edge(edge, of);
+  }
+  template <class Gradient>
+  KDFAST_DEVICE void write_label(int column, Gradient of, float less) const {
+    share.write_label(column, of, less);
   }
 
   // The state of the thread's warp: maxima first, so that no sum is ever rescaled.
   template <class Terms>
-  KDFAST_DEVICE RowState<float> first_look(const Logits<1>& edge, float k) const {
+  KDFAST_DEVICE RowState<float> first_look(float k, bool labels, bool smooth) const {
     using V = Vector<T>;
     uint4 most_s = V::lowest(), most_t = most_s;
     each([&](int, uint4 a, uint4 b) {
       most_s = V::maximum(most_s, a);
       most_t = V::maximum(most_t, b);
     });
-    RowState<float> warp;
+    RowState<float> warp = no_columns<float>();
     warp.max_s = fmaxf(kNoMaximum, warp_max(fmaxf(V::top(most_s), edge.s[0])));
     warp.max_t = fmaxf(kNoMaximum, warp_max(fmaxf(V::top(most_t), edge.t[0])));
-    auto count = [&](float x, float y) { Terms::count(warp, x - warp.max_s, y - warp.max_t, k); };
-    count(edge.s[0], edge.t[0]);
+    count<Terms>(warp, edge.s[0], edge.t[0], k);
     each([&](int, uint4 a, uint4 b) {
-      float x[V::count], y[V::count];
-      V::widen(a, x);
-      V::widen(b, y);
+      const auto z = widened<T>(a, b);
 #pragma unroll
-      for (int e = 0; e < V::count; ++e) count(x[e], y[e]);
+      for (int e = 0; e < V::count; ++e) count<Terms>(warp, z.s[e], z.t[e], k);
     });
-    warp.sum_s = warp_sum(warp.sum_s);
-    warp.sum_t = warp_sum(warp.sum_t);
-    warp.dot = warp_sum(warp.dot);
+    if (labels) {
+      count_at_one(warp, edge.s[0], smooth && share.edge >= 0);
+      for (int v = threadIdx.x; v < share.vectors; v += blockDim.x) {
+        float x[V::count];
+        V::widen(s[v], x);
+#pragma unroll
+        for (int e = 0; e < V::count; ++e) count_at_one(warp, x[e], smooth);
+      }
+    }
+    warp_sums<Terms>(warp, labels);
     return warp;
   }
 };
 
-// The gradient of a column from its logits.
-template <class Terms>
-KDFAST_DEVICE auto gradient_from(const RowState<float>& state, const RowFactors& factors) {
-  return [of = typename Terms::Gradient(state, factors.gradient), k = factors.k, max_s = state.max_s,
-          max_t = state.max_t](float x, float y) { return of(x - max_s, y - max_t, k); };
+// Adds to the state what a second look of the row's threads makes.
+template <template <class> class Divergence, class Columns>
+KDFAST_DEVICE void look_again(const DivergenceArgs& args, const Columns& columns, float k, Exchange* exchange,
+                              int blocks, RowState<float>& state) {
+  const Normalised<Divergence<ColumnMath>> to(state, k, 1.f);
+  SecondSums<Divergence> mine{args.settings};
+  columns.look([&](const auto& z, int) {
+#pragma unroll
+    for (int e = 0; e < z.count; ++e) mine.count(to, z.s[e], z.t[e]);
+  });
+  const float2 sums = row_merge_again({mine.a, mine.b}, exchange, blocks);
+  state.a = sums.x;
+  state.b = sums.y;
 }
 
 // One row per block or cluster: read once, written once.
-template <class Terms, class T>
+template <template <class> class Divergence, class T>
 __global__ void __launch_bounds__(kMaxRowThreads, 2) rows_on_chip(const __grid_constant__ DivergenceArgs args) {
+  using Terms = Divergence<ColumnMath>;
   const int cluster = 1 << args.log_cluster, rank = cluster > 1 ? cluster_rank() : 0;
   const int64_t row = blockIdx.x >> args.log_cluster;
   const int thread = rank * blockDim.x + threadIdx.x;
-  const bool counted = is_counted(args, row);
+  const bool counted = is_counted(args, row), labels = args.labels.data;
   clear_gradient(args, row, sizeof(T), counted ? args.columns : 0, thread, cluster * blockDim.x);
   if (!counted) {  // nor do the other blocks of the cluster wait for this one
     if (thread == 0) write_masked(args, row);
     return;
   }
   auto* exchange = (Exchange*)shared_memory();
-  row_begin(exchange, cluster);
+  row_begin<Terms>(exchange, cluster, labels);
   const Share<T> share(args, row, rank);
   const OnChip<T> chip(share);
-  const Logits<1> edge = share.edge_logits();
   const RowFactors factors = factors_of(args, row);
   copies_arrived();
-  const auto warp = chip.template first_look<Terms>(edge, factors.k);
-  const RowState<float> state = row_merge(warp, factors.k, exchange, cluster);
-  if (thread == 0) write_results(args, row, factors.coefficient * Terms::loss(state, factors.k), state);
-  if (!args.gradient) return;
-  const auto of = gradient_from<Terms>(state, factors);
-  chip.each([&](int v, uint4 s, uint4 t) { share.write(v, s, t, of); });
-  share.write_edge(edge, of);
+  const auto warp = chip.template first_look<Terms>(factors.k, labels, args.smoothing > 0.f);
+  RowState<float> state = row_merge<Terms>(warp, factors.k, exchange, cluster, labels);
+  if constexpr (Terms::kSecondLook) look_again<Divergence>(args, chip, factors.k, exchange, cluster, state);
+  if (thread == 0) write_results<Divergence>(args, row, factors, state);
+  if (args.gradient) write_gradient<Divergence>(args, chip, factors, state);
 }
 
 // ---- two reads ----
-// Both kinds of columns call `f` with the thread's own logits, a few at a time, loaded before the first is used.
+// Logits come a few at a time, loaded before the first is used.
 
 template <class T>
 struct VectorColumns {
@@ -161,13 +207,8 @@ struct VectorColumns {
   }
   template <class F>
   KDFAST_DEVICE void look(F f) const {
-    f(share.edge_logits());
-    each_vector([&](int, uint4 s, uint4 t) {
-      Logits<Share<T>::kWidth> z;
-      Vector<T>::widen(s, z.s);
-      Vector<T>::widen(t, z.t);
-      f(z);
-    });
+    f(share.edge_logits(), share.edge >= 0);
+    each_vector([&](int v, uint4 s, uint4 t) { f(widened<T>(s, t), v < share.vectors ? Vector<T>::count : 0); });
   }
   template <class Gradient>
   KDFAST_DEVICE void write(Gradient of) const {
@@ -175,6 +216,10 @@ struct VectorColumns {
     each_vector([&](int v, uint4 s, uint4 t) {
       if (v < share.vectors) share.write(v, s, t, of);
     });
+  }
+  template <class Gradient>
+  KDFAST_DEVICE void write_label(int column, Gradient of, float less) const {
+    share.write_label(column, of, less);
   }
 };
 
@@ -185,55 +230,61 @@ struct AnyColumns {
   const char *student, *teacher;
   char* gradient;
 
-  KDFAST_DEVICE static int size_of(Element type) { return type == Element::f32 ? 4 : 2; }
-  KDFAST_DEVICE static float load(Element type, const char* row, int64_t at) {
-    if (type == Element::f32) return ((const float*)row)[at];
-    if (type == Element::bf16) return Vector<BFloat16>::widen_one(((const BFloat16*)row)[at]);
-    return Vector<Float16>::widen_one(((const Float16*)row)[at]);
+  KDFAST_DEVICE AnyColumns(const DivergenceArgs& args, int64_t row)
+      : args(args),
+        student((const char*)args.student + offset(args.student_rows, row) * size_of(args.student_type)),
+        teacher((const char*)args.teacher + offset(args.teacher_rows, row) * size_of(args.teacher_type)),
+        gradient(gradient_of(args, row, size_of(args.student_type))) {}
+
+  KDFAST_DEVICE float student_at(int64_t column) const {
+    return load_any(args.student_type, student, column * args.student_stride);
   }
-  KDFAST_DEVICE static void store(Element type, char* row, int64_t at, float x) {
-    if (type == Element::f32) {
-      ((float*)row)[at] = x;
-    } else if (type == Element::bf16) {
-      ((BFloat16*)row)[at] = Vector<BFloat16>::narrow_one(x);
+  KDFAST_DEVICE float teacher_at(int64_t column) const {
+    return load_any(args.teacher_type, teacher, column * args.teacher_stride);
+  }
+  KDFAST_DEVICE void store(int64_t column, float x) const {
+    if (args.student_type == Element::f32) {
+      ((float*)gradient)[column] = x;
+    } else if (args.student_type == Element::bf16) {
+      ((BFloat16*)gradient)[column] = Vector<BFloat16>::narrow_one(x);
     } else {
-      ((Float16*)row)[at] = Vector<Float16>::narrow_one(x);
+      ((Float16*)gradient)[column] = Vector<Float16>::narrow_one(x);
     }
   }
 
-  KDFAST_DEVICE AnyColumns(const DivergenceArgs& args, int64_t row)
-      : args(args),
-        student((const char*)args.student + args.student_rows(row) * size_of(args.student_type)),
-        teacher((const char*)args.teacher + args.teacher_rows(row) * size_of(args.teacher_type)),
-        gradient(gradient_of(args, row, size_of(args.student_type))) {}
-
+  // f(batch, n, first column): of a batch the first n columns exist, blockDim.x apart.
   template <class F>
   KDFAST_DEVICE void each_batch(F f) const {
     for (int64_t begin = threadIdx.x; begin < args.columns; begin += kBatch * blockDim.x) {
       Logits<kBatch> z;
+      int n = 0;
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const int64_t at = begin + u * blockDim.x;
         const bool exists = at < args.columns;
-        z.s[u] = exists ? load(args.student_type, student, at * args.student_stride) : -INFINITY;
-        z.t[u] = exists ? load(args.teacher_type, teacher, at * args.teacher_stride) : -INFINITY;
+        z.s[u] = exists ? student_at(at) : -INFINITY;
+        z.t[u] = exists ? teacher_at(at) : -INFINITY;
+        n += exists;
       }
-      f(begin, z);
+      f(z, n, begin);
     }
   }
   template <class F>
   KDFAST_DEVICE void look(F f) const {
-    each_batch([&](int64_t, const Logits<kBatch>& z) { f(z); });
+    each_batch([&](const Logits<kBatch>& z, int n, int64_t) { f(z, n); });
   }
   template <class Gradient>
   KDFAST_DEVICE void write(Gradient of) const {
-    each_batch([&](int64_t begin, const Logits<kBatch>& z) {
+    each_batch([&](const Logits<kBatch>& z, int n, int64_t begin) {
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
-        const int64_t at = begin + u * blockDim.x;
-        if (at < args.columns) store(args.student_type, gradient, at, of(z.s[u], z.t[u]));
+        if (u < n) store(begin + u * blockDim.x, of(z.s[u], z.t[u]));
       }
     });
+  }
+  template <class Gradient>
+  KDFAST_DEVICE void write_label(int column, Gradient of, float less) const {
+    if (column % int(blockDim.x) == int(threadIdx.x)) store(column, of(student_at(column), teacher_at(column)) - less);
   }
 };
 
@@ -245,33 +296,54 @@ KDFAST_DEVICE void count_logits(RowState<float>& state, const Logits<n>& z, floa
   for (int e = 1; e < n; ++e) top_s = fmaxf(top_s, z.s[e]), top_t = fmaxf(top_t, z.t[e]);
   top_s = fmaxf(state.max_s, top_s);
   top_t = fmaxf(state.max_t, top_t);
-  if (top_s > state.max_s || top_t > state.max_t) state = referred(state, top_s, top_t, k);
+  if (top_s > state.max_s || top_t > state.max_t) state = referred<Terms>(state, top_s, top_t, k);
 #pragma unroll
-  for (int e = 0; e < n; ++e) Terms::count(state, z.s[e] - state.max_s, z.t[e] - state.max_t, k);
+  for (int e = 0; e < n; ++e) count<Terms>(state, z.s[e], z.t[e], k);
 }
 
-// One row per block, read once for its state (unless that is given) and once more for its gradient (if it is wanted).
+// The state of a thread.
 template <class Terms, class Columns>
+KDFAST_DEVICE RowState<float> first_look(const Columns& columns, float k, bool labels, bool smooth) {
+  RowState<float> state = no_columns<float>();
+  if (!labels) {
+    columns.look([&](const auto& z, int) { count_logits<Terms>(state, z, k); });
+    return state;
+  }
+  columns.look([&](const auto& z, int n) {
+    count_logits<Terms>(state, z, k);
+#pragma unroll
+    for (int e = 0; e < z.count; ++e) count_at_one(state, z.s[e], smooth && e < n);
+  });
+  return state;
+}
+
+// One row per block, read once for its state (unless that is given), again where the divergence looks again, and once
+// more for its gradient (if it is wanted).
+template <template <class> class Divergence, class Columns>
 __global__ void __launch_bounds__(kMaxRowThreads, 2) rows_in_two_reads(const __grid_constant__ DivergenceArgs args) {
+  using Terms = Divergence<ColumnMath>;
   const int64_t row = blockIdx.x;
-  const bool counted = is_counted(args, row);
-  const int element_size = AnyColumns::size_of(args.student_type);
-  clear_gradient(args, row, element_size, counted ? args.columns : 0, threadIdx.x, blockDim.x);
+  const bool counted = is_counted(args, row), labels = args.labels.data;
+  clear_gradient(args, row, size_of(args.student_type), counted ? args.columns : 0, threadIdx.x, blockDim.x);
   if (!counted) {
     if (threadIdx.x == 0) write_masked(args, row);
     return;
   }
+  auto* exchange = (Exchange*)shared_memory();
   const Columns columns(args, row);
   const RowFactors factors = factors_of(args, row);
   RowState<float> state;
   if (args.given) {
     state = given_state(args, row);
   } else {
-    columns.look([&](const auto& z) { count_logits<Terms>(state, z, factors.k); });
-    state = row_merge(warp_merge(state, factors.k), factors.k, (Exchange*)shared_memory(), 1);
-    if (threadIdx.x == 0) write_results(args, row, factors.coefficient * Terms::loss(state, factors.k), state);
+    state = first_look<Terms>(columns, factors.k, labels, args.smoothing > 0.f);
+    state = row_merge<Terms>(warp_merge<Terms>(state, factors.k, labels), factors.k, exchange, 1, labels);
   }
-  if (args.gradient) columns.write(gradient_from<Terms>(state, factors));
+  if constexpr (Terms::kSecondLook) {
+    if (args.known != Known::everything) look_again<Divergence>(args, columns, factors.k, exchange, 1, state);
+  }
+  if (threadIdx.x == 0) write_results<Divergence>(args, row, factors, state);
+  if (args.gradient) write_gradient<Divergence>(args, columns, factors, state);
 }
 
 }  // namespace kdfast::cuda

@@ -12,13 +12,16 @@ template <class T, int lanes, int held, bool vectors>
 struct InLanes {
   static constexpr int kWidth = vectors ? Vector<T>::count : 1, kSteps = held / kWidth;
   const T *student, *teacher;
+  T* gradient;
   int lane, columns;
+  Logits<held> z;
 
-  // Of the lane's step-th vector (or single column).
-  KDFAST_DEVICE int column(int step) const { return (step * lanes + lane) * kWidth; }
-
-  KDFAST_DEVICE Logits<held> read(bool counted) const {
-    Logits<held> z;
+  KDFAST_DEVICE InLanes(const DivergenceArgs& args, int64_t row, bool counted)
+      : student((const T*)args.student + offset(args.student_rows, row)),
+        teacher((const T*)args.teacher + offset(args.teacher_rows, row)),
+        gradient((T*)gradient_of(args, row, sizeof(T))),
+        lane(threadIdx.x % lanes),
+        columns(int(args.columns)) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int at = column(step), first = step * kWidth;
@@ -31,10 +34,39 @@ struct InLanes {
         z.t[first] = exists ? Vector<T>::widen_one(teacher[at]) : -INFINITY;
       }
     }
-    return z;
   }
+  // Of the lane's step-th vector (or single column).
+  KDFAST_DEVICE int column(int step) const { return (step * lanes + lane) * kWidth; }
+
+  template <class Terms>
+  KDFAST_DEVICE RowState<float> first_look(float k, bool labels, bool smooth) const {
+    float top_s = z.s[0], top_t = z.t[0];
+#pragma unroll
+    for (int e = 1; e < held; ++e) top_s = fmaxf(top_s, z.s[e]), top_t = fmaxf(top_t, z.t[e]);
+    RowState<float> state = no_columns<float>();
+    state.max_s = fmaxf(kNoMaximum, warp_max<lanes>(top_s));
+    state.max_t = fmaxf(kNoMaximum, warp_max<lanes>(top_t));
+#pragma unroll
+    for (int e = 0; e < held; ++e) count<Terms>(state, z.s[e], z.t[e], k);
+    if (labels) {
+#pragma unroll
+      for (int e = 0; e < held; ++e) count_at_one(state, z.s[e], smooth && column(e / kWidth) < columns);
+    }
+    warp_sums<Terms, lanes>(state, labels);
+    return state;
+  }
+  template <template <class> class Divergence>
+  KDFAST_DEVICE void look_again(const Settings<float>& with, float k, RowState<float>& state) const {
+    const Normalised<Divergence<ColumnMath>> to(state, k, 1.f);
+    SecondSums<Divergence> sums{with};
+#pragma unroll
+    for (int e = 0; e < held; ++e) sums.count(to, z.s[e], z.t[e]);
+    state.a = warp_sum<lanes>(sums.a);
+    state.b = warp_sum<lanes>(sums.b);
+  }
+
   template <class Gradient>
-  KDFAST_DEVICE void write(T* gradient, const Logits<held>& z, Gradient of) const {
+  KDFAST_DEVICE void write(Gradient of) const {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int at = column(step), first = step * kWidth;
@@ -49,48 +81,38 @@ struct InLanes {
       }
     }
   }
+  // The label's column again, `less` lower, by the lane that has written it.
+  template <class Gradient>
+  KDFAST_DEVICE void write_label(int column, Gradient of, float less) const {
+    if (column / kWidth % lanes != lane) return;
+    const float s = Vector<T>::widen_one(student[column]), t = Vector<T>::widen_one(teacher[column]);
+    gradient[column] = Vector<T>::narrow_one(of(s, t) - less);
+  }
 };
 
-template <class Terms, int lanes, int held>
-KDFAST_DEVICE RowState<float> state_of(const Logits<held>& z, float k) {
-  float top_s = z.s[0], top_t = z.t[0];
-#pragma unroll
-  for (int e = 1; e < held; ++e) top_s = fmaxf(top_s, z.s[e]), top_t = fmaxf(top_t, z.t[e]);
-  RowState<float> state;
-  state.max_s = fmaxf(kNoMaximum, warp_max<lanes>(top_s));
-  state.max_t = fmaxf(kNoMaximum, warp_max<lanes>(top_t));
-#pragma unroll
-  for (int e = 0; e < held; ++e) Terms::count(state, z.s[e] - state.max_s, z.t[e] - state.max_t, k);
-  state.sum_s = warp_sum<lanes>(state.sum_s);
-  state.sum_t = warp_sum<lanes>(state.sum_t);
-  state.dot = warp_sum<lanes>(state.dot);
-  return state;
-}
-
-template <class Terms, class T, int lanes, int held, bool vectors>
+template <template <class> class Divergence, class T, int lanes, int held, bool vectors>
 __global__ void __launch_bounds__(kRegisterThreads) rows_in_registers(const __grid_constant__ DivergenceArgs args) {
+  using Terms = Divergence<ColumnMath>;
   const int64_t place = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
-  const bool exists = place < args.rows;
+  const bool exists = place < args.rows, labels = args.labels.data;
   // Lanes beyond the last row stay for the shuffles and write nothing.
   const int64_t row = exists ? place : args.rows - 1;
   const bool counted = exists && is_counted(args, row);
-  const InLanes<T, lanes, held, vectors> in{(const T*)args.student + args.student_rows(row),
-                                            (const T*)args.teacher + args.teacher_rows(row), int(threadIdx.x % lanes),
-                                            int(args.columns)};
-  const Logits<held> z = in.read(counted);
+  const InLanes<T, lanes, held, vectors> in(args, row, counted);
   const RowFactors factors = factors_of(args, row);
-  const RowState<float> state = args.given ? given_state(args, row) : state_of<Terms, lanes>(z, factors.k);
+  RowState<float> state =
+      args.given ? given_state(args, row) : in.template first_look<Terms>(factors.k, labels, args.smoothing > 0.f);
+  if constexpr (Terms::kSecondLook) {
+    if (args.known != Known::everything) in.template look_again<Divergence>(args.settings, factors.k, state);
+  }
   if (!exists) return;
   clear_gradient(args, row, sizeof(T), counted ? args.columns : 0, in.lane, lanes);
   if (!counted) {
     if (in.lane == 0) write_masked(args, row);
     return;
   }
-  if (in.lane == 0) write_results(args, row, factors.coefficient * Terms::loss(state, factors.k), state);
-  if (!args.gradient) return;
-  const typename Terms::Gradient of(state, factors.gradient);
-  in.write((T*)gradient_of(args, row, sizeof(T)), z,
-           [&](float x, float y) { return of(x - state.max_s, y - state.max_t, factors.k); });
+  if (in.lane == 0) write_results<Divergence>(args, row, factors, state);
+  if (args.gradient) write_gradient<Divergence>(args, in, factors, state);
 }
 
 }  // namespace kdfast::cuda

@@ -18,14 +18,14 @@ struct RowCase {
   bool same_elements;  // student and teacher have one dtype and neighbouring columns
   bool alike;          // ... and their rows and the gradient's are misaligned alike: 16-byte accesses after an edge
   bool aligned;        // ... and start on 16-byte boundaries and hold whole vectors: no edges
-  bool gradient;       // wanted
-  bool given;          // the rows' states are: no first look
+  bool again;  // rows are looked at again once their sums are known: for a gradient, or by the divergence itself
+  bool given;  // the rows' states are: no first look
 };
 
 enum class RowKernel {
   registers,   // several rows per block, each in the registers of 1 to 32 lanes
   on_chip,     // a row in the shared memory of a block or a cluster
-  two_reads,   // a row per block, read again for the gradient
+  two_reads,   // a row per block, read again for every further look
   any_layout,  // the same, column by column: any strides, any pair of dtypes
 };
 
@@ -39,10 +39,14 @@ struct RowPlan {
   int64_t shared = 0;       // bytes of dynamic shared memory per block
 };
 
-constexpr int64_t kRegisterColumns = 1024;
+// In whole vectors, or column by column: then more would be more code than they are worth.
+constexpr int64_t kRegisterColumns = 1024, kSingleColumns = 256;
 constexpr int kRegisterThreads = 128;
-// Shared memory that the warps and blocks of a row exchange, beside the row (cluster.cuh).
-constexpr int64_t kExchangeBytes = 832;
+// Of a block that has a row for itself, or a share of one. Two such blocks fit a multiprocessor with 80 registers per
+// thread: with 512 threads there would be 64, which are too few for most divergences.
+constexpr int kMaxRowThreads = 384;
+// Shared memory that the blocks and the warps of a row exchange, beside the row (cluster.cuh).
+constexpr int64_t exchange_bytes(int threads) { return 560 + threads; }
 // What the driver takes of a multiprocessor's shared memory for each block.
 constexpr int64_t kReservedShared = 1024;
 // Vectors: a block's share of a row below this is not worth a further split.
@@ -60,7 +64,9 @@ inline int64_t share(const RowCase& c, int cluster) {
   const int64_t vectors = (c.columns * c.element_size + 15) / 16;
   return (vectors + cluster - 1) / cluster;
 }
-inline int64_t shared_bytes(const RowCase& c, int cluster) { return 2 * 16 * share(c, cluster) + kExchangeBytes; }
+inline int64_t shared_bytes(const RowCase& c, int cluster, int threads) {
+  return 2 * 16 * share(c, cluster) + exchange_bytes(threads);
+}
 
 inline RowPlan in_registers(const RowCase& c) {
   RowPlan plan{RowKernel::registers, kRegisterThreads, 0};
@@ -69,7 +75,7 @@ inline RowPlan in_registers(const RowCase& c) {
   } else if (c.columns <= 64) {
     plan.lanes = 8, plan.held = 8;
   } else {
-    plan.lanes = 32, plan.held = 32, plan.vectors = c.aligned;
+    plan.lanes = 32, plan.held = c.aligned ? 32 : 8, plan.vectors = c.aligned;
   }
   const int rows_per_block = kRegisterThreads / plan.lanes;
   plan.blocks = (c.rows + rows_per_block - 1) / rows_per_block;
@@ -78,37 +84,31 @@ inline RowPlan in_registers(const RowCase& c) {
 
 inline RowPlan row_per_block(const RowCase& c) {
   const int width = c.alike ? 16 / c.element_size : 1;
-  return {c.alike ? RowKernel::two_reads : RowKernel::any_layout,
-          threads_for(c.columns / width, 4, c.alike ? 512 : 256),
-          c.rows,
-          1,
-          0,
-          0,
-          false,
-          kExchangeBytes};
+  const int threads = threads_for(c.columns / width, 4, c.alike ? kMaxRowThreads : 256);
+  return {
+      c.alike ? RowKernel::two_reads : RowKernel::any_layout, threads, c.rows, 1, 0, 0, false, exchange_bytes(threads)};
 }
 
 }  // namespace detail
 
 inline RowPlan plan_rows(const RowCase& c, const DeviceLimits& device) {
   using namespace detail;
-  if (c.same_elements && c.columns <= kRegisterColumns) return in_registers(c);
-  // Without a gradient one read is enough, unless the rows are too few to keep every multiprocessor busy.
+  if (c.same_elements && c.columns <= (c.aligned ? kRegisterColumns : kSingleColumns)) return in_registers(c);
+  // For one look one read is enough, unless the rows are too few to keep every multiprocessor busy.
   const bool few = c.rows < device.multiprocessors;
-  if (!c.alike || c.given || (!c.gradient && !few)) return row_per_block(c);
+  if (!c.alike || c.given || (!c.again && !few)) return row_per_block(c);
   // The smallest cluster that lets three blocks share a multiprocessor, so that one loads while others compute, or the
   // largest. More blocks per row where rows are so few that multiprocessors would idle.
   int cluster = 1;
   const int64_t third = device.shared_per_multiprocessor / 3 - kReservedShared;
-  while (shared_bytes(c, cluster) > third && cluster < device.max_cluster) cluster *= 2;
-  const int64_t most = device.shared_per_block;
-  if (shared_bytes(c, cluster) > most) return row_per_block(c);
+  // More threads where only one or two such blocks fit a multiprocessor.
+  auto most_threads = [&] { return shared_bytes(c, cluster, 256) > third ? kMaxRowThreads : 256; };
+  while (most_threads() > 256 && cluster < device.max_cluster) cluster *= 2;
+  if (shared_bytes(c, cluster, most_threads()) > device.shared_per_block) return row_per_block(c);
   auto idle = [&] { return c.rows * cluster < device.multiprocessors; };
   while (idle() && cluster < device.max_cluster && share(c, cluster) > kLeastShare) cluster *= 2;
-  const int64_t shared = shared_bytes(c, cluster);
-  // More threads where only one or two such blocks fit a multiprocessor.
-  const int threads = threads_for(share(c, cluster), 4, shared > third ? 512 : 256);
-  return {RowKernel::on_chip, threads, c.rows * cluster, cluster, 0, 0, false, shared};
+  const int threads = threads_for(share(c, cluster), 4, most_threads());
+  return {RowKernel::on_chip, threads, c.rows * cluster, cluster, 0, 0, false, shared_bytes(c, cluster, threads)};
 }
 
 }  // namespace kdfast::cuda

@@ -1,5 +1,6 @@
-// Reductions over rows. One block each: the numbers are few beside the logits (4 bytes per row), and one block needs no
-// zeroed workspace, no ticket and no second order of summation. One pass over 4 bytes (sum) or 1 byte (count) per row.
+// Reductions over rows. A block for each result: the numbers are few beside the logits (4 bytes per row), and one block
+// needs no zeroed workspace, no ticket and no second order of summation. One pass over 4 bytes per row and result (sum)
+// or over the mask and the labels (count).
 #include "cuda/block.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/rows.h"
@@ -19,25 +20,39 @@ KDFAST_DEVICE void sum_to(float* to, int64_t count, Value value) {
   if (threadIdx.x == 0) *to = float(sum);
 }
 
-__global__ void __launch_bounds__(kThreads) sum_kernel(const float* numbers, int64_t count, float* to) {
-  sum_to(to, count, [&](int64_t i) { return double(numbers[i]); });
-}
-
+// Block 0 sums the losses, blocks 1 and 2 the components.
 __global__ void __launch_bounds__(kThreads)
-    count_kernel(const __grid_constant__ RowMask mask, int64_t rows, float* to) {
-  sum_to(to, rows, [&](int64_t i) { return mask.data[mask.offsets(i)] ? 1.0 : 0.0; });
+    sum_kernel(const float* losses, const float* components, int64_t rows, float* loss, float* component_sums) {
+  const int block = int(blockIdx.x);
+  const float* numbers = block ? components + (block - 1) : losses;
+  const int64_t stride = block ? 2 : 1;
+  sum_to(block ? component_sums + (block - 1) : loss, rows, [&](int64_t i) { return double(numbers[i * stride]); });
 }
 
-constexpr Grid kGrid{1, kThreads, kThreads * int64_t(sizeof(double))};
+// Block 0 counts the rows, block 1 the labels.
+__global__ void __launch_bounds__(kThreads)
+    count_kernel(const __grid_constant__ RowMask mask, const __grid_constant__ RowLabels labels, int64_t rows,
+                 float* counts) {
+  const bool of_labels = blockIdx.x == 1;
+  sum_to(counts + blockIdx.x, rows, [&](int64_t i) {
+    const bool counted = !mask.data || mask.data[mask.offsets(i)];
+    return counted && !(of_labels && labels.data[labels.offsets(i)] == labels.ignored) ? 1.0 : 0.0;
+  });
+}
+
+constexpr int64_t kShared = kThreads * int64_t(sizeof(double));
 
 }  // namespace
 
-void launch_sum(const char* op, const Target& target, const float* numbers, int64_t count, float* to) {
-  launch(op, sum_kernel, target, kGrid, numbers, count, to);
+void launch_sum(const char* op, const Target& target, const float* losses, const float* components, int64_t rows,
+                float* loss, float* component_sums) {
+  launch(op, sum_kernel, target, {components ? 3 : 1, kThreads, kShared}, losses, components, rows, loss,
+         component_sums);
 }
 
-void launch_count(const char* op, const Target& target, const RowMask& mask, int64_t rows, float* to) {
-  launch(op, count_kernel, target, kGrid, mask, rows, to);
+void launch_count(const char* op, const Target& target, const RowMask& mask, const RowLabels& labels, int64_t rows,
+                  float* counts) {
+  launch(op, count_kernel, target, {labels.data ? 2 : 1, kThreads, kShared}, mask, labels, rows, counts);
 }
 
 }  // namespace kdfast::cuda

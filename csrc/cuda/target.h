@@ -1,5 +1,6 @@
 // Where a launch goes.
 #pragma once
+#include <string>
 
 namespace kdfast::cuda {
 
@@ -10,7 +11,7 @@ struct Target {
 
 // A kernel as the CUDA runtime knows it.
 struct NamedKernel {
-  const char* name;
+  std::string name;
   const void* function;
 };
 

@@ -12,6 +12,7 @@ KDFAST_EXPORT std::vector<std::string> cpu_variants();
 KDFAST_EXPORT std::string cpu_variant_name();
 KDFAST_EXPORT void set_cpu_variant(const std::string& name);
 KDFAST_EXPORT void vector_exp2(const float* x, float* y, int64_t count);
+KDFAST_EXPORT void vector_log2(const float* x, float* y, int64_t count);
 
 struct CudaKernel {
   std::string name;

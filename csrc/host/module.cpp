@@ -33,14 +33,14 @@ void define_cuda(py::module_& m) {
 #endif
   m.def(
       "cuda_plan",
-      [](int64_t rows, int64_t columns, int element_size, bool same_elements, bool alike, bool aligned, bool gradient,
+      [](int64_t rows, int64_t columns, int element_size, bool same_elements, bool alike, bool aligned, bool again,
          bool given, int multiprocessors, int64_t shared_per_block, int64_t shared_per_multiprocessor,
          int max_cluster) {
-        return plan_of({rows, columns, element_size, same_elements, alike, aligned, gradient, given},
+        return plan_of({rows, columns, element_size, same_elements, alike, aligned, again, given},
                        {multiprocessors, shared_per_block, shared_per_multiprocessor, max_cluster});
       },
       py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("element_size"), py::arg("same_elements"),
-      py::arg("alike"), py::arg("aligned"), py::arg("gradient"), py::arg("given"), py::arg("multiprocessors"),
+      py::arg("alike"), py::arg("aligned"), py::arg("again"), py::arg("given"), py::arg("multiprocessors"),
       py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("max_cluster"),
       "The kernel and shape that a row operator would take on such a device (csrc/cuda/plan.h).");
 #if defined(KDFAST_WITH_CUDA)
@@ -68,13 +68,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_variants", &kdfast::cpu_variants, "CPU variants that this processor runs, narrowest first.");
   m.def("cpu_variant", &kdfast::cpu_variant_name, "The CPU variant in use.");
   m.def("set_cpu_variant", &kdfast::set_cpu_variant, py::arg("name"), "Switches the CPU variant (for tests).");
-  m.def(
-      "vector_exp2",
-      [](const std::vector<float>& x) {
-        std::vector<float> y(x.size());
-        kdfast::vector_exp2(x.data(), y.data(), int64_t(x.size()));
-        return y;
-      },
-      py::arg("x"), "2^x by the vector exponential of the CPU variant in use (for its test).");
+  using VectorFunction = void (*)(const float*, float*, int64_t);
+  auto define_vector = [&](const char* name, VectorFunction function, const char* doc) {
+    auto all = [function](const std::vector<float>& x) {
+      std::vector<float> y(x.size());
+      function(x.data(), y.data(), int64_t(x.size()));
+      return y;
+    };
+    m.def(name, all, py::arg("x"), doc);
+  };
+  define_vector("vector_exp2", &kdfast::vector_exp2, "2^x as the CPU variant in use makes it (for its test).");
+  define_vector("vector_log2", &kdfast::vector_log2, "log2(x) as the CPU variant in use makes it (for its test).");
   define_cuda(m);
 }

@@ -24,8 +24,8 @@ def kind(x: object) -> str:
     return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
 
 
-def check_logits(op: str, student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
-    """Checks a pair of logits `[..., V]` and returns how many columns count."""
+def check_logits(op: str, student: Tensor, teacher: Tensor) -> None:
+    """Checks a pair of logits `[..., V]`, but for their widths."""
     for argument, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if not isinstance(logits, Tensor):
             wrong_type(op, argument, "a tensor", kind(logits))
@@ -41,6 +41,10 @@ def check_logits(op: str, student: Tensor, teacher: Tensor, vocab_size: int | No
         wrong_value(
             op, "teacher_logits", f"the student's leading dimensions {list(student.shape[:-1])}", list(teacher.shape)
         )
+
+
+def check_vocab_size(op: str, student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
+    """How many columns of a pair of logits count."""
     widths = student.shape[-1], teacher.shape[-1]
     if vocab_size is None:
         if widths[0] != widths[1]:
@@ -51,11 +55,44 @@ def check_logits(op: str, student: Tensor, teacher: Tensor, vocab_size: int | No
                 widths[1],
             )
         return widths[0]
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
-        wrong_type(op, "vocab_size", "an int", kind(vocab_size))
+    check_int(op, "vocab_size", vocab_size)
     if not 1 <= vocab_size <= min(widths):
         wrong_value(op, "vocab_size", f"1 to {min(widths)} for widths {widths[0]} and {widths[1]}", vocab_size)
     return vocab_size
+
+
+def check_int(op: str, argument: str, x: object) -> None:
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+        wrong_type(op, argument, "an int", kind(x))
+
+
+def check_fraction(op: str, argument: str, x: float, below_one: bool = False) -> None:
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        wrong_type(op, argument, "a number", kind(x))
+    if not 0 <= x <= 1 or (below_one and x == 1):
+        wrong_value(op, argument, "a number from 0 to 1" + (", 1 excluded" if below_one else ""), x)
+
+
+def check_labels(
+    op: str, labels: Tensor, mask: Tensor | None, logits: Tensor, vocabulary: int, ignore_index: int
+) -> Tensor:
+    """Class indices for every row. Values of CPU tensors are checked; on a device, where that would wait, a row with a
+    label that is not in the vocabulary gives NaN."""
+    if not isinstance(labels, Tensor):
+        wrong_type(op, "labels", "a tensor", kind(labels))
+    if labels.dtype != torch.int64:
+        wrong_type(op, "labels", "an int64 tensor of class indices", labels.dtype)
+    if labels.device != logits.device:
+        wrong_value(op, "labels", f"the logits' device {logits.device}", labels.device)
+    if labels.shape != logits.shape[:-1]:
+        wrong_value(op, "labels", f"the logits' leading dimensions {list(logits.shape[:-1])}", list(labels.shape))
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
+        if mask is not None:
+            wrong &= mask
+        if bool(wrong.any()):
+            wrong_value(op, "labels", f"0 to {vocabulary - 1}, or ignore_index {ignore_index}", labels[wrong][0].item())
+    return labels
 
 
 def check_reduction(op: str, reduction: str, logits: Tensor) -> int:
@@ -103,11 +140,15 @@ def check_temperature(op: str, temperature: float | Tensor, logits: Tensor) -> t
         if temperature.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((temperature > 0).all()):
             wrong_value(op, "temperature", "values > 0", f"a minimum of {temperature.min().item()}")
         return 1.0, rows
+    check_temperature_number(op, temperature)
+    return float(temperature), None
+
+
+def check_temperature_number(op: str, temperature: object) -> None:
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         wrong_type(op, "temperature", "a number or a tensor", kind(temperature))
     if not 0 < temperature < float("inf"):
         wrong_value(op, "temperature", "a finite number > 0", temperature)
-    return float(temperature), None
 
 
 def check_num_items(

@@ -14,12 +14,16 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define KDFAST_DEVICE inline
+#define KDFAST_DEVICE_CALL inline
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 struct alignas(16) float4 {
   float x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
 };
 using std::max;
 using std::min;
@@ -107,6 +111,8 @@ inline float exp2_fast(float x) {
   const float y = exp2f(x);
   return fabsf(y) < 1.17549435e-38f ? 0.f : y;
 }
+inline float log2_fast(float x) { return log2f(fabsf(x) < 1.17549435e-38f ? 0.f : x); }
+inline float reciprocal_fast(float x) { return 1 / x; }
 inline float as_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);
@@ -165,9 +171,12 @@ struct alignas(8) PushBarrier {
   int expected, pushed;
 };
 inline int cluster_rank() { return int(cuda_host::machine().current().block->rank); }
-inline void cluster_announce(PushBarrier* barrier, int bytes) {
+inline void cluster_announce(PushBarrier* barriers, int first_bytes, int second_bytes) {
   auto& cluster = cuda_host::machine().cluster;
-  if (threadIdx.x == 0) *barrier = {bytes, 0};
+  if (threadIdx.x == 0) {
+    barriers[0] = {first_bytes, 0};
+    barriers[1] = {second_bytes, 0};
+  }
   ++cluster.waiting;
   cluster.release();
   cuda_host::machine().progress();

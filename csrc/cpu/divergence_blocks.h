@@ -1,0 +1,199 @@
+// Blocks of columns, float or double whatever the logits are: what the wide rows of divergence_rows.cpp are made of.
+#pragma once
+#include "cpu/divergence_rows.h"
+#include "cpu/simd.h"
+
+namespace kdfast::KDFAST_VARIANT {
+
+// The numbers of csrc/common/divergence_terms.h: a vector of floats, or a double.
+template <class R>
+struct Lanes {
+  using Real = R;
+  using V = Vector<R>;
+  KDFAST_HD_MEMBER static V exp2(V x) { return KDFAST_VARIANT::exp2(x); }
+  KDFAST_HD_MEMBER static V log2(V x) { return KDFAST_VARIANT::log2(x); }
+  KDFAST_HD_MEMBER static V reciprocal(V x) { return Real(1) / x; }
+};
+
+// The scale k of a row, and the smallest (logit - maximum) whose power does not vanish.
+template <class Real>
+struct Scale {
+  Vector<Real> k, least;
+  KDFAST_HD_MEMBER explicit Scale(Vector<Real> k) : k(k), least(Real(kExp2Least) / k) {}
+  KDFAST_HD_MEMBER Vector<Real> power(Vector<Real> x) const { return exp2(x, k, least); }
+};
+
+// f(i, count, which) for the vectors from element i on; the last may be of fewer than all lanes. `which` alternates.
+template <class Real, class F>
+KDFAST_LOCAL void for_vectors(int64_t n, F f) {
+  constexpr int L = VectorOf<Real>::count;
+  int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) f(i, L, 0), f(i + L, L, 1);
+  for (; i + L <= n; i += L) f(i, L, 0);
+  if (i < n) f(i, int(n - i), 1);
+}
+template <class Real>
+KDFAST_LOCAL Vector<Real> load(const Real* p, int count) {
+  return count == VectorOf<Real>::count ? load(p) : load_some(p, count);
+}
+template <class Real>
+KDFAST_LOCAL void store(Real* p, Vector<Real> v, int count) {
+  count == VectorOf<Real>::count ? store(p, v) : store_some(p, v, count);
+}
+
+template <class Real>
+struct Block {
+  int64_t n;
+  const Real *s, *t;   // logits
+  Real *es, *et;       // their powers, in whole vectors
+  Real max_s, max_t;   // that the powers are relative to
+  const char *next_s, *next_t;  // the logits of the next block, in memory
+};
+
+// In L1.
+template <class Real>
+struct Workspace {
+  alignas(64) Real s[kBlock], t[kBlock], es[kBlock], et[kBlock], g[kBlock];
+};
+
+// A block's part of DivergenceRow::powers. A second look puts u (divergence_terms.h) in the place of the teacher's.
+template <class Real>
+struct BlockPowers {
+  Real maxima[2], s[kBlock], t[kBlock];
+};
+template <class Real>
+KDFAST_LOCAL BlockPowers<Real>* powers_at(const DivergenceRow& row, int64_t column) {
+  return row.powers ? (BlockPowers<Real>*)row.powers + column / kBlock : nullptr;
+}
+
+// ---- elements of any type ----
+KDFAST_LOCAL int64_t size_of(Element type) { return type == Element::f64 ? 8 : type == Element::f32 ? 4 : 2; }
+
+template <class E>
+void convert(const void* row, int64_t stride, int64_t begin, int64_t n, float* to) {
+  const E* from = (const E*)row + begin * stride;
+  if (stride == 1) {
+    for_vectors<float>(n, [&](int64_t i, int count, int) __attribute__((always_inline)) {
+      store(to + i, count == kLanes ? load(from + i) : load_some(from + i, count));
+    });
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = widened(from[i * stride]);
+  }
+}
+
+// `n` logits from column `begin` on, side by side: in place, or in `to`.
+KDFAST_LOCAL const float* read(Element type, const void* row, int64_t stride, int64_t begin, int64_t n, float* to) {
+  if (type == Element::f32 && stride == 1) return (const float*)row + begin;
+  if (type == Element::f32) convert<float>(row, stride, begin, n, to);
+  if (type == Element::bf16) convert<BFloat16>(row, stride, begin, n, to);
+  if (type == Element::f16) convert<Float16>(row, stride, begin, n, to);
+  return to;
+}
+KDFAST_LOCAL const double* read(Element, const void* row, int64_t stride, int64_t begin, int64_t n, double* to) {
+  const double* from = (const double*)row + begin * stride;
+  if (stride == 1) return from;
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i * stride];
+  return to;
+}
+
+template <class E>
+void narrow_all(const float* from, int64_t n, E* to) {
+  for_vectors<float>(n, [&](int64_t i, int count, int) __attribute__((always_inline)) {
+    const Floats v = load(from + i, count);
+    count == kLanes ? store(to + i, v) : store_some(to + i, v, count);
+  });
+}
+// The gradient of a block is made in its place, or in `g` and then written.
+KDFAST_LOCAL float* gradient_place(Element type, void* gradient, int64_t begin, float* g) {
+  return type == Element::f32 ? (float*)gradient + begin : g;
+}
+KDFAST_LOCAL double* gradient_place(Element, void* gradient, int64_t begin, double*) {
+  return (double*)gradient + begin;
+}
+KDFAST_LOCAL void write(Element type, const float* g, int64_t n, void* gradient, int64_t begin) {
+  if (type == Element::bf16) narrow_all(g, n, (BFloat16*)gradient + begin);
+  if (type == Element::f16) narrow_all(g, n, (Float16*)gradient + begin);
+}
+KDFAST_LOCAL void write(Element, const double*, int64_t, void*, int64_t) {}
+
+template <class Real>
+Block<Real> read_block(const DivergenceShape& shape, const DivergenceRow& row, int64_t begin, int64_t n,
+                       Workspace<Real>& work) {
+  const int64_t next = begin + kBlock;
+  BlockPowers<Real>* powers = powers_at<Real>(row, begin);
+  return {n,
+          read(shape.student, row.student, shape.student_stride, begin, n, work.s),
+          read(shape.teacher, row.teacher, shape.teacher_stride, begin, n, work.t),
+          powers ? powers->s : work.es,
+          powers ? powers->t : work.et,
+          powers ? powers->maxima[0] : Real(row.state.max_s),
+          powers ? powers->maxima[1] : Real(row.state.max_t),
+          (const char*)row.student + next * shape.student_stride * size_of(shape.student),
+          (const char*)row.teacher + next * shape.teacher_stride * size_of(shape.teacher)};
+}
+
+// ---- the cross-entropy of labels ----
+// e^(z - maximum) of a vector of a block: the power at temperature 1, which at 1 and 2 is at hand.
+template <class Real>
+class AtOne {
+ public:
+  AtOne(const Block<Real>& block, double k, bool have_powers)
+      : block_(block),
+        power_(!have_powers ? 0 : k == kLog2e ? 1 : k == kLog2e / 2 ? 2 : 0),
+        scale_(broadcast(Real(kLog2e))) {}
+  template <class F>
+  KDFAST_HD_MEMBER void each(F f) const {
+    auto at = [&](auto power) __attribute__((always_inline)) {
+      for_vectors<Real>(block_.n, [&](int64_t i, int count, int) __attribute__((always_inline)) {
+        if constexpr (power() == 0) {
+          f(i, count, scale_.power(load(block_.s + i, count) - block_.max_s));
+        } else {
+          const Vector<Real> e = load(block_.es + i);
+          f(i, count, power() == 1 ? e : e * e);
+        }
+      });
+    };
+    power_ == 0 ? at(Power<0>()) : power_ == 1 ? at(Power<1>()) : at(Power<2>());
+  }
+
+ private:
+  template <int n>
+  struct Power {
+    constexpr int operator()() const { return n; }
+  };
+  const Block<Real>& block_;
+  int power_;
+  Scale<Real> scale_;
+};
+
+template <class Real>
+void look_for_labels(const Block<Real>& block, double k, bool have_powers, bool smooth, RowState<double>& state) {
+  Vector<Real> sum_one{};
+  AtOne<Real>(block, k, have_powers).each([&](int64_t, int, Vector<Real> e) __attribute__((always_inline)) {
+    sum_one += e;
+  });
+  state.sum_one = sum(sum_one);
+  if (!smooth) return;
+  Vector<Real> total{};
+  constexpr int L = VectorOf<Real>::count;
+  const int64_t whole = block.n / L * L;
+  for (int64_t i = 0; i < whole; i += L) total += load(block.s + i);
+  state.total = sum(total);
+  for (int64_t i = whole; i < block.n; ++i) state.total += block.s[i];
+}
+
+// Adds hard_factor * (softmax(z) - (1 - smoothing) * [column = label] - smoothing / vocabulary).
+template <class Real>
+void add_label_gradient(const DivergenceShape& shape, const DivergenceRow& row, const Block<Real>& block,
+                        bool have_powers, int64_t begin, Real* g) {
+  const double shift = ::exp2((block.max_s - row.state.max_s) * kLog2e);
+  const Vector<Real> factor = broadcast(Real(row.hard_factor * shift / row.state.sum_one));
+  const Vector<Real> even = broadcast(Real(row.hard_factor * shape.smoothing * shape.settings.per_vocabulary));
+  AtOne<Real>(block, row.k, have_powers).each([&](int64_t i, int count, Vector<Real> e) __attribute__((always_inline)) {
+    store(g + i, load(g + i, count) + (factor * e - even), count);
+  });
+  const int64_t label = row.label - begin;
+  if (label >= 0 && label < block.n) g[label] -= Real(row.hard_factor * (1 - shape.smoothing));
+}
+
+}  // namespace kdfast::KDFAST_VARIANT

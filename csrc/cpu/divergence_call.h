@@ -1,0 +1,193 @@
+// A call of a divergence as the CPU kernels take it, row by row.
+#pragma once
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "common/divergence.h"
+#include "cpu/variant.h"
+
+namespace kdfast {
+
+inline Element element_of(ScalarType t) {
+  if (t == ScalarType::Double) return Element::f64;
+  if (t == ScalarType::BFloat16) return Element::bf16;
+  return t == ScalarType::Half ? Element::f16 : Element::f32;
+}
+
+// float or double memory, by the call.
+class Reals {
+ public:
+  Reals(const Tensor& t, bool is_double) : data_(t.mutable_data_ptr()), double_(is_double) {}
+  void set(int64_t i, double x) const { double_ ? void(((double*)data_)[i] = x) : void(((float*)data_)[i] = float(x)); }
+  double get(int64_t i) const { return double_ ? ((const double*)data_)[i] : ((const float*)data_)[i]; }
+
+ private:
+  void* data_;
+  bool double_;
+};
+
+// A row's losses without alpha, each with its share of the reduction.
+struct RowLoss {
+  double divergence = 0, cross_entropy = 0;
+  RowLoss& operator+=(const RowLoss& other) {
+    divergence += other.divergence;
+    cross_entropy += other.cross_entropy;
+    return *this;
+  }
+};
+
+class Rows {
+ public:
+  Rows(const DivergenceCall& call, const Tensor* gradient, double upstream, bool keeps_state)
+      : kernels(cpu_variant().kernels->divergence[call.kind]),
+        count(call.rows()),
+        call_(call),
+        student_(memory_of(call, call.student, "student_logits")),
+        teacher_(memory_of(call, call.teacher, "teacher_logits")),
+        gradient_(gradient ? (char*)gradient->mutable_data_ptr() : nullptr),
+        mask_(call.row_input(call.mask, "mask")),
+        weight_(call.row_input(call.weight, "weight")),
+        temperature_(call.row_input(call.row_temperature, "temperature")),
+        labels_(call.row_input(call.labels, "labels")),
+        alpha_(call.distillation ? call.alpha : 1),
+        per_temperature_(1 / call.temperature) {
+    const int64_t last = call.leading();
+    shape = {element_of(call.student.scalar_type()),
+             element_of(call.teacher.scalar_type()),
+             call.columns,
+             call.student.size(last),
+             call.student.stride(last),
+             call.teacher.stride(last),
+             {call.mixing, 1 / double(call.vocabulary)},
+             call.labels.has_value(),
+             keeps_state,
+             call.smoothing};
+    check_labels();
+    const auto [rows, labelled] = denominators();
+    factor_ = rows > 0 ? call.scale * upstream / rows : 0;
+    hard_factor_ = labelled > 0 ? call.scale * upstream / labelled : 0;
+  }
+
+  bool wants_gradient() const { return gradient_ != nullptr; }
+  bool counted(int64_t row) const { return !mask_.data || ((const bool*)mask_.data)[mask_.offsets(row)]; }
+
+  void describe(int64_t row, DivergenceRow& r) const {
+    const double weight = weight_.data ? value(weight_, row) : 1;
+    const double temperature = temperature_.data ? value(temperature_, row) : call_.temperature;
+    const double per_temperature = temperature_.data ? 1 / temperature : per_temperature_;
+    r.student = student_.row(row);
+    r.teacher = teacher_.row(row);
+    r.gradient = gradient_row(row);
+    r.powers = nullptr;
+    r.k = kLog2e * per_temperature;
+    r.coefficient = factor_ * weight * (call_.distillation ? temperature * temperature : 1);
+    r.factor = alpha_ * r.coefficient * per_temperature;
+    if (!shape.labels) return;
+    const bool labelled = label(row) != call_.ignore_index;
+    r.label = labelled ? label(row) - call_.vocab_start : -1;
+    r.hard_coefficient = labelled ? hard_factor_ * weight : 0;
+    r.hard_factor = (1 - alpha_) * r.hard_coefficient;
+  }
+  // A gradient that arrives per row.
+  static void scale(DivergenceRow& r, double upstream) {
+    r.factor *= upstream;
+    r.hard_factor *= upstream;
+  }
+
+  // The first look's share of the label's logit.
+  void look_at_label(DivergenceRow& r) const {
+    if (!shape.labels) return;
+    const bool here = r.label >= 0 && r.label < shape.columns;
+    r.state.label = here ? student_.at(r.student, r.label * shape.student_stride) : 0;
+  }
+
+  RowLoss loss(const DivergenceRow& r) const {
+    if (!shape.labels || r.hard_coefficient == 0) return {r.coefficient * r.loss, 0};
+    const RowState<double>& s = r.state;
+    double cross_entropy = std::log(s.sum_one) + s.max_s - (1 - call_.smoothing) * s.label;
+    if (call_.smoothing != 0) cross_entropy -= call_.smoothing * s.total / double(call_.vocabulary);
+    return {r.coefficient * r.loss, r.hard_coefficient * cross_entropy};
+  }
+  double total(const RowLoss& loss) const {
+    return shape.labels ? alpha_ * loss.divergence + (1 - alpha_) * loss.cross_entropy : alpha_ * loss.divergence;
+  }
+
+  // Of a masked row everything, of others the padding beyond vocab_size.
+  void clear_gradient(int64_t row, int64_t from) const {
+    if (!gradient_ || from == shape.gradient_columns) return;
+    std::memset(gradient_row(row) + from * student_.size, 0, (shape.gradient_columns - from) * student_.size);
+  }
+
+  DivergenceShape shape;
+  const DivergenceKernels& kernels;
+  int64_t count;
+
+ private:
+  struct Memory {
+    const char* data;
+    RowOffsets offsets;
+    ScalarType type;
+    int64_t size;  // of an element
+
+    const void* row(int64_t row) const { return data + offsets(row) * size; }
+    double at(const void* row, int64_t element) const {
+      const char* from = (const char*)row + element * size;
+      if (type == ScalarType::Double) return *(const double*)from;
+      if (type == ScalarType::Float) return *(const float*)from;
+      if (type == ScalarType::Half) return float(*(const torch::headeronly::Half*)from);
+      return float(*(const torch::headeronly::BFloat16*)from);
+    }
+  };
+  static Memory memory_of(const DivergenceCall& call, const Tensor& t, const char* argument) {
+    return {(const char*)t.const_data_ptr(), call.offsets_of(t, argument), t.scalar_type(), int64_t(t.element_size())};
+  }
+
+  char* gradient_row(int64_t row) const {
+    return gradient_ ? gradient_ + row * shape.gradient_columns * student_.size : nullptr;
+  }
+  double value(const RowInput& input, int64_t row) const {
+    const int64_t at = input.offsets(row);
+    return call_.is_double() ? ((const double*)input.data)[at] : ((const float*)input.data)[at];
+  }
+  int64_t label(int64_t row) const { return ((const int64_t*)labels_.data)[labels_.offsets(row)]; }
+
+  void check_labels() const {
+    if (!shape.labels) return;
+    for (int64_t row = 0; row < count; ++row) {
+      if (!counted(row) || label(row) == call_.ignore_index) continue;
+      STD_TORCH_CHECK(label(row) >= 0 && label(row) < call_.vocabulary, call_.op(), ": labels: expected 0 to ",
+                            call_.vocabulary - 1, ", or ignore_index ", call_.ignore_index, ", got ", label(row),
+                            " in row ", row);
+    }
+  }
+
+  // Of the divergence and of the cross-entropy.
+  std::pair<double, double> denominators() const {
+    if (call_.reduces_to(Reduction::sum) || call_.per_row()) return {1, 1};
+    if (call_.reduces_to(Reduction::batchmean)) return {call_.student.size(0), call_.student.size(0)};
+    if (call_.num_items) {
+      const double items = Reals(*call_.num_items, call_.is_double()).get(0);
+      return {items, items};
+    }
+    if (!mask_.data && !labels_.data) return {count, count};
+    int64_t rows = 0, labelled = 0;
+    for (int64_t row = 0; row < count; ++row) {
+      if (!counted(row)) continue;
+      ++rows;
+      labelled += labels_.data && label(row) != call_.ignore_index;
+    }
+    return {rows, labelled};
+  }
+
+  const DivergenceCall& call_;
+  Memory student_, teacher_;
+  char* gradient_;
+  RowInput mask_, weight_, temperature_, labels_;
+  double alpha_, per_temperature_, factor_, hard_factor_;
+};
+
+}  // namespace kdfast

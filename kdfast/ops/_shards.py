@@ -1,0 +1,149 @@
+"""A vocabulary split over the ranks of a process group: which columns are here, and the rows' states put together.
+
+Each rank looks at its own columns once. Two small all-reduces of numbers per row (maxima, then sums referred to them)
+give every rank the state of the whole row; divergences that look twice take one more. Loss and gradient follow from the
+state and the rank's own columns.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kdfast.ops import _checks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+LOG2_E = 1.4426950408889634
+LEAST = torch.finfo(torch.float32).min  # the maximum of no columns: csrc/common/rowmath.h, kNoMaximum
+
+# How the sums a (of the teacher's powers) and b (of the student's) move with the shifts of the student's and the
+# teacher's maximum: of_teacher and of_student in csrc/common/divergence_terms.h.
+_OF_TEACHER = {"kl_div": (-1.0, 1.0), "soft_cross_entropy": (-1.0, 0.0), "symmetric_kl_div": (-1.0, 1.0)}
+_OF_STUDENT = {"reverse_kl_div": (1.0, -1.0), "symmetric_kl_div": (1.0, -1.0)}
+
+
+class Shard(NamedTuple):
+    """The logits of this rank; `columns` of them count, from column `start` of a `vocabulary` on."""
+
+    student: Tensor
+    teacher: Tensor
+    columns: int
+    vocabulary: int
+    start: int
+    group: ProcessGroup | None
+
+
+def shard_of(
+    op: str,
+    student: Tensor,
+    teacher: Tensor,
+    group: ProcessGroup | None,
+    start: int | None,
+    vocab_size: int | None,
+) -> Shard:
+    """What of the vocabulary is here: all of it without a process group."""
+    if dist.is_available() and not torch.compiler.is_compiling():
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(student, DTensor) or isinstance(teacher, DTensor):
+            if group is not None:
+                _checks.wrong_value(op, "process_group", "None beside DTensors, which have one", group)
+            if start is not None:
+                _checks.wrong_value(op, "vocab_start", "None beside DTensors, which know it", start)
+            return _of_dtensors(op, student, teacher, vocab_size)
+    _checks.check_logits(op, student, teacher)
+    if group is None:
+        if start is not None:
+            _checks.wrong_value(op, "vocab_start", "a process_group with it", "none")
+        columns = _checks.check_vocab_size(op, student, teacher, vocab_size)
+        return Shard(student, teacher, columns, columns, 0, None)
+    for argument, number, least in (("vocab_start", start, 0), ("vocab_size", vocab_size, 1)):
+        if number is not None:
+            _checks.check_int(op, argument, number)
+            if number < least:
+                _checks.wrong_value(op, argument, f"{least} or more", number)
+    if start is not None and vocab_size is None:
+        _checks.wrong_value(op, "vocab_size", "the size of the whole vocabulary beside vocab_start", None)
+    width = student.shape[-1]
+    if start is None:
+        if teacher.shape[-1] != width:
+            # Rank by rank such shards hold different columns.
+            _checks.wrong_value(op, "teacher_logits", f"a shard as wide as the student's, {width}", teacher.shape[-1])
+        start = dist.get_rank(group) * width
+    vocabulary = dist.get_world_size(group) * width if vocab_size is None else vocab_size
+    return _clipped(student, teacher, min(width, teacher.shape[-1]), vocabulary, start, group)
+
+
+def _clipped(student: Tensor, teacher: Tensor, width: int, vocabulary: int, start: int, group: ProcessGroup) -> Shard:
+    start = min(start, vocabulary)
+    return Shard(student, teacher, min(width, vocabulary - start), vocabulary, start, group)
+
+
+def _of_dtensors(op: str, student: Tensor, teacher: Tensor, vocab_size: int | None) -> Shard:
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import Shard as Split
+
+    for argument, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if not isinstance(logits, DTensor):
+            _checks.wrong_type(op, argument, "a DTensor like the other logits", _checks.kind(logits))
+    assert isinstance(student, DTensor)
+    assert isinstance(teacher, DTensor)
+    if student.device_mesh != teacher.device_mesh or student.placements != teacher.placements:
+        _checks.wrong_value(op, "teacher_logits", f"the student's placements {student.placements}", teacher.placements)
+    last = student.dim() - 1
+    split = [i for i, p in enumerate(student.placements) if p in (Split(last), Split(-1))]
+    if len(split) != 1 or any(not p.is_replicate() for i, p in enumerate(student.placements) if i not in split):
+        _checks.wrong_value(
+            op, "student_logits", "a DTensor sharded on its last dimension, replicated else", student.placements
+        )
+    _checks.check_logits(op, student, teacher)
+    if student.shape[-1] != teacher.shape[-1]:
+        _checks.wrong_value(op, "teacher_logits", f"the student's width {student.shape[-1]}", teacher.shape[-1])
+    columns = _checks.check_vocab_size(op, student, teacher, vocab_size)
+    group, ranks = student.device_mesh.get_group(split[0]), student.device_mesh.size(split[0])
+    each = -(-student.shape[-1] // ranks)  # as torch.chunk splits
+    local = student.to_local(), teacher.to_local()
+    return _clipped(*local, local[0].shape[-1], columns, dist.get_rank(group) * each, group)
+
+
+def merged(state: Tensor, kind: str, temperature: float | Tensor, group: ProcessGroup) -> Tensor:
+    """The rows' states `[..., 9]` of the whole vocabulary from those of this rank's columns."""
+    max_s, sum_s, max_t, sum_t, a, b, sum_one, total, label = state.unbind(-1)
+    maxima = torch.stack((max_s, max_t))
+    dist.all_reduce(maxima, dist.ReduceOp.MAX, group=group)
+    k = LOG2_E / temperature
+    shift_s, shift_t = max_s - maxima[0], max_t - maxima[1]
+    scale_s, scale_t = torch.exp2(shift_s * k), torch.exp2(shift_t * k)
+
+    def moved(x: Tensor, total: Tensor, scale: Tensor, by: tuple[float, float] | None) -> Tensor:
+        if by is None:
+            return x
+        # A sum of 0 takes its x along: 0 · inf would be NaN where a power is too small to represent.
+        gone = total * scale == 0
+        return torch.where(gone, 0.0, scale * (x + total * (by[0] * shift_s + by[1] * shift_t)))
+
+    sums = torch.stack(
+        (
+            sum_s * scale_s,
+            sum_t * scale_t,
+            moved(a, sum_t, scale_t, _OF_TEACHER.get(kind)),
+            moved(b, sum_s, scale_s, _OF_STUDENT.get(kind)),
+            torch.where(sum_one == 0, 0.0, sum_one * torch.exp2(shift_s * LOG2_E)),
+            total,
+            label,
+        )
+    )
+    dist.all_reduce(sums, dist.ReduceOp.SUM, group=group)
+    return torch.stack((maxima[0], sums[0], maxima[1], *sums[1:]), -1)
+
+
+def summed(state: Tensor, group: ProcessGroup) -> Tensor:
+    """The same after a second look, whose two sums are this rank's."""
+    sums = state[..., 4:6].contiguous()
+    dist.all_reduce(sums, dist.ReduceOp.SUM, group=group)
+    return torch.cat((state[..., :4], sums, state[..., 6:]), -1)

@@ -1,0 +1,121 @@
+"""Distillation loss with labels: a divergence to the teacher and the cross-entropy, in one pass over the logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+
+from torch import Tensor
+
+from kdfast.ops import _checks, _divergence
+from kdfast.ops._divergence import KINDS, Labels, Options
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class KDLossComponents(NamedTuple):
+    """What `kd_loss(..., return_components=True)` returns: the parts include T² and not alpha, and carry no gradient."""
+
+    loss: Tensor
+    divergence: Tensor
+    cross_entropy: Tensor
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    alpha: float = ...,
+    temperature: float | Tensor = ...,
+    divergence: str = ...,
+    beta: float = ...,
+    skew: float = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    mask: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    vocab_size: int | None = ...,
+    reduction: str = ...,
+    num_items: float | Tensor | None = ...,
+    process_group: ProcessGroup | None = ...,
+    vocab_start: int | None = ...,
+    return_components: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    alpha: float = ...,
+    temperature: float | Tensor = ...,
+    divergence: str = ...,
+    beta: float = ...,
+    skew: float = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    mask: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    vocab_size: int | None = ...,
+    reduction: str = ...,
+    num_items: float | Tensor | None = ...,
+    process_group: ProcessGroup | None = ...,
+    vocab_start: int | None = ...,
+    return_components: Literal[True],
+) -> KDLossComponents: ...
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    alpha: float = 0.5,
+    temperature: float | Tensor = 2.0,
+    divergence: str = "kl_div",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    return_components: bool = False,
+) -> Tensor | KDLossComponents:
+    """alpha · T² · D(student, teacher) + (1 − alpha) · cross-entropy with the labels (Hinton et al., 2015).
+
+    With reduction `"mean"`: alpha · Σ w·T²·D / N_D + (1 − alpha) · Σ w·CE / N_CE with the row's T and weight w; N_D counts
+    the unmasked rows, N_CE those of them whose label is not `ignore_index`; `num_items` replaces both. **T² is
+    included here**, as nowhere among the divergences: the soft gradient then keeps its size when T changes. alpha weighs
+    the **soft** term; some implementations weigh the hard one with it.
+
+    Args:
+        labels: int64 class indices, the logits' leading dimensions. A row whose label is `ignore_index` keeps its
+            divergence. Nothing is shifted: for causal models pass logits[:, :-1] and labels[:, 1:]. None needs alpha = 1.
+        alpha: from 0 to 1.
+        temperature: of the divergence; the cross-entropy is at temperature 1.
+        divergence: the name of one of kdfast's divergences; `beta` belongs to `js_div`, `skew` to the skewed ones.
+        label_smoothing: of the labels, over the whole vocabulary, as in `torch.nn.functional.cross_entropy`.
+        return_components: return the loss, Σ w·T²·D / N_D and Σ w·CE / N_CE, the last two without gradient.
+
+    Other arguments, reductions, dtypes, shards and errors as in `kl_div`. With a vocabulary split over ranks every rank
+    passes all labels, as indices into the whole vocabulary.
+    """
+    op = "kd_loss"
+    if divergence not in KINDS:
+        _checks.wrong_value(op, "divergence", f"one of {', '.join(KINDS)}", repr(divergence))
+    for argument, number in (("alpha", alpha), ("label_smoothing", label_smoothing), ("beta", beta)):
+        _checks.check_fraction(op, argument, number)
+    _checks.check_fraction(op, "skew", skew, below_one=True)
+    _checks.check_int(op, "ignore_index", ignore_index)
+    if labels is None and alpha != 1:
+        _checks.wrong_value(op, "labels", "labels where alpha is not 1", f"None with alpha={alpha}")
+    kind, mixing = _divergence.at_its_ends(divergence, beta, skew)
+    options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
+    hard = Labels(labels, float(alpha), float(label_smoothing), ignore_index)
+    loss, components = _divergence.run(op, kind, student_logits, teacher_logits, options, mixing, hard)
+    return KDLossComponents(loss, *components.unbind(-1)) if return_components else loss
