@@ -39,6 +39,6 @@ if command -v compute-sanitizer >/dev/null; then
       "$python" -m pytest tests -m cuda -k "$sanitized${only:+ and $only}"
   done
 fi
-stage benchmarks "$python" -m kdfast bench --only "*$only*" --output "$out"
+stage benchmarks "$python" -m kdfast bench --seconds 1 --only "*$only*" --output "$out"
 cat "$out/benchmarks.log"
 exit $status

@@ -7,6 +7,7 @@ state and the rank's own columns.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -47,15 +48,12 @@ def shard_of(
     vocab_size: int | None,
 ) -> Shard:
     """What of the vocabulary is here: all of it without a process group."""
-    if dist.is_available() and not torch.compiler.is_compiling():
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(student, DTensor) or isinstance(teacher, DTensor):
-            if group is not None:
-                _checks.wrong_value(op, "process_group", "None beside DTensors, which have one", group)
-            if start is not None:
-                _checks.wrong_value(op, "vocab_start", "None beside DTensors, which know it", start)
-            return _of_dtensors(op, student, teacher, vocab_size)
+    if _is_dtensor(student) or _is_dtensor(teacher):
+        if group is not None:
+            _checks.wrong_value(op, "process_group", "None beside DTensors, which have one", group)
+        if start is not None:
+            _checks.wrong_value(op, "vocab_start", "None beside DTensors, which know it", start)
+        return _of_dtensors(op, student, teacher, vocab_size)
     _checks.check_logits(op, student, teacher)
     if group is None:
         if start is not None:
@@ -77,6 +75,12 @@ def shard_of(
         start = dist.get_rank(group) * width
     vocabulary = dist.get_world_size(group) * width if vocab_size is None else vocab_size
     return _clipped(student, teacher, min(width, teacher.shape[-1]), vocabulary, start, group)
+
+
+def _is_dtensor(x: object) -> bool:
+    # Importing DTensor takes a second; who has one has imported it.
+    module = None if type(x) is Tensor else sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def _clipped(student: Tensor, teacher: Tensor, width: int, vocabulary: int, start: int, group: ProcessGroup) -> Shard:
