@@ -27,18 +27,18 @@ struct DivergenceCall {
   std::optional<Tensor> labels, row_temperature, mask, weight, num_items;
   int64_t kind;  // of Divergence
   double mixing, temperature;
-  int64_t columns;                   // that count, of these logits
-  int64_t vocabulary, vocab_start;   // of all shards together, and where this one starts
-  int64_t reduction;                 // of Reduction
-  double scale;                      // of the result
-  bool distillation;                 // kd_loss: the divergence counts alpha * T^2, the cross-entropy 1 - alpha
+  int64_t columns;                  // that count, of these logits
+  int64_t vocabulary, vocab_start;  // of all shards together, and where this one starts
+  int64_t reduction;                // of Reduction
+  double scale;                     // of the result
+  bool distillation;                // kd_loss: the divergence counts alpha * T^2, the cross-entropy 1 - alpha
   double alpha, smoothing;
   int64_t ignore_index;
 
   const char* op() const {
-    static constexpr const char* kNames[] = {"kl_div",          "reverse_kl_div",     "js_div",
-                                             "skew_kl_div",     "skew_reverse_kl_div", "total_variation",
-                                             "soft_cross_entropy", "logit_mse",       "symmetric_kl_div"};
+    static constexpr const char* kNames[] = {
+        "kl_div",          "reverse_kl_div",     "js_div",    "skew_kl_div",     "skew_reverse_kl_div",
+        "total_variation", "soft_cross_entropy", "logit_mse", "symmetric_kl_div"};
     static_assert(std::size(kNames) == size_t(Divergence::count));
     return distillation ? "kd_loss" : kNames[kind];
   }

@@ -3,12 +3,12 @@
 // softmax(z / T); x and y are logits less their row's maxima, d = log2(p_s / p_t).
 //
 // With u = p_s * dL/dp_s (up to a multiple of p_s, which cancels) the gradient of every loss over distributions is
-// dL/dz_s = (u - p_s * pull) / T, pull = sum u. Where the first look already tells loss and pull, two sums a and b of it
-// do (kOfTeacher: a = sum 2^(y*k) * of_teacher(x, y), kOfStudent: b = sum 2^(x*k) * of_student(x, y)). Else a second
+// dL/dz_s = (u - p_s * pull) / T, pull = sum u. Where the first look already tells loss and pull, two sums a and b of
+// it do (kOfTeacher: a = sum 2^(y*k) * of_teacher(x, y), kOfStudent: b = sum 2^(x*k) * of_student(x, y)). Else a second
 // look, with the normalisers known, leaves a = sum of `value` and b = pull (kSecondLook).
 //
-// `Math` holds the number type V (a float, a double, a vector of a CPU variant), its Real, and exp2, log2 and reciprocal
-// of it. The README tells how to add a divergence.
+// `Math` holds the number type V (a float, a double, a vector of a CPU variant), its Real, and exp2, log2 and
+// reciprocal of it. The README tells how to add a divergence.
 #pragma once
 #include "common/rowmath.h"
 
@@ -28,8 +28,8 @@ enum class Divergence : int {
   count
 };
 
-// How much of a row's state is given: a first look leaves the normalisers, a second look the rest. Divergences without a
-// second look know everything after the first.
+// How much of a row's state is given: a first look leaves the normalisers, a second look the rest. Divergences without
+// a second look know everything after the first.
 enum class Known : int { nothing, normalisers, everything };
 
 // Of a call: beta or skew, and 1 / the width of the whole vocabulary.
@@ -42,7 +42,7 @@ struct Settings {
 struct TermsBase {
   static constexpr bool kOfTeacher = false, kOfStudent = false;  // a, b are made by the first look
   static constexpr bool kSecondLook = false;
-  static constexpr bool kLogRatio = false;  // u asks for d
+  static constexpr bool kLogRatio = false;    // u asks for d
   static constexpr bool kDifference = false;  // of logits, without a softmax: d = (z_s - z_t) * k, and a = sum d^2
 };
 

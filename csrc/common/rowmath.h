@@ -1,5 +1,5 @@
-// The state of a row of logits while it is looked at, written once for the CPU variants, the CUDA kernels and their host
-// shim.
+// The state of a row of logits while it is looked at, written once for the CPU variants, the CUDA kernels and their
+// host shim.
 //
 // With k = log2(e) / T a logit z contributes 2^((z - max) * k). `RowState` is the online-softmax state of a student row
 // and a teacher row seen together; states of disjoint columns merge in any order. Maxima are subtracted before anything
@@ -23,8 +23,8 @@ constexpr double kLn2 = 0.6931471805599453;
 // Stands for the maximum of columns that are all -inf: keeps differences of maxima finite.
 constexpr float kNoMaximum = -3.4028234663852886e38f;
 
-// Over the columns seen, with x and y the student's and teacher's logits less their maxima. As numbers in memory, a row's
-// state is these in this order.
+// Over the columns seen, with x and y the student's and teacher's logits less their maxima. As numbers in memory, a
+// row's state is these in this order.
 template <class Real>
 struct RowState {
   Real max_s, sum_s;  // sum of 2^(x * k)
@@ -47,8 +47,8 @@ KDFAST_HD float exp2_of(float x) { return ::exp2f(x); }
 KDFAST_HD float log2_of(float x) { return ::log2f(x); }
 
 // `r` referred to higher maxima. The terms of a and b are powers times something linear in x and y
-// (Terms::of_teacher, Terms::of_student), and so are moved by the same of the maxima's shifts. A sum that vanishes takes
-// them along: 0 * inf would be NaN where a -inf met a power too small to represent.
+// (Terms::of_teacher, Terms::of_student), and so are moved by the same of the maxima's shifts. A sum that vanishes
+// takes them along: 0 * inf would be NaN where a -inf met a power too small to represent.
 template <class Terms, class Real>
 KDFAST_HD RowState<Real> referred(const RowState<Real>& r, Real max_s, Real max_t, Real k) {
   const Real shift_s = r.max_s - max_s, shift_t = r.max_t - max_t;
@@ -72,8 +72,15 @@ KDFAST_HD void merge(RowState<Real>& into, const RowState<Real>& other, Real k) 
   const Real max_s = into.max_s > other.max_s ? into.max_s : other.max_s;
   const Real max_t = into.max_t > other.max_t ? into.max_t : other.max_t;
   const RowState<Real> x = referred<Terms>(into, max_s, max_t, k), y = referred<Terms>(other, max_s, max_t, k);
-  into = {max_s,   x.sum_s + y.sum_s,     max_t,           x.sum_t + y.sum_t,  x.a + y.a,
-          x.b + y.b, x.sum_one + y.sum_one, x.total + y.total, x.label + y.label};
+  into = {max_s,
+          x.sum_s + y.sum_s,
+          max_t,
+          x.sum_t + y.sum_t,
+          x.a + y.a,
+          x.b + y.b,
+          x.sum_one + y.sum_one,
+          x.total + y.total,
+          x.label + y.label};
 }
 
 }  // namespace kdfast

@@ -19,8 +19,8 @@ namespace {
 using torch::stable::parallel_for;
 
 constexpr int64_t kChunkElements = 1 << 15;  // logits a chunk of rows holds, at least: enough to pay for sharing it out
-constexpr int64_t kChunkRows = 64;  // whose descriptions fit in L1
-constexpr int64_t kSegment = 16 * kBlock;  // columns of a piece, where single rows are shared among threads
+constexpr int64_t kChunkRows = 64;           // whose descriptions fit in L1
+constexpr int64_t kSegment = 16 * kBlock;    // columns of a piece, where single rows are shared among threads
 
 // Walks the counted rows. `start(index, row)` may fill in states and factors before the work, `finish(index, row)`
 // takes the results and returns the row's loss. `known`: what the states hold already.
@@ -246,24 +246,21 @@ Tensor backward(const DivergenceCall& call, const Tensor& grad_loss, const Tenso
 
 using MaybeTensor = std::optional<Tensor>;
 
-std::tuple<Tensor, Tensor, Tensor> divergence_cpu(Tensor student, Tensor teacher, MaybeTensor labels,
-                                                  MaybeTensor row_temperature, MaybeTensor mask, MaybeTensor weight,
-                                                  MaybeTensor num_items, int64_t kind, double mixing,
-                                                  double temperature, int64_t columns, int64_t vocabulary,
-                                                  int64_t vocab_start, int64_t reduction, double scale,
-                                                  bool distillation, double alpha, double smoothing,
-                                                  int64_t ignore_index, MaybeTensor state, int64_t known,
-                                                  int64_t save) {
-  return forward({student, teacher, labels, row_temperature, mask, weight, num_items, kind, mixing, temperature, columns,
-                  vocabulary, vocab_start, reduction, scale, distillation, alpha, smoothing, ignore_index},
+std::tuple<Tensor, Tensor, Tensor> divergence_cpu(
+    Tensor student, Tensor teacher, MaybeTensor labels, MaybeTensor row_temperature, MaybeTensor mask,
+    MaybeTensor weight, MaybeTensor num_items, int64_t kind, double mixing, double temperature, int64_t columns,
+    int64_t vocabulary, int64_t vocab_start, int64_t reduction, double scale, bool distillation, double alpha,
+    double smoothing, int64_t ignore_index, MaybeTensor state, int64_t known, int64_t save) {
+  return forward({student, teacher, labels, row_temperature, mask, weight, num_items, kind, mixing, temperature,
+                  columns, vocabulary, vocab_start, reduction, scale, distillation, alpha, smoothing, ignore_index},
                  state, Known(known), Save(save));
 }
 
 Tensor divergence_backward_cpu(Tensor grad_loss, Tensor state, Tensor student, Tensor teacher, MaybeTensor labels,
-                               MaybeTensor row_temperature, MaybeTensor mask, MaybeTensor weight,
-                               MaybeTensor num_items, int64_t kind, double mixing, double temperature, int64_t columns,
-                               int64_t vocabulary, int64_t vocab_start, int64_t reduction, double scale,
-                               bool distillation, double alpha, double smoothing, int64_t ignore_index) {
+                               MaybeTensor row_temperature, MaybeTensor mask, MaybeTensor weight, MaybeTensor num_items,
+                               int64_t kind, double mixing, double temperature, int64_t columns, int64_t vocabulary,
+                               int64_t vocab_start, int64_t reduction, double scale, bool distillation, double alpha,
+                               double smoothing, int64_t ignore_index) {
   return backward({student, teacher, labels, row_temperature, mask, weight, num_items, kind, mixing, temperature,
                    columns, vocabulary, vocab_start, reduction, scale, distillation, alpha, smoothing, ignore_index},
                   grad_loss, state);

@@ -44,9 +44,9 @@ KDFAST_LOCAL void store(Real* p, Vector<Real> v, int count) {
 template <class Real>
 struct Block {
   int64_t n;
-  const Real *s, *t;   // logits
-  Real *es, *et;       // their powers, in whole vectors
-  Real max_s, max_t;   // that the powers are relative to
+  const Real *s, *t;            // logits
+  Real *es, *et;                // their powers, in whole vectors
+  Real max_s, max_t;            // that the powers are relative to
   const char *next_s, *next_t;  // the logits of the next block, in memory
 };
 
@@ -139,7 +139,10 @@ class AtOne {
  public:
   AtOne(const Block<Real>& block, double k, bool have_powers)
       : block_(block),
-        power_(!have_powers ? 0 : k == kLog2e ? 1 : k == kLog2e / 2 ? 2 : 0),
+        power_(!have_powers      ? 0
+               : k == kLog2e     ? 1
+               : k == kLog2e / 2 ? 2
+                                 : 0),
         scale_(broadcast(Real(kLog2e))) {}
   template <class F>
   KDFAST_HD_MEMBER void each(F f) const {

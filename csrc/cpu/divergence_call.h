@@ -160,8 +160,8 @@ class Rows {
     for (int64_t row = 0; row < count; ++row) {
       if (!counted(row) || label(row) == call_.ignore_index) continue;
       STD_TORCH_CHECK(label(row) >= 0 && label(row) < call_.vocabulary, call_.op(), ": labels: expected 0 to ",
-                            call_.vocabulary - 1, ", or ignore_index ", call_.ignore_index, ", got ", label(row),
-                            " in row ", row);
+                      call_.vocabulary - 1, ", or ignore_index ", call_.ignore_index, ", got ", label(row), " in row ",
+                      row);
     }
   }
 

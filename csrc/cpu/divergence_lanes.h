@@ -66,9 +66,9 @@ KDFAST_LOCAL void along(Vector<Real> v, DivergenceRow* rows, int count, Set set)
   store(lanes, v);
   for (int i = 0; i < count; ++i) set(rows[i], lanes[i]);
 }
-constexpr double RowState<double>::*kStateFields[kRowStateSize] = {
-    &RowState<double>::max_s, &RowState<double>::sum_s,   &RowState<double>::max_t,
-    &RowState<double>::sum_t, &RowState<double>::a,       &RowState<double>::b,
+constexpr double RowState<double>::* kStateFields[kRowStateSize] = {
+    &RowState<double>::max_s,   &RowState<double>::sum_s, &RowState<double>::max_t,
+    &RowState<double>::sum_t,   &RowState<double>::a,     &RowState<double>::b,
     &RowState<double>::sum_one, &RowState<double>::total, &RowState<double>::label};
 
 template <class Real>
@@ -111,9 +111,7 @@ class NarrowRows {
     for (int64_t j = 0; j < columns_; ++j) f(j, load(s_.at[j]), load(t_.at[j]));
   }
   V difference(V s, V t) const { return s == t ? V{} : scale_.k * (s - t); }
-  V log_ratio(V s, V t) const {
-    return terms::bounded(scale_.k * ((s - state_.max_s) - (t - state_.max_t)) + shift_);
-  }
+  V log_ratio(V s, V t) const { return terms::bounded(scale_.k * ((s - state_.max_s) - (t - state_.max_t)) + shift_); }
 
   void look() {
     const V none = broadcast(Real(kNoMaximum));

@@ -1,10 +1,11 @@
 // Rows of the divergences on the CPU: one source, compiled once per processor variant.
 //
-// Per row, 3 x columns x element size of traffic: student and teacher are read, the gradient is written. Every look takes
-// a block of columns several times while it lies in L1, as floats, and leaves the block's float sums to a double state,
-// so that rounding does not grow with the vocabulary. Where they are asked for again the powers of the first look are
-// kept, relative to the block's maxima: half of the exponentials, which are what bounds these loops. The normalisers
-// stay factors of the gradient: folded into the exponents they would cost accuracy at large logits and save nothing.
+// Per row, 3 x columns x element size of traffic: student and teacher are read, the gradient is written. Every look
+// takes a block of columns several times while it lies in L1, as floats, and leaves the block's float sums to a double
+// state, so that rounding does not grow with the vocabulary. Where they are asked for again the powers of the first
+// look are kept, relative to the block's maxima: half of the exponentials, which are what bounds these loops. The
+// normalisers stay factors of the gradient: folded into the exponents they would cost accuracy at large logits and save
+// nothing.
 #include "cpu/divergence_rows.h"
 
 #include "cpu/divergence_blocks.h"
@@ -25,8 +26,8 @@ void find_maxima(Block<Real>& block) {
   block.max_t = maximum(Real(kNoMaximum), top(maximum(t[0], t[1])));
 }
 
-// The powers of a block and their sums, and the sums a and b of divergences that make them in the first look. A power of
-// 0 counts nothing, whatever the other side holds.
+// The powers of a block and their sums, and the sums a and b of divergences that make them in the first look. A power
+// of 0 counts nothing, whatever the other side holds.
 template <class T, class Real>
 RowState<double> look_at_block(const Block<Real>& block, Real k, int bytes_s, int bytes_t) {
   using V = Vector<Real>;

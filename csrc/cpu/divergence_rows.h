@@ -24,15 +24,15 @@ struct DivergenceShape {
 struct DivergenceRow {
   const void* student;
   const void* teacher;
-  void* gradient;      // null: not wanted
-  double k;            // log2(e) / temperature, of csrc/common/rowmath.h
-  double coefficient;  // of the row's divergence in the result
-  double factor;       // coefficient / temperature: of its gradient
-  double loss;         // of the divergence, without the coefficient: a result
-  int64_t label;       // a column, or outside of them
+  void* gradient;           // null: not wanted
+  double k;                 // log2(e) / temperature, of csrc/common/rowmath.h
+  double coefficient;       // of the row's divergence in the result
+  double factor;            // coefficient / temperature: of its gradient
+  double loss;              // of the divergence, without the coefficient: a result
+  int64_t label;            // a column, or outside of them
   double hard_coefficient;  // of the row's cross-entropy in the result
   double hard_factor;       // of its gradient
-  void* powers = nullptr;  // room for powers_bytes(): the gradient then needs no second exponential; null: none
+  void* powers = nullptr;   // room for powers_bytes(): the gradient then needs no second exponential; null: none
   RowState<double> state;
 };
 
