@@ -171,6 +171,7 @@ def run(case: Case, device: str, seconds: float = 2.0, compiled: bool = True) ->
     peaks = peak_memory(ours, device), peak_memory(eager, device)
     candidates: dict[str, Callable[[], object]] = {"kdfast": ours, "eager": eager}
     if compiled:
+        torch.compiler.reset()  # each case is compiled for itself: past a number of variants it would silently run eager
         candidates["compiled"] = caller(torch.compile(operator.eager))
     times = interleaved(candidates, device, seconds)
     bytes_moved = operator.bytes_moved(student, teacher, case.gradient)

@@ -151,9 +151,9 @@ def bench(
     table = Table(
         *harness.HEADER, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )
-    for column in table.columns:
+    for column in table.columns[1:]:
         column.no_wrap = True
-        column.justify = "left" if column is table.columns[0] else "right"
+        column.justify = "right"
     for row in harness.table(results):
         table.add_row(*row)
     console.print(table)
