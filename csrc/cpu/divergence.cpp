@@ -64,10 +64,10 @@ class Driver {
     return n;
   }
 
-  // One row's, for one thread. Null where a first look is the only one. Rows shared among threads do without: theirs
+  // One row's, for one thread. Null where no gradient follows. Rows shared among threads do without: theirs
   // would all be needed at once, more memory than the gradient.
   std::unique_ptr<char[]> room_for_powers() const {
-    const bool wanted = looks_ && (rows_.wants_gradient() || looks_again_) && shape_.columns > kNarrow;
+    const bool wanted = looks_ && rows_.wants_gradient() && shape_.columns > kNarrow;
     return std::unique_ptr<char[]>(wanted ? new char[powers_bytes(shape_)] : nullptr);
   }
 

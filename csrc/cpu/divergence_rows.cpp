@@ -113,28 +113,46 @@ void look(const DivergenceShape& shape, DivergenceRow& row, int64_t begin, int64
   });
 }
 
+// Adds a block's share of a and b. From kept powers, whose place u then takes; else from the logits, with one power for
+// the larger probability and one for the ratio to it: without a gradient, keeping would cost more than calculating.
+template <class T, bool kKept, class Real>
+void look_again_at_block(const Block<Real>& block, const Settings<Vector<Real>>& with, DivergenceRow& row) {
+  using V = Vector<Real>;
+  const Normalised<Real> to(row, block);
+  const Real log_s = Real(-::log2(row.state.sum_s)), log_t = Real(-::log2(row.state.sum_t));
+  V a[2]{}, b[2]{};
+  for_vectors<Real>(block.n, [&](int64_t i, int count, int which) __attribute__((always_inline)) {
+    const V d = to.log_ratio(block, i, count);
+    V p_s, p_t;
+    if constexpr (kKept) {
+      p_s = to.n_s * load(block.es + i);
+      p_t = to.n_t * load(block.et + i);
+    } else {
+      const V l_s = to.k * (load(block.s + i, count) - block.max_s) + log_s;
+      const V l_t = to.k * (load(block.t + i, count) - block.max_t) + log_t;
+      const V larger = exp2(maximum(l_s, l_t)), smaller = larger * exp2(d > V{} ? -d : d);
+      p_s = d > V{} ? larger : smaller;
+      p_t = d > V{} ? smaller : larger;
+    }
+    const V u = T::u(p_s, p_t, d, with);
+    a[which] += T::value(p_s, p_t, d, with);
+    b[which] += u;
+    if constexpr (kKept) store(block.et + i, u);
+  });
+  row.state.a += sum(a[0] + a[1]);
+  row.state.b += sum(b[0] + b[1]);
+}
+
 template <template <class> class Terms, class Real>
 void look_again(const DivergenceShape& shape, DivergenceRow& row, int64_t begin, int64_t end) {
   using T = Terms<Lanes<Real>>;
   if constexpr (T::kSecondLook) {
-    using V = Vector<Real>;
     Workspace<Real> work;
-    const Settings<V> with = settings_of<Real>(shape);
+    const Settings<Vector<Real>> with = settings_of<Real>(shape);
     row.state.a = row.state.b = 0;
     for_blocks(begin, end, [&](int64_t at, int64_t n) {
       const Block<Real> block = read_block(shape, row, at, n, work);
-      if (!row.powers) make_powers(block, Real(row.k));
-      const Normalised<Real> to(row, block);
-      V a[2]{}, b[2]{};
-      for_vectors<Real>(n, [&](int64_t i, int count, int which) __attribute__((always_inline)) {
-        const V p_s = to.n_s * load(block.es + i), p_t = to.n_t * load(block.et + i);
-        const V d = to.log_ratio(block, i, count), u = T::u(p_s, p_t, d, with);
-        a[which] += T::value(p_s, p_t, d, with);
-        b[which] += u;
-        store(block.et + i, u);
-      });
-      row.state.a += sum(a[0] + a[1]);
-      row.state.b += sum(b[0] + b[1]);
+      row.powers ? look_again_at_block<T, true>(block, with, row) : look_again_at_block<T, false>(block, with, row);
     });
   }
 }
