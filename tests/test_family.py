@@ -106,6 +106,17 @@ def test_extreme_logits_stay_finite(kind: str) -> None:
     assert gradient.any(-1).all()
 
 
+@EVERY
+def test_errors_name_the_operator(kind: str) -> None:
+    function = getattr(kdfast, kind)
+    with pytest.raises(ValueError, match=f"^{kind}: teacher_logits: expected the student's width 7"):
+        function(torch.zeros(3, 7), torch.zeros(3, 8))
+    with pytest.raises(TypeError, match=f"^{kind}: student_logits: expected float32"):
+        function(torch.zeros(3, 7, dtype=torch.long), torch.zeros(3, 7))
+    with pytest.raises(ValueError, match=f"^{kind}: reduction: expected 'none'"):
+        function(torch.zeros(3, 7), torch.zeros(3, 7), reduction="average")
+
+
 # ---- definitions ----
 def test_js_div_is_what_gkd_publishes() -> None:
     """At 0 and 1 the two KLs by definition; between, beta·KL(t ‖ m) + (1 − beta)·KL(s ‖ m) with m = beta·t + (1 − beta)·s."""

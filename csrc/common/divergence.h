@@ -21,6 +21,15 @@ struct RowInput {
   RowOffsets offsets;
 };
 
+// Of a Divergence.
+inline const char* divergence_name(int64_t kind) {
+  static constexpr const char* kNames[] = {
+      "kl_div",          "reverse_kl_div",     "js_div",    "skew_kl_div",     "skew_reverse_kl_div",
+      "total_variation", "soft_cross_entropy", "logit_mse", "symmetric_kl_div"};
+  static_assert(std::size(kNames) == size_t(Divergence::count));
+  return kNames[kind];
+}
+
 // In the order of the schema (csrc/library.cpp).
 struct DivergenceCall {
   Tensor student, teacher;
@@ -35,13 +44,7 @@ struct DivergenceCall {
   double alpha, smoothing;
   int64_t ignore_index;
 
-  const char* op() const {
-    static constexpr const char* kNames[] = {
-        "kl_div",          "reverse_kl_div",     "js_div",    "skew_kl_div",     "skew_reverse_kl_div",
-        "total_variation", "soft_cross_entropy", "logit_mse", "symmetric_kl_div"};
-    static_assert(std::size(kNames) == size_t(Divergence::count));
-    return distillation ? "kd_loss" : kNames[kind];
-  }
+  const char* op() const { return distillation ? "kd_loss" : divergence_name(kind); }
   bool reduces_to(Reduction r) const { return Reduction(reduction) == r; }
   bool per_row() const { return reduces_to(Reduction::none); }
   int64_t leading() const { return student.dim() - 1; }
@@ -50,6 +53,12 @@ struct DivergenceCall {
     std::vector<int64_t> sizes = leading_sizes();
     sizes.push_back(last);
     return sizes;
+  }
+  // Of the results: the loss, and the components of kd_loss (none of other operators).
+  std::vector<int64_t> loss_sizes() const { return per_row() ? leading_sizes() : std::vector<int64_t>{}; }
+  std::vector<int64_t> component_sizes() const {
+    if (!distillation) return {0};
+    return per_row() ? leading_sizes_and(2) : std::vector<int64_t>{2};
   }
   int64_t rows() const {
     int64_t n = 1;
@@ -84,6 +93,10 @@ struct DivergenceCall {
       check_dtype(op(), "num_items", *num_items, loss_type());
       STD_TORCH_CHECK(num_items->numel() == 1, op(), ": num_items: expected one number, got ", shape_of(*num_items));
     }
+  }
+  void check_given(const std::optional<Tensor>& state, Known known) const {
+    STD_TORCH_CHECK(state || known == Known::nothing, op(), ": state: expected one, of which something is known");
+    if (state) check_state(*state);
   }
   // A state that is given, or asked for in the backward.
   void check_state(const Tensor& state) const {

@@ -14,7 +14,7 @@
 
 namespace kdfast {
 
-// As kdfast/ops/divergence.py numbers them.
+// As kdfast/ops/_divergence.py numbers them.
 enum class Divergence : int {
   kl_div,
   reverse_kl_div,
@@ -48,10 +48,6 @@ struct TermsBase {
 
 namespace terms {
 
-template <class Math, class V = typename Math::V>
-KDFAST_HD V log2_sums_ratio(V above, V below) {
-  return Math::log2(above / below);
-}
 // Bounds d, which is infinite or (at 0 / 0) NaN where a probability is 0: times that probability it then gives 0.
 template <class V>
 KDFAST_HD V bounded(V d) {
@@ -90,7 +86,7 @@ struct KlDiv : TermsBase {
     return y - x;
   }
   KDFAST_HD_MEMBER static V loss(const RowState<V>& r, V k, const Settings<V>&) {
-    return Real(kLn2) * (k * r.a / r.sum_t + terms::log2_sums_ratio<Math>(r.sum_s, r.sum_t));
+    return Real(kLn2) * (k * r.a / r.sum_t + Math::log2(r.sum_s / r.sum_t));
   }
   KDFAST_HD_MEMBER static V pull(const RowState<V>&, V, const Settings<V>&) { return V{} - Real(1); }
   KDFAST_HD_MEMBER static V u(V, V p_t, V, const Settings<V>&) { return -p_t; }
@@ -107,7 +103,7 @@ struct ReverseKlDiv : TermsBase {
     return x - y;
   }
   KDFAST_HD_MEMBER static V loss(const RowState<V>& r, V k, const Settings<V>&) {
-    return Real(kLn2) * (k * r.b / r.sum_s + terms::log2_sums_ratio<Math>(r.sum_t, r.sum_s));
+    return Real(kLn2) * (k * r.b / r.sum_s + Math::log2(r.sum_t / r.sum_s));
   }
   KDFAST_HD_MEMBER static V pull(const RowState<V>& r, V k, const Settings<V>& with) { return loss(r, k, with); }
   KDFAST_HD_MEMBER static V u(V p_s, V, V d, const Settings<V>&) { return Real(kLn2) * p_s * d; }
@@ -115,17 +111,13 @@ struct ReverseKlDiv : TermsBase {
 
 // (KL(t || s) + KL(s || t)) / 2.
 template <class Math>
-struct SymmetricKlDiv : TermsBase {
+struct SymmetricKlDiv : ReverseKlDiv<Math> {
   using V = typename Math::V;
   using Real = typename Math::Real;
-  static constexpr bool kOfTeacher = true, kOfStudent = true, kLogRatio = true;
+  static constexpr bool kOfTeacher = true;
   template <class X>
   KDFAST_HD_MEMBER static X of_teacher(X x, X y) {
     return y - x;
-  }
-  template <class X>
-  KDFAST_HD_MEMBER static X of_student(X x, X y) {
-    return x - y;
   }
   KDFAST_HD_MEMBER static V loss(const RowState<V>& r, V k, const Settings<V>&) {
     return Real(kLn2 / 2) * k * (r.a / r.sum_t + r.b / r.sum_s);

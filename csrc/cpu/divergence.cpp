@@ -177,19 +177,11 @@ RowState<double> read_state(const Reals& from, int64_t row) {
 std::tuple<Tensor, Tensor, Tensor> forward(const DivergenceCall& call, const std::optional<Tensor>& given, Known known,
                                            Save save) {
   call.check();
-  if (known != Known::nothing) {
-    STD_TORCH_CHECK(given, call.op(), ": state: expected one, got none");
-    call.check_state(*given);
-  }
+  call.check_given(given, known);
   const ScalarType real = call.loss_type();
   const Tensor& like = call.student;
   const bool per_row = call.per_row();
-  Tensor loss = zeros(like, per_row ? call.leading_sizes() : std::vector<int64_t>{}, real);
-  Tensor components = zeros(like,
-                            !call.distillation ? std::vector<int64_t>{0}
-                            : per_row          ? call.leading_sizes_and(2)
-                                               : std::vector<int64_t>{2},
-                            real);
+  Tensor loss = zeros(like, call.loss_sizes(), real), components = zeros(like, call.component_sizes(), real);
   Tensor saved = save == Save::gradient ? empty_gradient(like)
                  : save == Save::state  ? zeros(like, call.leading_sizes_and(kRowStateSize), real)
                                         : zeros(like, {0}, real);

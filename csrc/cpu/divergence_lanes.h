@@ -71,9 +71,6 @@ constexpr double RowState<double>::* kStateFields[kRowStateSize] = {
     &RowState<double>::sum_t,   &RowState<double>::a,     &RowState<double>::b,
     &RowState<double>::sum_one, &RowState<double>::total, &RowState<double>::label};
 
-template <class Real>
-using LaneState = Vector<Real>[kRowStateSize];
-
 // As many rows as a vector has lanes, or fewer.
 template <template <class> class Terms, class Real>
 class NarrowRows {
@@ -97,6 +94,7 @@ class NarrowRows {
     if (!T::kDifference) make_powers();
     if (known == Known::nothing && !T::kDifference) count_powers();
     if (known == Known::nothing && shape_.labels) count_labels();
+    if (T::kLogRatio) shift_ = Lanes<Real>::log2(state_.sum_t / state_.sum_s);
     if (T::kSecondLook && known != Known::everything) look_again();
     const V loss = T::loss(state_, scale_.k, with_);
     along<Real>(loss, rows_, count_, [](DivergenceRow& r, Real x) { r.loss = x; });
@@ -152,7 +150,6 @@ class NarrowRows {
   }
   void look_again() {
     const V n_s = Real(1) / state_.sum_s, n_t = Real(1) / state_.sum_t;
-    shift_ = Lanes<Real>::log2(state_.sum_t / state_.sum_s);
     V a{}, b{};
     each([&](int64_t j, V s, V t) {
       const V p_s = n_s * load(es_.at[j]), p_t = n_t * load(et_.at[j]), d = log_ratio(s, t);
@@ -182,7 +179,6 @@ class NarrowRows {
     const V factor = across<Real>(rows_, count_, [](const DivergenceRow& r) { return r.factor; });
     const V n_s = factor / state_.sum_s, n_t = factor / state_.sum_t;
     const V pulled = n_s * T::pull(state_, scale_.k, with_);
-    if (T::kLogRatio) shift_ = Lanes<Real>::log2(state_.sum_t / state_.sum_s);
     each([&](int64_t j, V s, V t) {
       if constexpr (T::kDifference) {
         store(g_.at[j], factor * T::u(V{}, V{}, difference(s, t), with_));

@@ -198,11 +198,11 @@ void gradient(const DivergenceShape& shape, const DivergenceRow& row, int64_t be
   // Backwards: what the looks have left in L2 is the end.
   for (int64_t at = begin + (end - begin - 1) / kBlock * kBlock; at >= begin; at -= kBlock) {
     const int64_t n = end - at < kBlock ? end - at : kBlock;
-    const Block<Real> block = read_block(shape, row, at, need_logits ? n : 0, work);
+    Block<Real> block = read_block(shape, row, at, need_logits ? n : 0, work);
+    block.n = n;
     if (need_powers) make_powers(block, Real(row.k));
     Real* g = gradient_place(shape.student, row.gradient, at, work.g);
-    gradient_of_block<T>(row, {n, block.s, block.t, block.es, block.et, block.max_s, block.max_t, nullptr, nullptr},
-                         with, pull, g);
+    gradient_of_block<T>(row, block, with, pull, g);
     if (shape.labels) add_label_gradient(shape, row, block, !T::kDifference, at, g);
     write(shape.student, g, n, row.gradient, at);
   }

@@ -149,18 +149,15 @@ Results new_results(const DivergenceCall& call, Save save) {
   auto of = [&](const std::vector<int64_t>& sizes, ScalarType dtype = ScalarType::Float) {
     return new_output(call.student, sizes, dtype);
   };
-  const bool per_row = call.per_row();
-  Tensor components = !call.distillation ? of({0}) : of(per_row ? call.leading_sizes_and(2) : std::vector<int64_t>{2});
   Tensor saved = save == Save::gradient ? of(sizes_of(call.student), call.student.scalar_type())
                  : save == Save::state  ? of(call.leading_sizes_and(kRowStateSize))
                                         : of({0});
-  return {of(per_row ? call.leading_sizes() : std::vector<int64_t>{}), components, saved};
+  return {of(call.loss_sizes()), of(call.component_sizes()), saved};
 }
 
 Results forward(const DivergenceCall& call, const std::optional<Tensor>& state, Known known, Save save) {
   check(call);
-  STD_TORCH_CHECK(state || known == Known::nothing, call.op(), ": state: expected one, of which something is known");
-  if (state) call.check_state(*state);
+  call.check_given(state, known);
   const Results results = new_results(call, save);
   const auto& [loss, components, saved] = results;
   if (is_empty(call)) {
@@ -237,14 +234,10 @@ STABLE_TORCH_LIBRARY_IMPL(KDFAST_CUDA_NAMESPACE, KDFAST_CUDA_KEY, m) {
 }  // namespace
 
 std::vector<NamedKernel> divergence_kernels() {
-  static const char* const names[] = {
-      "kl_div",          "reverse_kl_div",     "js_div",    "skew_kl_div",     "skew_reverse_kl_div",
-      "total_variation", "soft_cross_entropy", "logit_mse", "symmetric_kl_div"};
-  static_assert(std::size(names) == size_t(Divergence::count));
   std::vector<NamedKernel> all;
-  for (size_t kind = 0; kind < std::size(names); ++kind) {
-    for (const NamedKernel& kernel : kernels_of(int64_t(kind)).list()) {
-      all.push_back({std::string(names[kind]) + ", " + kernel.name, kernel.function});
+  for (int64_t kind = 0; kind < int64_t(Divergence::count); ++kind) {
+    for (const NamedKernel& kernel : kernels_of(kind).list()) {
+      all.push_back({std::string(divergence_name(kind)) + ", " + kernel.name, kernel.function});
     }
   }
   return all;
