@@ -14,6 +14,7 @@ import torch
 
 from kdfast import bench
 from kdfast.registry import OPERATORS
+from kdfast.registry.operator import apply, tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -28,9 +29,9 @@ def test_speed(case: bench.Case, benchmark: Any) -> None:
     more = operator.arguments(student)
 
     def call() -> None:
-        loss = operator.function(student, teacher, **more)
+        loss = apply(operator.function, student, teacher, **more)
         if case.gradient:
-            torch.autograd.grad(loss, student)
+            torch.autograd.grad(loss, tensors(student))
         bench.synchronize(DEVICE)
 
     benchmark(call)

@@ -20,6 +20,29 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "Tensor? row_temperature, Tensor? mask, Tensor? weight, Tensor? num_items, int kind, float mixing, "
       "float temperature, SymInt columns, SymInt vocabulary, SymInt vocab_start, int reduction, float scale, "
       "bool distillation, float alpha, float smoothing, int ignore_index) -> Tensor");
+  // Distances between layers, each [B, H, R, C]: the sum over layers and heads of weight times the sum over rows of a
+  // distance of csrc/common/layer_terms.h, over divisor. row_mask [B, R], column_mask [B, C]; head_map (the teacher's
+  // head of a student's, or -1) and weight of every layer and head in turn; floor: NaN for none. per_row: every row's
+  // own.
+  m.def(
+      "layer_distance(Tensor[] student, Tensor[] teacher, Tensor? row_mask, Tensor? column_mask, Tensor? divisor, "
+      "int kind, int[] head_map, float[] weight, float floor, bool per_row, bool gradient) "
+      "-> (Tensor loss, Tensor[] gradients)");
+  m.def(
+      "layer_distance_backward(Tensor grad_loss, Tensor[] student, Tensor[] teacher, Tensor? row_mask, "
+      "Tensor? column_mask, Tensor? divisor, int kind, int[] head_map, float[] weight, float floor, bool per_row) "
+      "-> Tensor[]");
+  // Losses between the scores a q k^T of student and teacher, without scores: layers of queries [B, H, L, d] and keys
+  // [B, heads that share, L, d]. kind: of csrc/common/qk.h; masks [B, L]; the rest as of layer_distance. Gradients of
+  // all layers' queries, then of their keys.
+  m.def(
+      "qk_distance(Tensor[] student_q, Tensor[] student_k, Tensor[] teacher_q, Tensor[] teacher_k, Tensor? query_mask, "
+      "Tensor? key_mask, Tensor? divisor, int kind, float student_scale, float teacher_scale, bool causal, "
+      "int[] head_map, float[] weight, bool per_head, bool gradient) -> (Tensor loss, Tensor[] gradients)");
+  m.def(
+      "qk_distance_backward(Tensor grad_loss, Tensor[] student_q, Tensor[] student_k, Tensor[] teacher_q, "
+      "Tensor[] teacher_k, Tensor? query_mask, Tensor? key_mask, Tensor? divisor, int kind, float student_scale, "
+      "float teacher_scale, bool causal, int[] head_map, float[] weight, bool per_head) -> Tensor[]");
   // x *= factor, skipped on the device where the factor is 1. CUDA only: elsewhere the factor can be looked at.
   m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");
 }

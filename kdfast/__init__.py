@@ -25,6 +25,9 @@ from kdfast.ops.divergence import (  # noqa: E402, I001  (operators register fak
     symmetric_kl_div,
     total_variation,
 )
+from kdfast.ops.attention import attention_kl, attention_mse  # noqa: E402
+from kdfast.ops.hidden import cls_distance, cosine_distance, hidden_mse  # noqa: E402
+from kdfast.ops.qk import qk_attention_mse, qk_relation_kl  # noqa: E402
 from kdfast.ops.kd_loss import KDLossComponents, kd_loss  # noqa: E402
 from kdfast import nn, objective  # noqa: E402
 
@@ -32,12 +35,19 @@ __all__ = [
     "DistillationTrainer",
     "KDLossComponents",
     "__version__",
+    "attention_kl",
+    "attention_mse",
+    "cls_distance",
+    "cosine_distance",
+    "hidden_mse",
     "js_div",
     "kd_loss",
     "kl_div",
     "logit_mse",
     "nn",
     "objective",
+    "qk_attention_mse",
+    "qk_relation_kl",
     "reverse_kl_div",
     "skew_kl_div",
     "skew_reverse_kl_div",

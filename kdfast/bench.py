@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kdfast import _C, __version__
 from kdfast.registry import OPERATORS, Operator
+from kdfast.registry.operator import Side, apply, mapped, tensors
 
 
 @dataclass(frozen=True)
@@ -34,27 +35,28 @@ class Case:
     """One row of the table. `gradient`: forward and backward through autograd, else the loss alone."""
 
     operator: str
-    rows: int
-    columns: int
+    shape: tuple[int, ...]
     dtype: str
     gradient: bool
 
     @property
     def name(self) -> str:
-        return f"{self.operator}-{self.rows}x{self.columns}-{self.dtype}-{'grad' if self.gradient else 'loss'}"
+        shape = "x".join(map(str, self.shape))
+        return f"{self.operator}-{shape}-{self.dtype}-{'grad' if self.gradient else 'loss'}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """Medians in milliseconds. `roofline`: the time at the device's measured bandwidth over kdfast's, gradient memory
-    already mapped (`mapped`) or fresh from the system (`kdfast`). Peak memory in MB beyond the inputs."""
+    """Medians in milliseconds. `roofline`: the time at the device's measured bandwidth, or at the speed of a large matrix
+    product where arithmetic bounds the operator, over kdfast's, gradient memory already mapped (`mapped`) or fresh from
+    the system (`kdfast`). `rate`: GB/s, or GFLOP/s. Peak memory in MB beyond the inputs."""
 
     case: Case
     kdfast: float
     mapped: float
     eager: float
     compiled: float | None
-    gigabytes_per_second: float
+    rate: float
     roofline: float
     peak_memory: float
     eager_peak_memory: float
@@ -64,9 +66,9 @@ def cases(only: str = "*", device: str = "cpu", sweep: bool = False) -> Iterator
     """The cases of every operator whose name matches the pattern `only`."""
     for operator in OPERATORS.values():
         shapes = operator.cuda_shapes if device == "cuda" else operator.cpu_shapes
-        for rows, columns, dtype in operator.sweep_shapes if sweep else shapes:
+        for shape, dtype in operator.sweep_shapes if sweep else shapes:
             for gradient in (True, False):
-                case = Case(operator.name, rows, columns, dtype, gradient)
+                case = Case(operator.name, shape, dtype, gradient)
                 if fnmatch.fnmatch(case.name, only):
                     yield case
 
@@ -126,25 +128,26 @@ def _resident(field: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
-def make(case: Case, device: str) -> tuple[Tensor, Tensor]:
+def make(case: Case, device: str) -> tuple[Side, Side]:
     generator = torch.Generator(device).manual_seed(0)
-    options: dict[str, Any] = {"generator": generator, "device": device}
-    teacher = torch.randn(case.rows, case.columns, **options).mul_(4)
-    student = teacher + torch.randn(case.rows, case.columns, **options)
+    student, teacher = OPERATORS[case.operator].make(case.shape, {"generator": generator, "device": device})
     dtype = getattr(torch, case.dtype)
-    return student.to(dtype).requires_grad_(case.gradient), teacher.to(dtype)
+    teacher = mapped(lambda x: x.to(dtype), teacher)
+    return mapped(lambda x: x.to(dtype).requires_grad_(case.gradient), student), teacher
 
 
-def check(operator: Operator, student: Tensor, teacher: Tensor) -> None:
-    """A wrong operator is not timed: loss and gradient of the first rows against float64."""
-    student, teacher = student.detach()[:4], teacher[:4]
+def check(operator: Operator, student: Side, teacher: Side) -> None:
+    """A wrong operator is not timed: loss and gradient, of the first rows or sequences, against float64."""
+    student, teacher = (mapped(lambda x: x.detach()[:4], side) for side in (student, teacher))
     more = operator.arguments(student)
-    gradients = []
-    for function, dtype in ((operator.function, student.dtype), (operator.reference, torch.float64)):
-        s = student.cpu().to(dtype) if dtype == torch.float64 else student.clone()
-        loss = function(s.requires_grad_(), teacher.cpu().to(dtype) if dtype == torch.float64 else teacher, **more)
-        gradients.append((loss.detach().cpu().double(), torch.autograd.grad(loss, s)[0].cpu().double()))
-    (loss, gradient), (exact_loss, exact_gradient) = gradients
+    results = []
+    for function, double in ((operator.function, False), (operator.reference, True)):
+        s, t = (mapped(lambda x: x.cpu().double() if double else x.clone(), side) for side in (student, teacher))  # noqa: B023
+        s = mapped(Tensor.requires_grad_, s)
+        loss = apply(function, s, t, **more)
+        gradients = torch.autograd.grad(loss, tensors(s))
+        results.append((loss.detach().cpu().double(), torch.cat([g.cpu().double().flatten() for g in gradients])))
+    (loss, gradient), (exact_loss, exact_gradient) = results
     error = float((gradient - exact_gradient).norm() / exact_gradient.norm())
     if not error < 5e-3 or not abs(float(loss / exact_loss) - 1) < 1e-4:
         raise AssertionError(f"{operator.name}: gradient differs from float64 by {error:.1e}: not worth timing")
@@ -159,9 +162,9 @@ def run(case: Case, device: str, seconds: float = 2.0, compiled: bool = True) ->
 
     def caller(loss_of: Callable[..., Tensor]) -> Callable[[], None]:
         def call() -> None:
-            loss = loss_of(student, teacher, **more)
+            loss = apply(loss_of, student, teacher, **more)
             if case.gradient:
-                torch.autograd.grad(loss, student)
+                torch.autograd.grad(loss, tensors(student))
 
         return call
 
@@ -174,32 +177,44 @@ def run(case: Case, device: str, seconds: float = 2.0, compiled: bool = True) ->
         torch.compiler.reset()  # each case is compiled for itself: past a number of variants it would silently run eager
         candidates["compiled"] = caller(torch.compile(operator.eager))
     times = interleaved(candidates, device, seconds)
-    bytes_moved = operator.bytes_moved(student, teacher, case.gradient)
-    stream, stream_bytes = streaming(student, teacher, case.gradient)
+    bound, work = ceiling(operator, student, teacher, case.gradient)
     with reused_memory() if device == "cpu" else contextlib.nullcontext():
-        kernel = interleaved({"kdfast": ours, "stream": stream}, device, seconds / 4)
-    at_bandwidth = kernel["stream"] * bytes_moved / stream_bytes
+        kernel = interleaved({"kdfast": ours, "bound": bound}, device, seconds / 4)
     return Result(
         case=case,
         kdfast=times["kdfast"],
         mapped=kernel["kdfast"],
         eager=times["eager"],
         compiled=times.get("compiled"),
-        gigabytes_per_second=bytes_moved / kernel["kdfast"] / 1e6,
-        roofline=at_bandwidth / kernel["kdfast"],
+        rate=work.needed / kernel["kdfast"] / 1e6,
+        roofline=kernel["bound"] * work.needed / work.of_bound / kernel["kdfast"],
         peak_memory=peaks[0],
         eager_peak_memory=peaks[1],
     )
 
 
-def streaming(student: Tensor, teacher: Tensor, gradient: bool) -> tuple[Callable[[], object], int]:
-    """The device's bandwidth on these very tensors: two reads and a write into mapped memory, or one read."""
-    s, t = student.detach(), teacher
-    size = s.numel() * s.element_size()
+@dataclass(frozen=True)
+class Work:
+    """Bytes or floating-point operations that a call needs, and those of what bounds it."""
+
+    needed: float
+    of_bound: float
+
+
+def ceiling(operator: Operator, student: Side, teacher: Side, gradient: bool) -> tuple[Callable[[], object], Work]:
+    """The device's speed on what bounds an operator: a large matrix product; or streaming, over these very tensors: two
+    reads and a write into mapped memory, or one read."""
+    first = tensors(student)[0].detach()
+    if operator.flops is not None:
+        a = torch.randn(2048, 2048, device=first.device)
+        return lambda: a @ a, Work(operator.flops(student, gradient), 2 * 2048**3)
+    s, t = (torch.cat([x.detach().flatten() for x in tensors(side)]) for side in (student, teacher))
+    size, other = (x.numel() * x.element_size() for x in (s, t))
+    needed = size + other + (size if gradient else 0)
     if gradient:
         out = torch.empty_like(s)
-        return lambda: torch.sub(s, t, out=out), 3 * size
-    return lambda: s.view(torch.int16 if s.element_size() == 2 else torch.int32).amax(), size
+        return lambda: torch.sub(s, t, out=out), Work(needed, 3 * size)
+    return lambda: s.view(torch.int16 if s.element_size() == 2 else torch.int32).amax(), Work(needed, size)
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -242,10 +257,11 @@ def save(results: list[Result], facts: dict[str, Any], folder: Path, stem: str =
 
 def load(path: Path) -> tuple[list[Result], dict[str, Any]]:
     data = json.loads(path.read_text())
-    return [Result(**{**r, "case": Case(**r["case"])}) for r in data["results"]], data["environment"]
+    made = [Case(**{**r["case"], "shape": tuple(r["case"]["shape"])}) for r in data["results"]]
+    return [Result(**{**r, "case": c}) for r, c in zip(data["results"], made, strict=True)], data["environment"]
 
 
-HEADER = ("case", "ms", "× eager", "× comp.", "GB/s", "% roof", "MB (eager)")
+HEADER = ("case", "ms", "× eager", "× comp.", "rate", "% roof", "MB (eager)")
 SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
@@ -253,11 +269,11 @@ def table(results: list[Result]) -> list[tuple[str, ...]]:
     """The rows under `HEADER`."""
     return [
         (
-            f"{r.case.operator} {r.case.rows}×{r.case.columns} {SHORT[r.case.dtype]} {'grad' if r.case.gradient else 'loss'}",
+            f"{r.case.operator} {'×'.join(map(str, r.case.shape))} {SHORT[r.case.dtype]} {'grad' if r.case.gradient else 'loss'}",
             f"{r.kdfast:.2f}",
             f"{r.eager / r.kdfast:.1f}",
             f"{r.compiled / r.kdfast:.1f}" if r.compiled else "–",
-            f"{r.gigabytes_per_second:.1f}",
+            f"{r.rate:.1f} GB/s" if OPERATORS[r.case.operator].flops is None else f"{r.rate:.0f} GF/s",
             f"{100 * r.roofline:.0f}",
             f"{max(r.peak_memory, 0):.0f} ({max(r.eager_peak_memory, 0):.0f})",
         )
@@ -293,5 +309,35 @@ def plot(results: list[Result], facts: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{facts['device']}, torch {facts['torch']}, {facts['date']}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def plot_sweep(results: list[Result], facts: dict[str, Any], path: Path) -> None:
+    """Speed relative to eager over the width, a line per operator."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = sorted({(r.case.gradient, r.case.dtype) for r in results}, reverse=True)
+    figure, grid = pyplot.subplots(
+        1, len(panels), figsize=(1 + 3.4 * len(panels), 4.4), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, (gradient, dtype) in zip(grid[0], panels, strict=True):
+        chosen = [r for r in results if (r.case.gradient, r.case.dtype) == (gradient, dtype)]
+        for i, name in enumerate(dict.fromkeys(r.case.operator for r in chosen)):
+            line = [(r.case.shape[-1], r.eager / r.kdfast) for r in chosen if r.case.operator == name]
+            style = "-" if i < 10 else "--"  # colours come round after ten
+            axes.plot(*zip(*line, strict=True), style, marker="o", markersize=3, label=name)
+        axes.set(
+            xscale="log", yscale="log", xlabel="vocabulary", title=f"{dtype}, {'gradient' if gradient else 'loss'}"
+        )
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].set_yticks((1, 2, 5, 10, 20, 50), ("1", "2", "5", "10", "20", "50"))
+    grid[0][0].set_ylabel("times faster than eager PyTorch")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.suptitle(f"{facts['device']}, torch {facts['torch']}, {facts['date']}", fontsize=10)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -26,7 +26,7 @@ from kdfast.ops._divergence import (
     SAVE_STATE,
     SECOND_LOOK,
 )
-from kdfast.registry import OPERATORS
+from kdfast.registry.divergences import DIVERGENCES
 
 ROOT = Path(__file__).parents[1]
 OPS = ("divergence", "divergence_backward", "scale_")
@@ -106,9 +106,9 @@ class Loss:
         arguments |= {"temperature": self.temperature, "beta": self.mixing, "skew": self.mixing}
         arguments["reduction"] = names[self.reduction]
         if self.alpha is None:
-            return self.scale * OPERATORS[self.kind].reference(s, t, **arguments)
+            return self.scale * DIVERGENCES[self.kind].reference(s, t, **arguments)
         arguments |= {"labels": self.labels, "alpha": self.alpha, "label_smoothing": self.smoothing}
-        return self.scale * OPERATORS["kd_loss"].reference(s, t, divergence=self.kind, **arguments)
+        return self.scale * DIVERGENCES["kd_loss"].reference(s, t, divergence=self.kind, **arguments)
 
     def exact(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Value and gradient in float64."""

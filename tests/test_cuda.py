@@ -12,7 +12,8 @@ from torch.autograd import DeviceType
 
 import kdfast
 from kdfast import _C
-from kdfast.registry import OPERATORS, Operator, Sample
+from kdfast.registry import Operator, Sample
+from kdfast.registry.divergences import DIVERGENCES
 
 pytestmark = pytest.mark.cuda
 
@@ -22,7 +23,7 @@ MIXED = [(s, t) for s in DTYPES for t in DTYPES if s != t]
 # One kernel takes all mixtures of dtypes: all of them with one operator, one of them with every other.
 CASES = [
     pytest.param(operator, sample, pair, id=f"{operator.name}-{sample.name}-{pair[0]}-{pair[1]}".replace("torch.", ""))
-    for operator in OPERATORS.values()
+    for operator in DIVERGENCES.values()
     for sample in operator.samples
     for pair in ALIKE + (MIXED if operator.name == "kl_div" else MIXED[:1])
 ]
@@ -59,7 +60,7 @@ def labels(rows: int, columns: int) -> Tensor:
 
 def compare(student: Tensor, teacher: Tensor, name: str = "kl_div", **kwargs: Any) -> None:
     """Value and gradient by the accuracy rule: twice the error of eager in the same dtype, or a floor of rounding."""
-    operator = OPERATORS[name]
+    operator = DIVERGENCES[name]
     if name == "kd_loss":
         rows = student.shape[:-1]
         kwargs = {"labels": labels(rows.numel(), student.shape[-1]).view(rows), "label_smoothing": 0.1} | kwargs
@@ -92,7 +93,7 @@ def test_vocabularies(columns: int, dtype: torch.dtype, name: str) -> None:
 
 
 @pytest.mark.parametrize("columns", [100, 50257, 151936])
-@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "kd_loss"])
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "kd_loss"])
 @pytest.mark.usefixtures("path")
 def test_every_divergence(columns: int, name: str) -> None:
     """Alone and beside labels, whose powers are at temperature 1."""
@@ -161,7 +162,7 @@ def test_infinities(columns: int, name: str) -> None:
     teacher[4, 1] = torch.nan
     student[5, 2] = inf
     compare(student[:2], teacher[:2], name, reduction="none")
-    loss = OPERATORS[name].function(student, teacher, reduction="none")
+    loss = DIVERGENCES[name].function(student, teacher, reduction="none")
     assert loss[:2].isfinite().all()
     assert loss[2] == inf if name == "kl_div" else loss[2].isfinite()  # the others are bounded
     assert loss[3:].isnan().all()
@@ -180,7 +181,7 @@ def test_empty() -> None:
 @pytest.mark.parametrize("name", ["kl_div", "js_div"])
 def test_same_every_time(name: str) -> None:
     student, teacher = logits(3000, 50257, torch.bfloat16, 0), logits(3000, 50257, torch.bfloat16, 1)
-    function = OPERATORS[name].function
+    function = DIVERGENCES[name].function
     first = value_and_gradient(function, student, teacher, {})
     for _ in range(3):
         again = value_and_gradient(function, student, teacher, {})
@@ -302,7 +303,7 @@ def test_float16_gradients_survive_a_grad_scaler() -> None:
     student = logits(8192, 1000, torch.float16, 0).requires_grad_()
     teacher = logits(8192, 1000, torch.float16, 1)
     (gradient,) = torch.autograd.grad(65536.0 * kdfast.kl_div(student, teacher), student)
-    exact = value_and_gradient(OPERATORS["kl_div"].reference, student.double(), teacher.double(), {})[1] * (
+    exact = value_and_gradient(DIVERGENCES["kl_div"].reference, student.double(), teacher.double(), {})[1] * (
         65536.0 / 0.5
     )
     assert (gradient.double() - exact).norm() <= 2**-11 * exact.norm()
@@ -321,7 +322,7 @@ def test_more_than_2_31_elements(columns: int, pad: int) -> None:
     loss = kdfast.kl_div(student, teacher, reduction="sum", vocab_size=columns)
     (gradient,) = torch.autograd.grad(loss, student)
     small = student.detach()[ends, :columns].contiguous(), teacher[ends, :columns].contiguous()
-    expected = value_and_gradient(OPERATORS["kl_div"].reference, *(z.double() for z in small), {"reduction": "sum"})
+    expected = value_and_gradient(DIVERGENCES["kl_div"].reference, *(z.double() for z in small), {"reduction": "sum"})
     torch.testing.assert_close(loss.double(), expected[0], rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(gradient[ends, :columns].double(), 2 * expected[1], rtol=2**-7, atol=1e-6)
     assert not gradient[2 : rows // 2].any()

@@ -8,6 +8,8 @@ from accuracy import check, inputs, value_and_gradient
 
 from kdfast import _C
 from kdfast.registry import OPERATORS, Operator, Sample
+from kdfast.registry.divergences import DIVERGENCES
+from kdfast.registry.operator import apply, mapped
 
 CASES = [
     pytest.param(operator, sample, id=f"{operator.name}-{sample.name}")
@@ -35,7 +37,9 @@ def test_value_and_gradient(
 
 
 # The divergences share their raw operators: every sample of one of them, of the others what tells them apart.
-RAW_CASES = [case for case in CASES if case.id.startswith("kl_div-") or case.id.endswith(("-rows", "-rows_none"))]
+# So do the distances between layers: their reductions come from the samples of one.
+RAW_NAMES = ("-rows", "-rows_none", "-masked", "-per_head", "-per_token", "-causal")
+RAW_CASES = [case for case in CASES if case.id.startswith("kl_div-") or case.id.endswith(RAW_NAMES)]
 
 
 @pytest.mark.parametrize(("operator", "sample"), RAW_CASES)
@@ -52,11 +56,11 @@ def test_raw_operator_is_a_good_citizen(operator: Operator, sample: Sample) -> N
 
     with Record():
         value_and_gradient(operator.function, student, teacher, kwargs)
-        operator.function(student, teacher, **kwargs)
+        apply(operator.function, student, teacher, **kwargs)
     assert {func._opname for func, _ in calls} <= set(operator.native)
     assert calls
     for func, args in calls:
-        torch.library.opcheck(func, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in args))
+        torch.library.opcheck(func, mapped(torch.Tensor.detach, args))
 
 
 @pytest.mark.parametrize("operator", BY_OPERATOR)
@@ -72,21 +76,24 @@ def test_has_everything(operator: Operator) -> None:
 @pytest.mark.parametrize("operator", BY_OPERATOR)
 def test_module_equals_function(operator: Operator) -> None:
     student, teacher, _ = inputs(operator.samples[0], 1.0, torch.float32, torch.float32)
-    settings = {"temperature": 2.0, "reduction": "sum"} | ({"alpha": 1.0} if operator.name == "kd_loss" else {})
+    settings = {"reduction": "sum"} | ({"temperature": 2.0} if operator.name in DIVERGENCES else {})
+    settings |= {"alpha": 1.0} if operator.name == "kd_loss" else {}
     module = operator.module(**settings)
-    assert torch.equal(module(student, teacher), operator.function(student, teacher, **settings))
-    assert "temperature=2.0" in repr(module)
+    assert torch.equal(apply(module, student, teacher), apply(operator.function, student, teacher, **settings))
+    assert "reduction='sum'" in repr(module)
 
 
 COMPILED = [pytest.param(operator, "aot_eager", id=f"{name}-aot_eager") for name, operator in OPERATORS.items()]
-COMPILED += [pytest.param(OPERATORS[name], "inductor", id=f"{name}-inductor") for name in ("kl_div", "kd_loss")]
+COMPILED += [
+    pytest.param(OPERATORS[name], "inductor", id=f"{name}-inductor")
+    for name in ("kl_div", "kd_loss", "qk_attention_mse")
+]
 
 
 @pytest.mark.parametrize(("operator", "backend"), COMPILED)
 def test_compiles_without_graph_breaks(operator: Operator, backend: str) -> None:
-    names = ("odd", "rows", "rows_none", "num_items") if operator.name == "kl_div" else ("rows",)
-    samples = [s for s in operator.samples if s.name in names]
-    assert len(samples) == len(names)
+    names = ("odd", "rows", "rows_none", "num_items") if operator.name == "kl_div" else ("rows", "masked", "last")
+    samples = [s for s in operator.samples if s.name in names] or [operator.samples[0]]
     for sample in samples:
         student, teacher, kwargs = inputs(sample, 1.0, torch.bfloat16, torch.float32)
         compiled = torch.compile(operator.function, fullgraph=True, backend=backend)

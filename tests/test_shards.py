@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import kdfast
-from kdfast.registry import OPERATORS
+from kdfast.registry.divergences import DIVERGENCES
 
 ROWS, WIDTH = 6, 840  # a multiple of 4: even shards
 # The columns at which 4 (or, merged in pairs, 2) uneven shards start; the last one holds nothing.
@@ -67,8 +67,8 @@ def check_all(rank: int, ranks: int) -> None:
     ]
     cases = [(torch.float64, "mean"), (torch.float64, "none"), (torch.float32, "mean"), (torch.float32, "sum")]
     cases += [(torch.bfloat16, "mean"), (torch.float16, "mean")]
-    for name, (dtype, reduction) in itertools.product(OPERATORS, cases):
-        function, kwargs = OPERATORS[name].function, arguments(name, reduction)
+    for name, (dtype, reduction) in itertools.product(DIVERGENCES, cases):
+        function, kwargs = DIVERGENCES[name].function, arguments(name, reduction)
         student, teacher = whole(dtype)
         value, gradient = value_and_gradient(function, student, teacher, kwargs)
         for begin, end, more in splits:

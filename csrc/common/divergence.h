@@ -88,11 +88,7 @@ struct DivergenceCall {
     check_rows(row_temperature, "temperature", loss_type());
     check_rows(labels, "labels", ScalarType::Long);
     STD_TORCH_CHECK(!labels || distillation, op(), ": labels: expected none, got some");
-    if (num_items) {
-      check_device(op(), "num_items", *num_items, student);
-      check_dtype(op(), "num_items", *num_items, loss_type());
-      STD_TORCH_CHECK(num_items->numel() == 1, op(), ": num_items: expected one number, got ", shape_of(*num_items));
-    }
+    check_number(op(), "num_items", num_items, student, loss_type());
   }
   void check_given(const std::optional<Tensor>& state, Known known) const {
     STD_TORCH_CHECK(state || known == Known::nothing, op(), ": state: expected one, of which something is known");

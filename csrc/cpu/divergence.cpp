@@ -11,7 +11,6 @@
 #include <tuple>
 
 #include "cpu/divergence_call.h"
-#include "cpu/memory.h"
 
 namespace kdfast {
 namespace {
@@ -151,19 +150,6 @@ class Driver {
   Start start_;
   Finish finish_;
 };
-
-Tensor zeros(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  Tensor t = torch::stable::new_empty(like, sizes, dtype);
-  std::memset(t.mutable_data_ptr(), 0, size_t(t.numel()) * t.element_size());
-  return t;
-}
-
-Tensor empty_gradient(const Tensor& student) {
-  Tensor t = torch::stable::new_empty(student, std::vector<int64_t>(student.sizes().begin(), student.sizes().end()),
-                                      student.scalar_type());
-  advise_huge_pages(t.mutable_data_ptr(), size_t(t.numel()) * t.element_size());
-  return t;
-}
 
 void write_state(const Reals& to, int64_t row, const RowState<double>& s) {
   const double values[kRowStateSize] = {s.max_s, s.sum_s, s.max_t, s.sum_t, s.a, s.b, s.sum_one, s.total, s.label};

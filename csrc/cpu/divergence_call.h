@@ -3,32 +3,14 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <cmath>
 #include <cstring>
 #include <utility>
 
 #include "common/divergence.h"
+#include "cpu/tensors.h"
 #include "cpu/variant.h"
 
 namespace kdfast {
-
-inline Element element_of(ScalarType t) {
-  if (t == ScalarType::Double) return Element::f64;
-  if (t == ScalarType::BFloat16) return Element::bf16;
-  return t == ScalarType::Half ? Element::f16 : Element::f32;
-}
-
-// float or double memory, by the call.
-class Reals {
- public:
-  Reals(const Tensor& t, bool is_double) : data_(t.mutable_data_ptr()), double_(is_double) {}
-  void set(int64_t i, double x) const { double_ ? void(((double*)data_)[i] = x) : void(((float*)data_)[i] = float(x)); }
-  double get(int64_t i) const { return double_ ? ((const double*)data_)[i] : ((const float*)data_)[i]; }
-
- private:
-  void* data_;
-  bool double_;
-};
 
 // A row's losses without alpha, each with its share of the reduction.
 struct RowLoss {
@@ -66,7 +48,6 @@ class Rows {
              call.labels.has_value(),
              keeps_state,
              call.smoothing};
-    check_labels();
     const auto [rows, labelled] = denominators();
     factor_ = rows > 0 ? call.scale * upstream / rows : 0;
     hard_factor_ = labelled > 0 ? call.scale * upstream / labelled : 0;
@@ -108,7 +89,7 @@ class Rows {
   RowLoss loss(const DivergenceRow& r) const {
     if (!shape.labels || r.hard_coefficient == 0) return {r.coefficient * r.loss, 0};
     const RowState<double>& s = r.state;
-    double cross_entropy = std::log(s.sum_one) + s.max_s - (1 - call_.smoothing) * s.label;
+    double cross_entropy = r.log_sum_one + s.max_s - (1 - call_.smoothing) * s.label;
     if (call_.smoothing != 0) cross_entropy -= call_.smoothing * s.total / double(call_.vocabulary);
     return {r.coefficient * r.loss, r.hard_coefficient * cross_entropy};
   }
@@ -155,32 +136,30 @@ class Rows {
   }
   int64_t label(int64_t row) const { return ((const int64_t*)labels_.data)[labels_.offsets(row)]; }
 
-  void check_labels() const {
-    if (!shape.labels) return;
-    for (int64_t row = 0; row < count; ++row) {
-      if (!counted(row) || label(row) == call_.ignore_index) continue;
-      STD_TORCH_CHECK(label(row) >= 0 && label(row) < call_.vocabulary, call_.op(), ": labels: expected 0 to ",
-                      call_.vocabulary - 1, ", or ignore_index ", call_.ignore_index, ", got ", label(row), " in row ",
-                      row);
-    }
-  }
-
-  // Of the divergence and of the cross-entropy.
-  std::pair<double, double> denominators() const {
-    if (call_.reduces_to(Reduction::sum) || call_.per_row()) return {1, 1};
-    if (call_.reduces_to(Reduction::batchmean)) return {call_.student.size(0), call_.student.size(0)};
-    if (call_.num_items) {
-      const double items = Reals(*call_.num_items, call_.is_double()).get(0);
-      return {items, items};
-    }
-    if (!mask_.data && !labels_.data) return {count, count};
+  // The rows that count, and those of them with a label.
+  std::pair<int64_t, int64_t> count_rows() const {
+    if (!mask_.data && !labels_.data) return {count, 0};
     int64_t rows = 0, labelled = 0;
     for (int64_t row = 0; row < count; ++row) {
       if (!counted(row)) continue;
       ++rows;
-      labelled += labels_.data && label(row) != call_.ignore_index;
+      if (!labels_.data || label(row) == call_.ignore_index) continue;
+      ++labelled;
+      STD_TORCH_CHECK(label(row) >= 0 && label(row) < call_.vocabulary, call_.op(), ": labels: expected 0 to ",
+                      call_.vocabulary - 1, ", or ignore_index ", call_.ignore_index, ", got ", label(row), " in row ",
+                      row);
     }
     return {rows, labelled};
+  }
+
+  // Of the divergence and of the cross-entropy.
+  std::pair<double, double> denominators() const {
+    const auto [rows, labelled] = count_rows();
+    if (call_.reduces_to(Reduction::sum) || call_.per_row()) return {1, 1};
+    if (call_.reduces_to(Reduction::batchmean)) return {call_.student.size(0), call_.student.size(0)};
+    if (!call_.num_items) return {rows, labelled};
+    const double items = Reals(*call_.num_items, call_.is_double()).get(0);
+    return {items, items};
   }
 
   const DivergenceCall& call_;

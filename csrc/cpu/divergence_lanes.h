@@ -93,11 +93,16 @@ class NarrowRows {
     known == Known::nothing ? look() : take_state();
     if (!T::kDifference) make_powers();
     if (known == Known::nothing && !T::kDifference) count_powers();
+    if (shape_.labels) make_powers_at_one();
     if (known == Known::nothing && shape_.labels) count_labels();
     if (T::kLogRatio) shift_ = Lanes<Real>::log2(state_.sum_t / state_.sum_s);
     if (T::kSecondLook && known != Known::everything) look_again();
     const V loss = T::loss(state_, scale_.k, with_);
     along<Real>(loss, rows_, count_, [](DivergenceRow& r, Real x) { r.loss = x; });
+    if (shape_.labels) {
+      const V log_sum_one = Real(kLn2) * Lanes<Real>::log2(state_.sum_one);
+      along<Real>(log_sum_one, rows_, count_, [](DivergenceRow& r, Real x) { r.log_sum_one = x; });
+    }
     if (known != Known::everything && (shape_.labels || shape_.keeps_state)) give_state();
     if (rows_->gradient) write_gradient();
   }
@@ -138,11 +143,13 @@ class NarrowRows {
     });
     state_ = r;
   }
-  V at_one(V s) const { return exp2(Real(kLog2e) * (s - state_.max_s)); }
+  void make_powers_at_one() {
+    each([&](int64_t j, V s, V) { store(one_.at[j], exp2(Real(kLog2e) * (s - state_.max_s))); });
+  }
   void count_labels() {
     V sum_one{}, total{};
-    each([&](int64_t, V s, V) {
-      sum_one += at_one(s);
+    each([&](int64_t j, V s, V) {
+      sum_one += load(one_.at[j]);
       total += s;
     });
     state_.sum_one = sum_one;
@@ -193,7 +200,7 @@ class NarrowRows {
   void add_labels() {
     const V hard = across<Real>(rows_, count_, [](const DivergenceRow& r) { return r.hard_factor; });
     const V n = hard / state_.sum_one, even = hard * (Real(shape_.smoothing) * with_.per_vocabulary);
-    each([&](int64_t j, V s, V) { store(g_.at[j], load(g_.at[j]) + (n * at_one(s) - even)); });
+    each([&](int64_t j, V, V) { store(g_.at[j], load(g_.at[j]) + (n * load(one_.at[j]) - even)); });
     for (int i = 0; i < count_; ++i) {
       const DivergenceRow& r = rows_[i];
       if (r.label >= 0 && r.label < columns_) g_.at[r.label][i] -= Real(r.hard_factor * (1 - shape_.smoothing));
@@ -208,7 +215,7 @@ class NarrowRows {
   Scale<Real> scale_;
   RowState<V> state_;
   V shift_{};
-  Tile<Real> s_, t_, es_, et_, g_;
+  Tile<Real> s_, t_, es_, et_, one_, g_;
 };
 
 template <template <class> class Terms, class Real>

@@ -160,6 +160,7 @@ void look_again(const DivergenceShape& shape, DivergenceRow& row, int64_t begin,
 template <template <class> class Terms>
 void finish(const DivergenceShape& shape, DivergenceRow& row) {
   row.loss = Terms<Lanes<double>>::loss(row.state, row.k, shape.settings);
+  if (shape.labels) row.log_sum_one = ::log(row.state.sum_one);
 }
 
 template <class T, class Real>
@@ -231,21 +232,16 @@ constexpr DivergenceKernels kernels_of() {
   };
 }
 
-void exp2_all(const float* x, float* y, int64_t n) {
-  for_vectors<float>(n, [&](int64_t i, int count, int) { store(y + i, exp2(load(x + i, count)), count); });
-}
-void log2_all(const float* x, float* y, int64_t n) {
-  for_vectors<float>(n, [&](int64_t i, int count, int) { store(y + i, log2(load(x + i, count)), count); });
-}
-
 }  // namespace
 
-const VariantKernels kKernels = {
-    {kernels_of<KlDiv>(), kernels_of<ReverseKlDiv>(), kernels_of<JsDiv>(), kernels_of<SkewKlDiv>(),
-     kernels_of<SkewReverseKlDiv>(), kernels_of<TotalVariation>(), kernels_of<SoftCrossEntropy>(),
-     kernels_of<LogitMse>(), kernels_of<SymmetricKlDiv>()},
-    exp2_all,
-    log2_all,
-};
+extern const DivergenceKernels kDivergences[int(Divergence::count)] = {kernels_of<KlDiv>(),
+                                                                       kernels_of<ReverseKlDiv>(),
+                                                                       kernels_of<JsDiv>(),
+                                                                       kernels_of<SkewKlDiv>(),
+                                                                       kernels_of<SkewReverseKlDiv>(),
+                                                                       kernels_of<TotalVariation>(),
+                                                                       kernels_of<SoftCrossEntropy>(),
+                                                                       kernels_of<LogitMse>(),
+                                                                       kernels_of<SymmetricKlDiv>()};
 
 }  // namespace kdfast::KDFAST_VARIANT

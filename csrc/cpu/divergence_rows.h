@@ -1,13 +1,10 @@
 // What the dispatcher (divergence.cpp) hands to a CPU variant (divergence_rows.cpp): plain data and function pointers,
 // because the two are compiled for different processors.
 #pragma once
-#include <stdint.h>
-
 #include "common/divergence_terms.h"
+#include "cpu/element.h"
 
 namespace kdfast {
-
-enum class Element : int { f32, bf16, f16, f64 };
 
 // What all rows of a call share. Strides are between neighbouring columns, in elements; gradient rows are contiguous.
 struct DivergenceShape {
@@ -24,20 +21,19 @@ struct DivergenceShape {
 struct DivergenceRow {
   const void* student;
   const void* teacher;
-  void* gradient;           // null: not wanted
-  double k;                 // log2(e) / temperature, of csrc/common/rowmath.h
-  double coefficient;       // of the row's divergence in the result
-  double factor;            // coefficient / temperature: of its gradient
-  double loss;              // of the divergence, without the coefficient: a result
-  int64_t label;            // a column, or outside of them
-  double hard_coefficient;  // of the row's cross-entropy in the result
-  double hard_factor;       // of its gradient
-  void* powers = nullptr;   // room for powers_bytes(): the gradient then needs no second exponential; null: none
+  const bool* counted = nullptr;  // of the columns, others are as if -inf on both sides; null: all
+  void* gradient;                 // null: not wanted
+  double k;                       // log2(e) / temperature, of csrc/common/rowmath.h
+  double coefficient;             // of the row's divergence in the result
+  double factor;                  // coefficient / temperature: of its gradient
+  double loss;                    // of the divergence, without the coefficient: a result
+  double log_sum_one;             // ln(state.sum_one): a result beside labels
+  int64_t label;                  // a column, or outside of them
+  double hard_coefficient;        // of the row's cross-entropy in the result
+  double hard_factor;             // of its gradient
+  void* powers = nullptr;         // room for powers_bytes(): the gradient then needs no second exponential; null: none
   RowState<double> state;
 };
-
-// Columns that are taken at a time.
-constexpr int64_t kBlock = 1024;
 
 // Per block of columns: its two maxima, and the powers of student and teacher relative to them.
 static inline int64_t powers_bytes(const DivergenceShape& shape) {
@@ -54,7 +50,7 @@ struct DivergenceKernels {
   void (*look_again)(const DivergenceShape&, DivergenceRow&, int64_t begin, int64_t end);
   // Adds the state of other columns of the row.
   void (*merge)(DivergenceRow& into, const DivergenceRow& other);
-  // Sets row.loss from row.state.
+  // Sets the results from row.state.
   void (*finish)(const DivergenceShape&, DivergenceRow&);
   // Writes row.gradient[begin, end) from row.state, and from row.powers or the logits.
   void (*gradient)(const DivergenceShape&, const DivergenceRow&, int64_t begin, int64_t end);
@@ -63,25 +59,5 @@ struct DivergenceKernels {
 };
 // Rows of at most this many columns take `narrow`.
 constexpr int64_t kNarrow = 32;
-
-struct VariantKernels {
-  DivergenceKernels divergence[int(Divergence::count)];
-  // y[i] = 2^x[i] and log2(x[i]): the vector functions on their own, for their tests.
-  void (*exp2)(const float* x, float* y, int64_t count);
-  void (*log2)(const float* x, float* y, int64_t count);
-};
-
-namespace portable {
-extern const VariantKernels kKernels;
-}
-namespace avx2 {
-extern const VariantKernels kKernels;
-}
-namespace avx512 {
-extern const VariantKernels kKernels;
-}
-namespace avx512_bf16 {
-extern const VariantKernels kKernels;
-}
 
 }  // namespace kdfast

@@ -227,6 +227,15 @@ KDFAST_LOCAL void store(Float16* p, Floats v) {
 #endif
 }
 
+// ---- a where `counted`, of `n` elements at most, is true, else b ----
+KDFAST_LOCAL Floats where(const bool* counted, int n, Floats a, Floats b) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+  Bytes bytes{};
+  n == kLanes ? memcpy(&bytes, counted, kLanes) : memcpy(&bytes, counted, n);
+  return __builtin_convertvector(bytes, Ints) != 0 ? a : b;
+}
+KDFAST_LOCAL double where(const bool* counted, int, double a, double b) { return *counted ? a : b; }
+
 // ---- one element ----
 KDFAST_LOCAL double widened(double x) { return x; }
 KDFAST_LOCAL float widened(float x) { return x; }
@@ -246,9 +255,9 @@ KDFAST_LOCAL void narrow_to(BFloat16& to, float x) {
 }
 KDFAST_LOCAL void narrow_to(Float16& to, float x) { to.bits = float_to_half(x); }
 
-// ---- the end of a row: `n` < lanes elements; absent ones read as -inf, which no sum counts ----
+// ---- the end of a row: `n` < lanes elements; absent ones read as -inf, which no sum of powers counts ----
 template <class Element>
-KDFAST_LOCAL Floats load_some(const Element* p, int n) {
+KDFAST_LOCAL Floats load_some(const Element* p, int n, float absent = -__builtin_inff()) {
   Ints index;
   for (int i = 0; i < kLanes; ++i) index[i] = i;
 #if defined(__AVX512F__)
@@ -262,9 +271,9 @@ KDFAST_LOCAL Floats load_some(const Element* p, int n) {
   Element lanes[kLanes] = {};
   for (int i = 0; i < n; ++i) lanes[i] = p[i];
 #endif
-  return index < n ? load(lanes) : broadcast(-__builtin_inff());
+  return index < n ? load(lanes) : broadcast(absent);
 }
-KDFAST_LOCAL double load_some(const double*, int) { return -__builtin_inf(); }
+KDFAST_LOCAL double load_some(const double*, int, double = 0) { return -__builtin_inf(); }
 
 template <class Element>
 KDFAST_LOCAL void store_some(Element* p, Floats v, int n) {

@@ -1,8 +1,32 @@
 // Which CPU variant of the kernels runs here.
 #pragma once
 #include "cpu/divergence_rows.h"
+#include "cpu/layer_rows.h"
+#include "cpu/qk_rows.h"
 
 namespace kdfast {
+
+struct VariantKernels {
+  const DivergenceKernels* divergence;  // by Divergence
+  const LayerKernels* layers;
+  const QkKernels* qk[2];  // by QkLoss
+  // y[i] = 2^x[i] and log2(x[i]): the vector functions on their own, for their tests.
+  void (*exp2)(const float* x, float* y, int64_t count);
+  void (*log2)(const float* x, float* y, int64_t count);
+};
+
+namespace portable {
+extern const VariantKernels kKernels;
+}
+namespace avx2 {
+extern const VariantKernels kKernels;
+}
+namespace avx512 {
+extern const VariantKernels kKernels;
+}
+namespace avx512_bf16 {
+extern const VariantKernels kKernels;
+}
 
 struct Variant {
   const char* name;

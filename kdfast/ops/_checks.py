@@ -86,7 +86,10 @@ def check_labels(
         wrong_value(op, "labels", f"the logits' device {logits.device}", labels.device)
     if labels.shape != logits.shape[:-1]:
         wrong_value(op, "labels", f"the logits' leading dimensions {list(logits.shape[:-1])}", list(labels.shape))
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
+        return labels
+    least, most = labels.aminmax()  # where nothing is ignored one pass tells
+    if least < 0 or most >= vocabulary:
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
         if mask is not None:
             wrong &= mask

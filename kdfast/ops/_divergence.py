@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +152,7 @@ class _Divergence(torch.autograd.Function):
         refuse_double_backward(ctx.op)
         saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
         if len(saved) == 1:
-            gradient = scaled(saved[0], grad_loss)
+            (gradient,) = scaled(saved, grad_loss)
         else:
             gradient = torch.ops.kdfast.divergence_backward(grad_loss, *saved, *ctx.numbers)
         return None, None, gradient, *(None,) * 18
@@ -163,16 +164,17 @@ def refuse_double_backward(op: str) -> None:
         raise RuntimeError(f"{op}: double backward is not available: expected backward without create_graph=True")
 
 
-def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient · factor. In place only where nobody can ask for the saved gradient again."""
+def scaled(gradients: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+    """Each gradient · factor. In place only where nobody can ask for the saved gradients again."""
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        return gradient * factor
-    if gradient.device.type == "cuda":
-        torch.ops.kdfast.scale_(gradient, factor)  # looks at the factor on the device
-        return gradient
-    if gradient.device.type == "cpu" and float(factor) == 1.0:
-        return gradient
-    return gradient.mul_(factor)
+        return [gradient * factor for gradient in gradients]
+    if factor.device.type == "cuda":
+        for gradient in gradients:
+            torch.ops.kdfast.scale_(gradient, factor)  # looks at the factor on the device
+    elif factor.device.type != "cpu" or float(factor) != 1.0:
+        for gradient in gradients:
+            gradient.mul_(factor)
+    return gradients
 
 
 @torch.library.register_fake("kdfast::scale_")

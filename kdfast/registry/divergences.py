@@ -1,10 +1,10 @@
-"""Every operator with what tests and benchmarks need to know of it. A new operator is one more row in `OPERATORS`."""
+"""The divergences and `kd_loss`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,43 +12,7 @@ from torch import Tensor, nn
 
 import kdfast.nn
 from kdfast.ops import _divergence, divergence, kd_loss, reference
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Inputs of one call. `make(generator, gap)` returns student and teacher in float64, `gap` apart.
-
-    `catches` says what the sample is there for; `kwargs(generator)` makes the keyword arguments.
-    """
-
-    name: str
-    catches: str
-    make: Callable[[torch.Generator, float], tuple[Tensor, Tensor]]
-    kwargs: Callable[[torch.Generator], dict[str, Any]] = field(default=lambda generator: {})
-
-
-@dataclass(frozen=True)
-class Operator:
-    """A public function, its twins, and the traffic that bounds its speed.
-
-    `native`: the raw operators behind it (`torch.ops.kdfast.<name>`). `eager`: the code people write without kdfast.
-    `arguments(student)`: what both need beside the logits in a benchmark.
-    `bytes_moved(student, teacher, gradient)`: the least a call can move, loss only or with its gradient. `cpu_shapes`,
-    `cuda_shapes`: rows, columns and dtype of the benchmarks; `sweep_shapes`: of the sweep over widths.
-    """
-
-    name: str
-    function: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
-    module: type[nn.Module]
-    native: tuple[str, ...]
-    samples: tuple[Sample, ...]
-    eager: Callable[..., Tensor]
-    bytes_moved: Callable[[Tensor, Tensor, bool], int]
-    cpu_shapes: tuple[tuple[int, int, str], ...]
-    cuda_shapes: tuple[tuple[int, int, str], ...]
-    sweep_shapes: tuple[tuple[int, int, str], ...] = ()
-    arguments: Callable[[Tensor], dict[str, Any]] = field(default=lambda student: {})
+from kdfast.registry.operator import Operator, Sample
 
 
 def _logits(*shape: int, offset: float = 0.0) -> Callable[[torch.Generator, float], tuple[Tensor, Tensor]]:
@@ -200,30 +164,30 @@ def _eager_kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return 0.5 * 4 * _eager_kl(student / 2, teacher / 2) + 0.5 * nn.functional.cross_entropy(student.float(), labels)
 
 
-def _divergence_bytes(student: Tensor, teacher: Tensor, gradient: bool) -> int:
-    reads = student.numel() * student.element_size() + teacher.numel() * teacher.element_size()
-    return reads + (student.numel() * student.element_size() if gradient else 0)
+def _made(shape: tuple[int, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    teacher = torch.randn(shape, **options).mul_(4)
+    return teacher + torch.randn(shape, **options), teacher
 
 
-_WIDE = (64, 152064, "float32")
+_WIDE = ((64, 152064), "float32")
 _CPU_SHAPES = (
     _WIDE,
-    (128, 128256, "bfloat16"),
-    (1, 152064, "float32"),
-    (8192, 1000, "float32"),
-    (100000, 2, "float32"),
+    ((128, 128256), "bfloat16"),
+    ((1, 152064), "float32"),
+    ((8192, 1000), "float32"),
+    ((100000, 2), "float32"),
 )
 # About 10^9 logits for the large vocabularies; 8192 rows for classification heads.
-_CUDA_SHAPES = tuple((2**30 // v // 16 * 16, v, "bfloat16") for v in (32000, 50257, 128256, 151936, 262144)) + (
-    (8192, 2, "bfloat16"),
-    (8192, 1000, "bfloat16"),
-    (8192, 1000, "float32"),
-    (4096, 151936, "float32"),
+_CUDA_SHAPES = tuple(((2**30 // v // 16 * 16, v), "bfloat16") for v in (32000, 50257, 128256, 151936, 262144)) + (
+    ((8192, 2), "bfloat16"),
+    ((8192, 1000), "bfloat16"),
+    ((8192, 1000), "float32"),
+    ((4096, 151936), "float32"),
 )
 _CUDA_WIDE = _CUDA_SHAPES[3]
 # About 4 million logits each.
 _SWEEP = tuple(
-    ({2: 100000, 1000: 8192}.get(v, 2**22 // v), v, dtype)
+    (({2: 100000, 1000: 8192}.get(v, 2**22 // v), v), dtype)
     for v in (2, 1000, 32000, 50257, 128256, 151936, 262144)
     for dtype in ("float32", "bfloat16")
 )
@@ -262,7 +226,7 @@ def _kd_samples() -> tuple[Sample, ...]:
 
 
 _NATIVE = ("divergence", "divergence_backward")
-OPERATORS: dict[str, Operator] = {
+DIVERGENCES: dict[str, Operator] = {
     kind: Operator(
         name=kind,
         function=getattr(divergence, kind),
@@ -271,7 +235,7 @@ OPERATORS: dict[str, Operator] = {
         native=_NATIVE,
         samples=_divergence_samples() + (() if kind in _INFINITE else _ONE_SIDED) + _MORE_SAMPLES.get(kind, ()),
         eager=_EAGER[kind],
-        bytes_moved=_divergence_bytes,
+        make=_made,
         cpu_shapes=_CPU_SHAPES if kind == "kl_div" else (_WIDE,),
         cuda_shapes=_CUDA_SHAPES if kind == "kl_div" else (_CUDA_WIDE,),
         sweep_shapes=_SWEEP,
@@ -286,7 +250,7 @@ OPERATORS: dict[str, Operator] = {
         native=_NATIVE,
         samples=_kd_samples(),
         eager=_eager_kd,
-        bytes_moved=_divergence_bytes,
+        make=_made,
         cpu_shapes=(_WIDE,),
         cuda_shapes=(_CUDA_WIDE,),
         sweep_shapes=_SWEEP,

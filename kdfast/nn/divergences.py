@@ -1,52 +1,21 @@
-"""Modules that hold an operator's settings: the twins of the functions in `kdfast`."""
+"""The twins of the divergences and of `kd_loss`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdfast.ops import _checks, divergence
+from kdfast.nn.settings import Settings
+from kdfast.ops import divergence
 from kdfast.ops.kd_loss import KDLossComponents, kd_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = [
-    "JSDivLoss",
-    "KDLoss",
-    "KLDivLoss",
-    "LogitMSELoss",
-    "ReverseKLDivLoss",
-    "SkewKLDivLoss",
-    "SkewReverseKLDivLoss",
-    "SoftCrossEntropyLoss",
-    "SymmetricKLDivLoss",
-    "TotalVariationLoss",
-]
 
-
-class _Settings(nn.Module):
-    """Holds keyword arguments of a function, refuses what is wrong with them at once, and shows them."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__()
-        self.settings = settings
-        name = type(self).__name__
-        if settings["reduction"] not in _checks.REDUCTIONS:
-            _checks.wrong_value(name, "reduction", "'none', 'mean', 'sum' or 'batchmean'", repr(settings["reduction"]))
-        if not isinstance(settings["temperature"], Tensor):
-            _checks.check_temperature_number(name, settings["temperature"])
-        for argument in ("beta", "skew", "alpha", "label_smoothing"):
-            if argument in settings:
-                _checks.check_fraction(name, argument, settings[argument], below_one=argument == "skew")
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
-
-
-class _DivergenceLoss(_Settings):
+class _DivergenceLoss(Settings):
     """A divergence with its settings.
 
     Args:
@@ -162,7 +131,7 @@ class LogitMSELoss(_DivergenceLoss):
     function = staticmethod(divergence.logit_mse)
 
 
-class KDLoss(_Settings):
+class KDLoss(Settings):
     """`kdfast.kd_loss` as a module: alpha · T² · divergence + (1 − alpha) · cross-entropy. **T² is included.**
 
     Args:

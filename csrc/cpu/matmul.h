@@ -1,0 +1,84 @@
+// Small matrix products in cache: C = A B or C += A B with A read by broadcast, so that A may as well be a transpose.
+//
+// Six rows by four vectors of C stay in registers while k runs: 24 multiply-adds for 10 loads. C has its rows rounded
+// up to whole tiles, and A is readable as far; what is beyond is not meant.
+#pragma once
+#include "cpu/simd.h"
+
+namespace kdfast::KDFAST_VARIANT {
+
+// A full vector of either type (VectorOf<double> is a single number).
+template <class Real>
+struct WideOf {
+  typedef Real type __attribute__((vector_size(4 * kLanes)));
+  static constexpr int count = 4 * kLanes / int(sizeof(Real));
+};
+template <class Real>
+using Wide = typename WideOf<Real>::type;
+
+constexpr int kTileRows = 6;
+constexpr int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// Columns of a matrix are padded to whole vectors.
+template <class Real>
+constexpr int64_t padded(int64_t n) {
+  return rounded_up(n, WideOf<Real>::count);
+}
+
+template <class Real>
+struct Factor {
+  const Real* data;
+  int64_t row, k;  // steps
+};
+
+template <int kVectors, class Real>
+KDFAST_LOCAL void multiply_tile(const Factor<Real>& a, const Real* b, int64_t b_row, Real* c, int64_t c_row, int64_t k,
+                                bool add) {
+  using V = Wide<Real>;
+  constexpr int L = WideOf<Real>::count;
+  V sums[kTileRows][kVectors]{};
+  for (int64_t i = 0; i < k; ++i) {
+    V from[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) memcpy(&from[v], b + i * b_row + v * L, sizeof(V));
+#pragma GCC unroll 6
+    for (int r = 0; r < kTileRows; ++r) {
+      const V x = V{} + a.data[r * a.row + i * a.k];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += x * from[v];
+    }
+  }
+  // What is there already is added last: one rounding at its size, not k.
+#pragma GCC unroll 6
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      Real* to = c + r * c_row + v * L;
+      V before{};
+      if (add) memcpy(&before, to, sizeof(V));
+      sums[r][v] += before;
+      memcpy(to, &sums[r][v], sizeof(V));
+    }
+  }
+}
+
+// [rows, k] times [k, columns]; columns are whole vectors. `upper`: tiles below the diagonal are left alone.
+template <class Real>
+void multiply(int64_t rows, int64_t columns, int64_t k, const Factor<Real>& a, const Real* b, int64_t b_row, Real* c,
+              int64_t c_row, bool add, bool upper = false) {
+  constexpr int L = WideOf<Real>::count, kMost = kLanes >= 16 ? 4 : 2;
+  for (int64_t j = 0; j < columns;) {
+    const int64_t left = (columns - j) / L, vectors = left < kMost ? left : kMost;
+    const int64_t end = upper && j + vectors * L < rows ? j + vectors * L : rows;
+    for (int64_t i = 0; i < end; i += kTileRows) {
+      const Factor<Real> at{a.data + i * a.row, a.row, a.k};
+      Real* to = c + i * c_row + j;
+      if (vectors == 4) multiply_tile<4>(at, b + j, b_row, to, c_row, k, add);
+      if (vectors == 3) multiply_tile<3>(at, b + j, b_row, to, c_row, k, add);
+      if (vectors == 2) multiply_tile<2>(at, b + j, b_row, to, c_row, k, add);
+      if (vectors == 1) multiply_tile<1>(at, b + j, b_row, to, c_row, k, add);
+    }
+    j += vectors * L;
+  }
+}
+
+}  // namespace kdfast::KDFAST_VARIANT

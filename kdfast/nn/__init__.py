@@ -1,0 +1,43 @@
+"""Modules that hold an operator's settings: the twins of the functions in `kdfast`."""
+
+from kdfast.nn.divergences import (
+    JSDivLoss,
+    KDLoss,
+    KLDivLoss,
+    LogitMSELoss,
+    ReverseKLDivLoss,
+    SkewKLDivLoss,
+    SkewReverseKLDivLoss,
+    SoftCrossEntropyLoss,
+    SymmetricKLDivLoss,
+    TotalVariationLoss,
+)
+from kdfast.nn.layers import (
+    AttentionKLLoss,
+    AttentionMSELoss,
+    CLSDistanceLoss,
+    CosineDistanceLoss,
+    HiddenMSELoss,
+    QKAttentionMSELoss,
+    QKRelationKLLoss,
+)
+
+__all__ = [
+    "AttentionKLLoss",
+    "AttentionMSELoss",
+    "CLSDistanceLoss",
+    "CosineDistanceLoss",
+    "HiddenMSELoss",
+    "JSDivLoss",
+    "KDLoss",
+    "KLDivLoss",
+    "LogitMSELoss",
+    "QKAttentionMSELoss",
+    "QKRelationKLLoss",
+    "ReverseKLDivLoss",
+    "SkewKLDivLoss",
+    "SkewReverseKLDivLoss",
+    "SoftCrossEntropyLoss",
+    "SymmetricKLDivLoss",
+    "TotalVariationLoss",
+]

@@ -1,0 +1,289 @@
+"""What all distances between layers share: the call of the native operator, its autograd Function, its fake kernels.
+
+A layer is [B, H, R, C] here: sequences, heads, rows, numbers of a row; or [B, R, C] of one head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast.ops import _checks
+from kdfast.ops._divergence import refuse_double_backward, scaled
+
+Layers = Tensor | Sequence[Tensor]
+HeadMap = Sequence[int] | Sequence[Sequence[int]] | Tensor
+# In the order of csrc/common/layer_terms.h.
+DISTANCES = ("squared", "cosine", "normalized", "kl")
+MASKS = 3  # of a call: rows, columns, and the denominator that they make
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Rows [B, R] and columns [B, C] that count; None: all. `causal`: column c of row r only where c <= r."""
+
+    rows: Tensor | None
+    columns: Tensor | None
+    shape: tuple[int, int]  # R, C
+    causal: bool = False
+
+    def counted(self, elements: bool) -> Tensor | int:
+        """Of a head of every sequence the elements that count, or its rows."""
+        if not elements:
+            return self.shape[0] if self.rows is None else self.rows.sum(-1)
+        if self.rows is None and self.columns is None:
+            rows, columns = self.shape
+            return rows * (rows + 1) // 2 if self.causal else rows * columns
+        if not self.causal:
+            of_columns = self.shape[1] if self.columns is None else self.columns.sum(-1)
+            return self.counted(elements=False) * of_columns
+        mask = self.columns if self.columns is not None else torch.ones_like(self.rows)  # type: ignore[arg-type]
+        seen = mask.cumsum(-1)  # of the columns, by every row
+        return (seen if self.rows is None else seen * self.rows).sum(-1)
+
+    def with_columns(self) -> Masks:
+        """A softmax over no columns is none: rows of a sequence without columns do not count."""
+        if self.columns is None:
+            return self
+        some = self.columns.any(-1, keepdim=True)
+        rows = some.expand(-1, self.shape[0]) if self.rows is None else some & self.rows
+        return replace(self, rows=rows.contiguous())
+
+
+def as_list(op: str, argument: str, x: Layers) -> list[Tensor]:
+    layers = [x] if isinstance(x, Tensor) else list(x) if isinstance(x, Sequence) else [x]
+    if not layers:
+        _checks.wrong_value(op, argument, "a layer or more", "none")
+    for i, layer in enumerate(layers):
+        if i and isinstance(layer, Tensor) and layer.dtype == layers[0].dtype and layer.shape == layers[0].shape:
+            continue
+        if not isinstance(layer, Tensor):
+            _checks.wrong_type(op, argument, "a tensor or a sequence of tensors", _checks.kind(layer))
+        if layer.dtype not in _checks.FLOATS:
+            _checks.wrong_type(op, argument, "float32, bfloat16, float16 or float64", layer.dtype)
+        if layer.dtype == torch.float64 and layer.device.type != "cpu":
+            _checks.wrong_type(op, argument, "float32, bfloat16 or float16 (float64 only on the CPU)", layer.dtype)
+        if layer.dtype != layers[0].dtype:
+            _checks.wrong_type(op, argument, f"layers of one dtype, the first's {layers[0].dtype}", layer.dtype)
+        if layer.shape != layers[0].shape:
+            _checks.wrong_value(
+                op, argument, f"layers of one shape, the first's {list(layers[0].shape)}", list(layer.shape)
+            )
+    return layers
+
+
+def check_layers(
+    op: str, names: tuple[str, str], student: Layers, teacher: Layers, dims: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Lists of layers of one shape, as many of the teacher as of the student. `dims`: what the dimensions are."""
+    s, t = as_list(op, names[0], student), as_list(op, names[1], teacher)
+    check_pair(op, names, s, t, dims)
+    return s, t
+
+
+def check_pair(op: str, names: tuple[str, str], s: list[Tensor], t: list[Tensor], dims: str) -> None:
+    expected = len(dims.split(","))
+    for argument, layers in zip(names, (s, t), strict=True):
+        if layers[0].dim() != expected:
+            _checks.wrong_value(op, argument, f"[{dims}]", f"shape {list(layers[0].shape)}")
+    if len(s) != len(t):
+        _checks.wrong_value(op, names[1], f"as many layers as of the student, {len(s)}", len(t))
+    if s[0].device != t[0].device:
+        _checks.wrong_value(op, names[1], f"the student's device {s[0].device}", t[0].device)
+
+
+def check_mask(op: str, argument: str, mask: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        _checks.wrong_type(op, argument, "a tensor", _checks.kind(mask))
+    if mask.dtype != torch.bool:
+        _checks.wrong_type(op, argument, "a bool tensor, True where a token counts (attention_mask.bool())", mask.dtype)
+    if mask.device != like.device:
+        _checks.wrong_value(op, argument, f"the student's device {like.device}", mask.device)
+    if mask.dim() > 2 or any(a not in (1, b) for a, b in zip(reversed(mask.shape), reversed(shape), strict=False)):
+        _checks.wrong_value(op, argument, f"a shape that broadcasts to {list(shape)}", list(mask.shape))
+    return mask.expand(shape).contiguous()
+
+
+def check_numbers(op: str, argument: str, x: Any, count: int) -> list[float]:
+    """`count` weights; held on the host, where the kernels' launches need them."""
+    if x is None:
+        return [1.0] * count
+    if isinstance(x, Tensor):
+        if x.device.type != "cpu":
+            _checks.wrong_value(op, argument, "numbers or a CPU tensor", f"a tensor on {x.device}")
+        x = x.tolist()
+    if not isinstance(x, Sequence) or any(isinstance(w, bool) or not isinstance(w, (int, float)) for w in x):
+        _checks.wrong_type(op, argument, "a sequence of numbers", _checks.kind(x))
+    if len(x) != count:
+        _checks.wrong_value(op, argument, f"{count} numbers", len(x))
+    return [float(w) for w in x]
+
+
+def check_heads(op: str, argument: str, x: Any, layers: int, heads: int) -> list[list[float]]:
+    """Numbers per head, the same for every layer or each layer's own."""
+    if isinstance(x, Tensor) and x.device.type == "cpu":
+        x = x.tolist()
+    if isinstance(x, Sequence) and len(x) and isinstance(x[0], (Sequence, Tensor)):
+        if len(x) != layers:
+            _checks.wrong_value(op, argument, f"[{heads}] or a list of them for each of {layers} layers", len(x))
+        return [check_numbers(op, argument, row, heads) for row in x]
+    return [check_numbers(op, argument, x, heads)] * layers
+
+
+def check_head_map(op: str, head_map: Any, layers: int, student_heads: int, teacher_heads: int) -> list[list[int]]:
+    if head_map is None:
+        if student_heads != teacher_heads:
+            _checks.wrong_value(
+                op, "head_map", f"one, as the student has {student_heads} heads and the teacher {teacher_heads}", None
+            )
+        return [list(range(student_heads))] * layers
+    maps = check_heads(op, "head_map", head_map, layers, student_heads)
+    for head in (head for row in maps for head in row):
+        if head != int(head) or not -1 <= head < teacher_heads:
+            _checks.wrong_value(op, "head_map", f"heads of the teacher, 0 to {teacher_heads - 1}, or -1", head)
+    return [[int(head) for head in row] for row in maps]
+
+
+def weights_of(
+    maps: list[list[int]], layer_weight: list[float], head_weight: list[list[float]], mean: bool
+) -> list[float]:
+    """Of every layer and head in turn; a mean is over the heads that are not skipped."""
+    weights = []
+    for heads, of_layer, of_heads in zip(maps, layer_weight, head_weight, strict=True):
+        live = sum(head >= 0 for head in heads)
+        weights += [of_layer * w / max(live, 1) if mean else of_layer * w for w in of_heads]
+    return weights
+
+
+def run(
+    op: str,
+    distance: str,
+    student: list[Tensor],
+    teacher: list[Tensor],
+    masks: Masks,
+    maps: list[list[int]],
+    weights: list[float],
+    reduction: str,
+    elements: bool,
+    floor: float | None = None,
+) -> Tensor:
+    """The reduced loss; for `none` that of every row, [layers, B, H, R]. `elements`: a mean divides by elements, else by
+    rows."""
+    static, divisor = denominator(masks, student[0].shape[0], reduction, elements, student[0])
+    numbers = (
+        DISTANCES.index(distance),
+        [head for heads in maps for head in heads],
+        [w / static for w in weights],
+        math.nan if floor is None else float(floor),
+        reduction == "none",
+    )
+    return call(op, "layer_distance", [student], [teacher], (masks.rows, masks.columns, divisor), numbers)
+
+
+def denominator(masks: Masks, batch: int, reduction: str, elements: bool, like: Tensor) -> tuple[float, Tensor | None]:
+    """What a reduction divides by, but for the heads: a number, and where masks decide one on the device."""
+    if reduction == "batchmean":
+        return max(batch, 1), None
+    if reduction != "mean":
+        return 1, None
+    counted = masks.counted(elements)
+    if isinstance(counted, Tensor):
+        return 1, counted.sum().to(_checks.loss_dtype(like))
+    return max(counted * batch, 1), None
+
+
+def head_means(sums: Tensor, masks: Masks, elements: bool, single: bool) -> Tensor:
+    """[layers, B, H]: means of what the heads count; of a single layer [B, H]."""
+    counted = masks.counted(elements)
+    means = sums / (counted.clamp(min=1)[:, None] if isinstance(counted, Tensor) else max(counted, 1))
+    return means[0] if single else means
+
+
+def call(
+    op: str,
+    native: str,
+    student: list[list[Tensor]],
+    teacher: list[list[Tensor]],
+    masks: tuple[Tensor | None, ...],
+    numbers: tuple[Any, ...],
+) -> Tensor:
+    """The native operator over lists of layers, those of the student with gradient. The last of `numbers`: no reduction."""
+    teacher = [[x.detach() for x in layers] for layers in teacher]
+    if any(layers[0].dtype == torch.float64 for layers in student + teacher):
+        student, teacher = ([[x.double() for x in layers] for layers in side] for side in (student, teacher))
+    if torch.is_grad_enabled() and any(x.requires_grad for layers in student for x in layers):
+        tensors = [x for layers in student + teacher for x in layers]
+        return _OfLayers.apply(op, native, len(student[0]), numbers, *masks, *tensors)  # type: ignore[no-any-return]
+    return getattr(torch.ops.kdfast, native)(*student, *teacher, *masks, *numbers, False)[0]  # type: ignore[no-any-return]
+
+
+def _split(tensors: Sequence[Tensor], layers: int) -> list[list[Tensor]]:
+    return [list(tensors[i : i + layers]) for i in range(0, len(tensors), layers)]
+
+
+class _OfLayers(torch.autograd.Function):
+    """As `_divergence._Divergence`: the gradient is made in the forward, but for `none` and float16."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, op: str, native: str, layers: int, numbers: tuple[Any, ...], *tensors: Tensor | None
+    ) -> Tensor:
+        masks, given = tensors[:MASKS], tensors[MASKS:]
+        ctx.in_forward = not numbers[-1] and given[0].dtype != torch.float16  # type: ignore[union-attr]
+        lists = _split(given, layers)  # type: ignore[arg-type]
+        loss, gradients = getattr(torch.ops.kdfast, native)(*lists, *masks, *numbers, ctx.in_forward)
+        ctx.op, ctx.native, ctx.layers, ctx.numbers = op, native, layers, numbers
+        ctx.students = len(given) // 2
+        ctx.save_for_backward(*(gradients if ctx.in_forward else tensors))
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_double_backward(ctx.op)
+        saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
+        if ctx.in_forward:
+            gradients = scaled(saved, grad_loss)
+        else:
+            lists = _split(saved[MASKS:], ctx.layers)
+            again = getattr(torch.ops.kdfast, ctx.native + "_backward")
+            gradients = again(grad_loss.contiguous(), *lists, *saved[:MASKS], *ctx.numbers)
+        return *(None,) * (4 + MASKS), *gradients, *(None,) * ctx.students
+
+
+@torch.library.register_fake("kdfast::layer_distance")
+def _(student: list[Tensor], teacher: list[Tensor], *args: Any) -> tuple[Tensor, list[Tensor]]:
+    per_row, gradient = args[-2:]
+    return _fake_loss(student, 3 if per_row else 0), _fake_gradients(student) if gradient else []
+
+
+@torch.library.register_fake("kdfast::layer_distance_backward")
+def _(grad_loss: Tensor, student: list[Tensor], *args: Any) -> list[Tensor]:
+    return _fake_gradients(student)
+
+
+@torch.library.register_fake("kdfast::qk_distance")
+def _(student_q: list[Tensor], student_k: list[Tensor], *args: Any) -> tuple[Tensor, list[Tensor]]:
+    per_head, gradient = args[-2:]
+    return _fake_loss(student_q, 2 if per_head else 0), _fake_gradients(student_q + student_k) if gradient else []
+
+
+@torch.library.register_fake("kdfast::qk_distance_backward")
+def _(grad_loss: Tensor, student_q: list[Tensor], student_k: list[Tensor], *args: Any) -> list[Tensor]:
+    return _fake_gradients(student_q + student_k)
+
+
+def _fake_loss(layers: list[Tensor], leading: int) -> Tensor:
+    shape = layers[0].shape if layers[0].dim() == 4 else (layers[0].shape[0], 1, *layers[0].shape[1:])
+    sizes = (len(layers), *shape[:leading]) if leading else ()
+    return layers[0].new_empty(sizes, dtype=_checks.loss_dtype(layers[0]))
+
+
+def _fake_gradients(layers: list[Tensor]) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in layers]

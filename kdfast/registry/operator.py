@@ -1,0 +1,69 @@
+"""What tests and benchmarks need to know of an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+# A tensor; a list of layers; or a tuple of these, which are arguments of their own (queries and keys).
+Side = Any
+Shape = tuple[tuple[int, ...], str]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs of one call. `make(generator, gap)` returns student and teacher in float64, `gap` apart.
+
+    `catches` says what the sample is there for; `kwargs(generator)` makes the keyword arguments.
+    """
+
+    name: str
+    catches: str
+    make: Callable[[torch.Generator, float], tuple[Side, Side]]
+    kwargs: Callable[[torch.Generator], dict[str, Any]] = field(default=lambda generator: {})
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A public function, its twins, and the work that bounds its speed.
+
+    `native`: the raw operators behind it (`torch.ops.kdfast.<name>`). `eager`: the code people write without kdfast.
+    `make(shape, options)`: student and teacher of a benchmark, by `torch.randn(..., **options)`; `arguments(student)`: what
+    both need beside them. `cpu_shapes`, `cuda_shapes`: shapes and dtypes of the benchmarks; `sweep_shapes`: of the sweep
+    over widths. `flops(student, gradient)`: of operators that arithmetic bounds; the others are bound by what they must
+    read and write.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    module: type[nn.Module]
+    native: tuple[str, ...]
+    samples: tuple[Sample, ...]
+    eager: Callable[..., Tensor]
+    make: Callable[[tuple[int, ...], dict[str, Any]], tuple[Side, Side]]
+    cpu_shapes: tuple[Shape, ...]
+    cuda_shapes: tuple[Shape, ...]
+    sweep_shapes: tuple[Shape, ...] = ()
+    arguments: Callable[[Side], dict[str, Any]] = field(default=lambda student: {})
+    flops: Callable[[Side, bool], float] | None = None
+
+
+def apply(function: Callable[..., Tensor], student: Side, teacher: Side, **kwargs: Any) -> Tensor:
+    """Calls a function of student and teacher, or of what they consist of."""
+    if isinstance(student, tuple):
+        return function(*student, *teacher, **kwargs)
+    return function(student, teacher, **kwargs)
+
+
+def tensors(side: Side) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(side) if isinstance(x, Tensor)]
+
+
+def mapped(function: Callable[[Tensor], Tensor], side: Side) -> Side:
+    return pytree.tree_map_only(Tensor, function, side)
