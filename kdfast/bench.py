@@ -138,7 +138,7 @@ def make(case: Case, device: str) -> tuple[Side, Side]:
 
 def check(operator: Operator, student: Side, teacher: Side) -> None:
     """A wrong operator is not timed: loss and gradient, of the first rows or sequences, against float64."""
-    student, teacher = (mapped(lambda x: x.detach()[:4], side) for side in (student, teacher))
+    student, teacher = (mapped(lambda x: x.detach()[: 4 if x.dim() == 2 else 1], side) for side in (student, teacher))
     more = operator.arguments(student)
     results = []
     for function, double in ((operator.function, False), (operator.reference, True)):
@@ -247,11 +247,13 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def save(results: list[Result], facts: dict[str, Any], folder: Path, stem: str = "operators") -> Path:
-    """Writes `<stem>-<device>-<date>.json` and returns its path."""
+    """Writes `<stem>-<device>-<date>.json` and returns its path. What the file holds of other cases stays in it."""
     folder.mkdir(parents=True, exist_ok=True)
     device = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
     path = folder / f"{stem}-{device}-{facts['date']}.json"
-    path.write_text(json.dumps({"environment": facts, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+    cases = {r.case for r in results}
+    kept = [r for r in load(path)[0] if r.case not in cases] if path.exists() else []
+    path.write_text(json.dumps({"environment": facts, "results": [asdict(r) for r in kept + results]}, indent=1) + "\n")
     return path
 
 

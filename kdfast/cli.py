@@ -159,8 +159,9 @@ def bench(
     console.print(table)
     if output is not None:
         path = harness.save(results, facts, output, "sweep" if sweep else "operators")
-        path.with_suffix(".md").write_text(harness.markdown(results) + "\n")
-        (harness.plot_sweep if sweep else harness.plot)(results, facts, path.with_suffix(".png"))
+        every, _ = harness.load(path)
+        path.with_suffix(".md").write_text(harness.markdown(every) + "\n")
+        (harness.plot_sweep if sweep else harness.plot)(every, facts, path.with_suffix(".png"))
         console.print(f"In {output}: {path.name}, {path.stem}.md, {path.stem}.png")
 
 

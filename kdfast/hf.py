@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["ADAPTERS", "Adapter", "Features", "Reader", "register"]
+__all__ = ["ADAPTERS", "Adapter", "Features", "Reader", "record", "register"]
 
 
 @dataclass
@@ -159,7 +159,8 @@ def _xlnet(model: PreTrainedModel) -> Callable[[], None]:
             if seg_mat is not None:
                 segment = torch.einsum("ibnd,snd->ibns", q + attention.r_s_bias, attention.seg_embed)
                 total = total + torch.einsum("ijbs,ibns->bnij", seg_mat, segment)
-            return attention.scale * total
+            scaled: Tensor = attention.scale * total
+            return scaled
 
         def attend(q: Tensor, k: Tensor, v: Tensor, k_r: Tensor, seg_mat: Any = None, **kwargs: Any) -> Any:
             of_heads = [x.permute(1, 2, 0, 3) for x in (q, k, v)]

@@ -29,7 +29,10 @@ from kdfast.ops._divergence import (
 from kdfast.registry.divergences import DIVERGENCES
 
 ROOT = Path(__file__).parents[1]
-OPS = ("divergence", "divergence_backward", "scale_")
+OPS = (
+    *("divergence", "divergence_backward", "scale_"),
+    *("layer_distance", "layer_distance_backward", "qk_distance", "qk_distance_backward"),
+)
 NONE, MEAN, SUM, BATCHMEAN = range(4)
 IGNORED = -100
 

@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 
 import kdfast
 from kdfast import _C
-from kdfast.registry import Operator, Sample
+from kdfast.registry import OPERATORS, Operator, Sample
 from kdfast.registry.divergences import DIVERGENCES
 
 pytestmark = pytest.mark.cuda
@@ -23,7 +23,7 @@ MIXED = [(s, t) for s in DTYPES for t in DTYPES if s != t]
 # One kernel takes all mixtures of dtypes: all of them with one operator, one of them with every other.
 CASES = [
     pytest.param(operator, sample, pair, id=f"{operator.name}-{sample.name}-{pair[0]}-{pair[1]}".replace("torch.", ""))
-    for operator in DIVERGENCES.values()
+    for operator in OPERATORS.values()
     for sample in operator.samples
     for pair in ALIKE + (MIXED if operator.name == "kl_div" else MIXED[:1])
 ]

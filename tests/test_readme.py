@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 
 def test_tables_come_from_the_committed_results() -> None:
@@ -19,13 +20,21 @@ def test_tables_come_from_the_committed_results() -> None:
 
 
 def test_example_runs_and_equals_plain_torch() -> None:
-    example, plain = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    program = f"{example}\nours = loss.item()\n{plain}\nprint(ours, loss.item())"
-    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    example, plain, _ = EXAMPLES
+    output = run(f"{example}\nours = loss.item()\n{plain}\nprint(ours, loss.item())")
     assert "torch.Size([8, 32000])" in output
     ours, theirs = map(float, output.split()[-2:])
     assert theirs > 0
     assert abs(ours / theirs - 1) < 1e-5
+
+
+def test_example_of_layers_runs() -> None:
+    value = float(run(EXAMPLES[2]))
+    assert 0 < value < 100
+
+
+def run(program: str) -> str:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
 
 
 def test_named_files_exist() -> None:

@@ -1,6 +1,7 @@
 // A call of a loss between the scores of queries and keys, as every backend takes it.
 #pragma once
 #include <tuple>
+#include <vector>
 
 #include "common/checks.h"
 

@@ -29,11 +29,6 @@ const DivergenceKernels& kernels_of(int64_t kind) {
   return kernels[kind];
 }
 
-Element element_of(ScalarType t) {
-  if (t == ScalarType::BFloat16) return Element::bf16;
-  return t == ScalarType::Half ? Element::f16 : Element::f32;
-}
-
 void check(const DivergenceCall& call) {
   call.check();
   STD_TORCH_CHECK(!call.is_double(), call.op(),

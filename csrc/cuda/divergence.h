@@ -3,12 +3,11 @@
 #include <vector>
 
 #include "common/divergence_terms.h"
+#include "cuda/element.h"
 #include "cuda/plan.h"
 #include "cuda/rows.h"
 
 namespace kdfast::cuda {
-
-enum class Element : int { f32, bf16, f16 };
 
 // In device memory, except for the numbers themselves. Offsets and strides are in elements; gradient, losses,
 // components and states are contiguous.

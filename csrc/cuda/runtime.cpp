@@ -8,6 +8,7 @@
 #include <cstdlib>
 
 #include "cuda/divergence.h"
+#include "cuda/qk.h"
 #include "host/build_info.h"
 
 namespace kdfast::cuda {
@@ -65,11 +66,13 @@ namespace kdfast {
 
 std::vector<CudaKernel> cuda_kernels() {
   std::vector<CudaKernel> found;
-  for (const cuda::NamedKernel& kernel : cuda::divergence_kernels()) {
-    cudaFuncAttributes a = {};
-    const cudaError_t error = cudaFuncGetAttributes(&a, kernel.function);
-    STD_TORCH_CHECK(error == cudaSuccess, "cuda_kernels: ", kernel.name, ": ", cudaGetErrorString(error));
-    found.push_back({kernel.name, a.numRegs, int(a.localSizeBytes), a.maxThreadsPerBlock, a.binaryVersion});
+  for (const auto& family : {cuda::divergence_kernels(), cuda::layer_kernels(), cuda::qk_kernels()}) {
+    for (const cuda::NamedKernel& kernel : family) {
+      cudaFuncAttributes a = {};
+      const cudaError_t error = cudaFuncGetAttributes(&a, kernel.function);
+      STD_TORCH_CHECK(error == cudaSuccess, "cuda_kernels: ", kernel.name, ": ", cudaGetErrorString(error));
+      found.push_back({kernel.name, a.numRegs, int(a.localSizeBytes), a.maxThreadsPerBlock, a.binaryVersion});
+    }
   }
   return found;
 }

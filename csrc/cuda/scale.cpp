@@ -19,11 +19,8 @@ void scale_(Tensor x, Tensor factor) {
   check_dtype(op, "factor", factor, ScalarType::Float);
   STD_TORCH_CHECK(factor.numel() == 1, op, ": factor: expected one number, got ", shape_of(factor));
   if (x.numel() == 0) return;
-  const Element type = dtype == ScalarType::Float  ? Element::f32
-                       : dtype == ScalarType::Half ? Element::f16
-                                                   : Element::bf16;
   const Target target = target_of(op, x);
-  launch_scale(op, target, type, x.mutable_data_ptr(), x.numel(), (const float*)factor.const_data_ptr(),
+  launch_scale(op, target, element_of(dtype), x.mutable_data_ptr(), x.numel(), (const float*)factor.const_data_ptr(),
                limits_of(op, target).multiprocessors);
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import kdfast.nn
 from kdfast.ops import attention, hidden, layer_reference, qk
-from kdfast.registry.operator import Operator, Sample, Side
+from kdfast.registry.operator import Operator, Sample, Shape, Side
 
 Make = Callable[[torch.Generator, float], tuple[Side, Side]]
 
@@ -259,17 +259,34 @@ def _relation_flops(student: Side, gradient: bool) -> float:
     return float(2 * batch * heads * length**2 * size * (4 if gradient else 2))
 
 
-_SCORES = (((4, 8, 12, 128, 128), "float32"), ((4, 2, 12, 512, 512), "float32"), ((4, 8, 12, 128, 128), "bfloat16"))
-_HIDDEN = (((5, 32, 128, 384), "float32"), ((5, 32, 128, 768), "bfloat16"))
-_CLS = (((12, 8, 128, 384), "float32"), ((12, 32, 128, 768), "float32"))
-_HEADS = (
-    ((8, 12, 16, 32), "float32"),
-    ((8, 12, 128, 32), "float32"),
-    ((2, 12, 512, 64), "float32"),
-    ((2, 12, 2048, 64), "float32"),
-    ((2, 12, 2048, 64), "bfloat16"),
+# Of the CPU and of the GPU.
+_Shapes = tuple[tuple[Shape, ...], tuple[Shape, ...]]
+_SCORES: _Shapes = (
+    (((4, 8, 12, 128, 128), "float32"), ((4, 2, 12, 512, 512), "float32"), ((4, 8, 12, 128, 128), "bfloat16")),
+    (((4, 16, 12, 512, 512), "bfloat16"),),
 )
-_RELATIONS = (((8, 12, 128, 32), "float32"), ((2, 12, 512, 64), "float32"))
+_HIDDEN: _Shapes = (
+    (((5, 32, 128, 384), "float32"), ((5, 32, 128, 768), "bfloat16")),
+    (((13, 64, 512, 768), "bfloat16"),),
+)
+_CLS: _Shapes = (
+    (((12, 4, 64, 384), "float32"), ((12, 32, 128, 768), "float32")),
+    (((12, 64, 512, 768), "bfloat16"),),
+)
+_HEADS: _Shapes = (
+    (
+        ((8, 12, 16, 32), "float32"),
+        ((8, 12, 128, 32), "float32"),
+        ((2, 12, 512, 64), "float32"),
+        ((2, 12, 2048, 64), "float32"),
+        ((2, 12, 2048, 64), "bfloat16"),
+    ),
+    (((8, 12, 4096, 64), "float32"), ((8, 12, 128, 64), "float32")),
+)
+_RELATIONS: _Shapes = (
+    (((8, 12, 128, 32), "float32"), ((2, 12, 512, 64), "float32")),
+    (((16, 12, 512, 64), "float32"),),
+)
 
 
 def _operator(
@@ -280,12 +297,12 @@ def _operator(
     native: str,
     samples: tuple[Sample, ...],
     eager: Callable[..., Tensor],
-    cpu_shapes: tuple[tuple[tuple[int, ...], str], ...],
+    shapes: _Shapes,
     **more: Any,
 ) -> Operator:
     return Operator(
         name, function, reference, module, (native, native + "_backward"), samples, eager,
-        cpu_shapes=cpu_shapes, cuda_shapes=(), **({"make": _made_scores} | more),
+        cpu_shapes=shapes[0], cuda_shapes=shapes[1], **({"make": _made_scores} | more),
     )  # fmt: skip
 
 
