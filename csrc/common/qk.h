@@ -33,6 +33,12 @@ struct QkCall {
     return per_head ? std::vector<int64_t>{layers(), batch(), heads()} : std::vector<int64_t>{};
   }
 
+  std::vector<Tensor> with_gradient() const {
+    std::vector<Tensor> all = student_q;
+    all.insert(all.end(), student_k.begin(), student_k.end());
+    return all;
+  }
+
   void check() const {
     STD_TORCH_CHECK(kind >= 0 && kind < int64_t(QkLoss::count), op(), ": kind: expected 0 to ",
                     int64_t(QkLoss::count) - 1, ", got ", kind);

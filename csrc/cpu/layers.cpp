@@ -145,12 +145,6 @@ class LayerRows {
   std::vector<Group> groups_;
 };
 
-std::vector<Tensor> empty_gradients(const LayerCall& call) {
-  std::vector<Tensor> all;
-  for (const Tensor& s : call.student) all.push_back(empty_gradient(s));
-  return all;
-}
-
 }  // namespace
 
 using MaybeTensor = std::optional<Tensor>;
@@ -164,7 +158,7 @@ std::tuple<Tensor, std::vector<Tensor>> layer_distance_cpu(std::vector<Tensor> s
   call.check();
   Tensor loss = zeros(student[0], call.loss_sizes(), call.loss_type());
   std::vector<Tensor> gradients;
-  if (gradient) gradients = empty_gradients(call);
+  if (gradient) gradients = empty_gradients(student);
   const Reals losses(loss, call.is_double());
   const double total = LayerRows(call, gradients, 1, nullptr).run([&](int64_t row, double value) {
     if (per_row) losses.set(row, value);
@@ -181,7 +175,7 @@ std::vector<Tensor> layer_distance_backward_cpu(Tensor grad_loss, std::vector<Te
   const LayerCall call{student, teacher, row_mask, column_mask, divisor, kind, head_map, weight, floor, per_row};
   call.check();
   call.check_upstream(grad_loss);
-  const std::vector<Tensor> gradients = empty_gradients(call);
+  const std::vector<Tensor> gradients = empty_gradients(student);
   const std::vector<double> upstream = Reals(grad_loss, call.is_double()).all(grad_loss.numel());
   LayerRows(call, gradients, per_row ? 1 : upstream[0], per_row ? upstream.data() : nullptr).run([](int64_t, double) {
   });

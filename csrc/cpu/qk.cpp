@@ -90,14 +90,6 @@ class QkHeads {
   double scale_;
 };
 
-std::vector<Tensor> empty_gradients(const QkCall& call) {
-  std::vector<Tensor> all;
-  for (const auto* side : {&call.student_q, &call.student_k}) {
-    for (const Tensor& t : *side) all.push_back(empty_gradient(t));
-  }
-  return all;
-}
-
 }  // namespace
 
 using MaybeTensor = std::optional<Tensor>;
@@ -113,7 +105,7 @@ std::tuple<Tensor, Tensors> qk_distance_cpu(Tensors student_q, Tensors student_k
   call.check();
   Tensor loss = zeros(student_q[0], call.loss_sizes(), call.loss_type());
   Tensors gradients;
-  if (gradient) gradients = empty_gradients(call);
+  if (gradient) gradients = empty_gradients(call.with_gradient());
   const std::vector<double> values = QkHeads(call, gradients, 1, nullptr).run();
   const Reals losses(loss, call.is_double());
   double total = 0;
@@ -130,7 +122,7 @@ Tensors qk_distance_backward_cpu(Tensor grad_loss, Tensors student_q, Tensors st
                     kind,      student_scale, teacher_scale, causal,    head_map,   weight,   per_head};
   call.check();
   call.check_upstream(grad_loss);
-  const Tensors gradients = empty_gradients(call);
+  const Tensors gradients = empty_gradients(call.with_gradient());
   const std::vector<double> upstream = Reals(grad_loss, call.is_double()).all(grad_loss.numel());
   QkHeads(call, gradients, per_head ? 1 : upstream[0], per_head ? upstream.data() : nullptr).run();
   return gradients;

@@ -111,10 +111,7 @@ class Mse {
     }
     head_->value += dot(d_, keys_, d_, keys_, n, padded<Real>(keys));
   }
-  void transpose_keys(int64_t tokens) {
-    clear(y_transposed_, w_.all * keys_);
-    transpose(y_, w_.all, tokens, w_.all, y_transposed_, keys_);
-  }
+  void transpose_keys(int64_t tokens) { transpose(y_, w_.all, tokens, w_.all, y_transposed_, keys_); }
 
   void from_scores() {
     read_keys(0, shape_.length, y_);

@@ -27,39 +27,45 @@ class Room {
   int64_t bytes_ = 0;
 };
 
-KDFAST_LOCAL void read_numbers(Element type, const QkTokens& from, int64_t token, int64_t begin, int64_t n, float* to) {
+template <class Real>
+KDFAST_LOCAL void clear(Real* to, int64_t n) {
+  memset(to, 0, n * sizeof(Real));
+}
+
+// `n` of a token's numbers from `begin` on times scale, and zeros up to whole vectors.
+KDFAST_LOCAL void read_numbers(Element type, const QkTokens& from, int64_t token, int64_t begin, int64_t n, float scale,
+                               float* to) {
   alignas(64) float made[kBlock];
   const char* row = (const char*)from.data + token * from.token * size_of(type);
   const float* numbers = read(type, row, from.number, begin, n, made);
-  memcpy(to, numbers, n * sizeof(float));
+  for_vectors<float>(n, [&](int64_t i, int count, int) __attribute__((always_inline)) {
+    store(to + i, scale * load_or_zeros(numbers + i, count));
+  });
 }
 KDFAST_LOCAL void read_numbers(Element type, const QkTokens& from, int64_t token, int64_t begin, int64_t n,
-                               double* to) {
-  if (type != Element::f64) {
+                               double scale, double* to) {
+  if (type == Element::f64) {
+    const double* row = (const double*)from.data + token * from.token;
+    for (int64_t i = 0; i < n; ++i) to[i] = scale * row[(begin + i) * from.number];
+  } else {
     alignas(64) float made[kBlock];
-    read_numbers(type, from, token, begin, n, made);
-    for (int64_t i = 0; i < n; ++i) to[i] = made[i];
-    return;
+    read_numbers(type, from, token, begin, n, 1.f, made);
+    for (int64_t i = 0; i < n; ++i) to[i] = scale * made[i];
   }
-  const double* row = (const double*)from.data + token * from.token;
-  for (int64_t i = 0; i < n; ++i) to[i] = row[(begin + i) * from.number];
+  for (int64_t i = n; i < padded<double>(n); ++i) to[i] = 0;
 }
 
 // A token's numbers times scale, and zeros up to whole vectors; only zeros where the token does not count.
 template <class Real>
 KDFAST_LOCAL void read_token(Element type, const QkTokens& from, const bool* counted, int64_t token, int64_t size,
                              double scale, Real* to) {
-  const int64_t width = padded<Real>(size);
-  const bool here = !counted || counted[token];
-  for (int64_t at = 0; here && at < size; at += kBlock) {
-    read_numbers(type, from, token, at, size - at < kBlock ? size - at : kBlock, to + at);
+  if (counted && !counted[token]) return clear(to, padded<Real>(size));
+  for (int64_t at = 0; at < size; at += kBlock) {
+    read_numbers(type, from, token, at, size - at < kBlock ? size - at : kBlock, Real(scale), to + at);
   }
-  const Real factor = Real(scale);
-  for (int64_t i = 0; here && i < size; ++i) to[i] *= factor;
-  for (int64_t i = here ? size : 0; i < width; ++i) to[i] = 0;
 }
 
-// [tokens, columns] to [columns, tokens].
+// [tokens, columns] to [columns, tokens], and zeros up to `to_row` tokens.
 template <class Real>
 KDFAST_LOCAL void transpose(const Real* from, int64_t from_row, int64_t tokens, int64_t columns, Real* to,
                             int64_t to_row) {
@@ -70,12 +76,8 @@ KDFAST_LOCAL void transpose(const Real* from, int64_t from_row, int64_t tokens, 
       for (int64_t t = begin; t < end; ++t) to[c * to_row + t] = from[t * from_row + c];
     }
   }
+  for (int64_t c = 0; tokens < to_row && c < columns; ++c) clear(to + c * to_row + tokens, to_row - tokens);
 }
-template <class Real>
-KDFAST_LOCAL void clear(Real* to, int64_t n) {
-  memset(to, 0, n * sizeof(Real));
-}
-
 // `tokens` rows of a panel, times factor, to a tensor's contiguous tokens.
 template <class Real>
 KDFAST_LOCAL void write_tokens(Element type, const Real* from, int64_t from_row, int64_t tokens, int64_t size,
@@ -87,13 +89,18 @@ KDFAST_LOCAL void write_tokens(Element type, const Real* from, int64_t from_row,
     for (int64_t at = 0; at < size; at += kBlock) {
       const int64_t n = size - at < kBlock ? size - at : kBlock;
       const Real* numbers = from + t * from_row + at;
-      if (type == Element::f64) {
-        for (int64_t i = 0; i < n; ++i) ((double*)row)[at + i] = double(f * numbers[i]);
-        continue;
+      if constexpr (sizeof(Real) == sizeof(float)) {
+        float* g = gradient_place(type, row, at, made);
+        for_vectors<float>(n, [&](int64_t i, int count, int)
+                                  __attribute__((always_inline)) { store(g + i, f * load(numbers + i), count); });
+        write(type, g, n, row, at);
+      } else if (type == Element::f64) {
+        for (int64_t i = 0; i < n; ++i) ((double*)row)[at + i] = f * numbers[i];
+      } else {
+        float* g = gradient_place(type, row, at, made);
+        for (int64_t i = 0; i < n; ++i) g[i] = float(f * numbers[i]);
+        write(type, g, n, row, at);
       }
-      float* g = type == Element::f32 ? (float*)row + at : made;
-      for (int64_t i = 0; i < n; ++i) g[i] = float(f * numbers[i]);
-      write(type, g, n, row, at);
     }
   }
 }

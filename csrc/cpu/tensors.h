@@ -60,5 +60,10 @@ inline Tensor empty_gradient(const Tensor& student) {
   advise_huge_pages(t.mutable_data_ptr(), size_t(t.numel()) * t.element_size());
   return t;
 }
+inline std::vector<Tensor> empty_gradients(const std::vector<Tensor>& of) {
+  std::vector<Tensor> all;
+  for (const Tensor& t : of) all.push_back(empty_gradient(t));
+  return all;
+}
 
 }  // namespace kdfast

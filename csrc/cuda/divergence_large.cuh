@@ -242,15 +242,7 @@ struct AnyColumns {
   KDFAST_DEVICE float teacher_at(int64_t column) const {
     return load_any(args.teacher_type, teacher, column * args.teacher_stride);
   }
-  KDFAST_DEVICE void store(int64_t column, float x) const {
-    if (args.student_type == Element::f32) {
-      ((float*)gradient)[column] = x;
-    } else if (args.student_type == Element::bf16) {
-      ((BFloat16*)gradient)[column] = Vector<BFloat16>::narrow_one(x);
-    } else {
-      ((Float16*)gradient)[column] = Vector<Float16>::narrow_one(x);
-    }
-  }
+  KDFAST_DEVICE void store(int64_t column, float x) const { store_any(args.student_type, gradient, column, x); }
 
   // f(batch, n, first column): of a batch the first n columns exist, blockDim.x apart.
   template <class F>

@@ -170,13 +170,6 @@ KDFAST_DEVICE RowState<float> given_state(const DivergenceArgs& args, int64_t ro
   return {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8]};
 }
 
-KDFAST_DEVICE int size_of(Element type) { return type == Element::f32 ? 4 : 2; }
-KDFAST_DEVICE float load_any(Element type, const void* row, int64_t at) {
-  if (type == Element::f32) return ((const float*)row)[at];
-  if (type == Element::bf16) return Vector<BFloat16>::widen_one(((const BFloat16*)row)[at]);
-  return Vector<Float16>::widen_one(((const Float16*)row)[at]);
-}
-
 KDFAST_DEVICE float student_logit(const DivergenceArgs& args, int64_t row, int column) {
   return load_any(args.student_type, args.student, offset(args.student_rows, row) + column * args.student_stride);
 }

@@ -1,5 +1,7 @@
-// Fills the table of heads that the kernels of layers.h and qk.h take by value.
+// What the launchers of layers.cpp and qk.cpp share: the table of heads that their kernels take by value, lists of
+// outputs.
 #pragma once
+#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
@@ -20,6 +22,16 @@ inline void fill_heads(HeadTable& table, const std::vector<int64_t>& head_map, c
     table.teacher[i] = int16_t(head_map[first + i]);
     table.weight[i] = float(weight[first + i]);
   }
+}
+
+// Not initialized.
+inline std::vector<torch::stable::Tensor> new_gradients(const std::vector<torch::stable::Tensor>& of) {
+  std::vector<torch::stable::Tensor> all;
+  for (const auto& t : of) all.push_back(new_output(t, {t.sizes().begin(), t.sizes().end()}, t.scalar_type()));
+  return all;
+}
+inline void clear(const std::vector<torch::stable::Tensor>& all) {
+  for (torch::stable::Tensor t : all) torch::stable::zero_(t);
 }
 
 }  // namespace kdfast::cuda

@@ -67,23 +67,12 @@ Tensor launch_all(const LayerCall& call, const Target& target, const Tensors& gr
   return values;
 }
 
-Tensors new_gradients(const LayerCall& call) {
-  Tensors all;
-  for (const Tensor& s : call.student) {
-    all.push_back(new_output(s, {s.sizes().begin(), s.sizes().end()}, s.scalar_type()));
-  }
-  return all;
-}
-
 void check(const LayerCall& call) {
   call.check();
   STD_TORCH_CHECK(!call.is_double(), call.op(),
                   ": student: expected float32, bfloat16 or float16 on the GPU, got float64");
 }
 bool is_empty(const LayerCall& call) { return call.all_rows() == 0 || call.columns() == 0; }
-void clear(const Tensors& all) {
-  for (Tensor t : all) torch::stable::zero_(t);
-}
 
 std::tuple<Tensor, Tensors> layer_distance(Tensors student, Tensors teacher, MaybeTensor row_mask,
                                            MaybeTensor column_mask, MaybeTensor divisor, int64_t kind,
@@ -92,7 +81,7 @@ std::tuple<Tensor, Tensors> layer_distance(Tensors student, Tensors teacher, May
   const LayerCall call{student, teacher, row_mask, column_mask, divisor, kind, head_map, weight, floor, per_row};
   check(call);
   Tensors gradients;
-  if (gradient) gradients = new_gradients(call);
+  if (gradient) gradients = new_gradients(student);
   Tensor loss = new_output(student[0], call.loss_sizes(), ScalarType::Float);
   if (is_empty(call)) {
     clear(gradients);
@@ -112,7 +101,7 @@ Tensors layer_distance_backward(Tensor grad_loss, Tensors student, Tensors teach
   const LayerCall call{student, teacher, row_mask, column_mask, divisor, kind, head_map, weight, floor, per_row};
   check(call);
   call.check_upstream(grad_loss);
-  const Tensors gradients = new_gradients(call);
+  const Tensors gradients = new_gradients(student);
   if (is_empty(call)) {
     clear(gradients);
   } else {

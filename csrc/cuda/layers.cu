@@ -12,17 +12,6 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kBlocksPerMultiprocessor = 8;
 
-KDFAST_DEVICE float widened(const void* p, Element type, int64_t i) {
-  if (type == Element::f32) return ((const float*)p)[i];
-  if (type == Element::bf16) return Vector<BFloat16>::widen_one(((const BFloat16*)p)[i]);
-  return Vector<Float16>::widen_one(((const Float16*)p)[i]);
-}
-KDFAST_DEVICE void narrow(void* p, Element type, int64_t i, float x) {
-  if (type == Element::f32) return void(((float*)p)[i] = x);
-  if (type == Element::bf16) return void(((BFloat16*)p)[i] = Vector<BFloat16>::narrow_one(x));
-  ((Float16*)p)[i] = Vector<Float16>::narrow_one(x);
-}
-
 // A row of both sides, seen by a warp: any types and strides, one number at a time.
 struct AnyRow {
   const void *student, *teacher;
@@ -35,12 +24,12 @@ struct AnyRow {
   template <class F>
   KDFAST_DEVICE void visit(F f) const {
     for (int64_t c = lane; c < columns; c += 32) {
-      f(c, widened(student, student_type, c * student_step), widened(teacher, teacher_type, c * teacher_step));
+      f(c, load_any(student_type, student, c * student_step), load_any(teacher_type, teacher, c * teacher_step));
     }
   }
   template <class F>
   KDFAST_DEVICE void write(F f) const {
-    visit([&](int64_t c, float s, float t) { narrow(gradient, student_type, c, f(c, s, t)); });
+    visit([&](int64_t c, float s, float t) { store_any(student_type, gradient, c, f(c, s, t)); });
   }
 };
 
@@ -189,9 +178,8 @@ KDFAST_DEVICE SameRow<T> row_at(const LayerArgs& args, const RowPlace& at, int l
   return {(const T*)at.pair.student.data + at.student_offset, (const T*)at.pair.teacher.data + at.teacher_offset,
           at.pair.gradient ? (T*)at.pair.gradient + at.gradient_offset : nullptr, args.columns, lane};
 }
-KDFAST_DEVICE int64_t bytes(Element type, int64_t count) { return count * (type == Element::f32 ? 4 : 2); }
 KDFAST_DEVICE AnyRow any_row_at(const LayerArgs& args, const RowPlace& at, int lane) {
-  auto place = [](const void* p, Element type, int64_t i) { return (char*)p + bytes(type, i); };
+  auto place = [](const void* p, Element type, int64_t i) { return (char*)p + i * size_of(type); };
   return {place(at.pair.student.data, args.student_type, at.student_offset),
           place(at.pair.teacher.data, args.teacher_type, at.teacher_offset),
           at.pair.gradient ? place(at.pair.gradient, args.student_type, at.gradient_offset) : nullptr,
@@ -223,8 +211,8 @@ __global__ void __launch_bounds__(kThreads, 2) layer_rows(const __grid_constant_
         value = weight * Of::run(row_at<T>(args, at, lane), columns, args.floor, factor);
       }
     } else if (at.pair.gradient) {
-      char* gradient = (char*)at.pair.gradient + bytes(args.student_type, at.gradient_offset);
-      clear((uint16_t*)gradient, bytes(args.student_type, args.columns) / 2, lane, 32);
+      char* gradient = (char*)at.pair.gradient + at.gradient_offset * size_of(args.student_type);
+      clear((uint16_t*)gradient, args.columns * size_of(args.student_type) / 2, lane, 32);
     }
     if (lane != 0) continue;
     if (args.per_row) {

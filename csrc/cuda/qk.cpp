@@ -96,16 +96,6 @@ Tensor launch_all(const QkCall& call, const Target& target, const Tensors& gradi
   return values;
 }
 
-Tensors new_gradients(const QkCall& call) {
-  Tensors all;
-  for (const Tensors* side : {&call.student_q, &call.student_k}) {
-    for (const Tensor& t : *side) {
-      all.push_back(new_output(t, {t.sizes().begin(), t.sizes().end()}, t.scalar_type()));
-    }
-  }
-  return all;
-}
-
 void check(const QkCall& call) {
   call.check();
   STD_TORCH_CHECK(!call.is_double(), call.op(),
@@ -113,9 +103,6 @@ void check(const QkCall& call) {
 }
 bool is_empty(const QkCall& call) {
   return call.all_heads() == 0 || call.length() == 0 || call.student_q[0].size(3) == 0;
-}
-void clear(const Tensors& all) {
-  for (Tensor t : all) torch::stable::zero_(t);
 }
 
 std::tuple<Tensor, Tensors> qk_distance(Tensors student_q, Tensors student_k, Tensors teacher_q, Tensors teacher_k,
@@ -127,7 +114,7 @@ std::tuple<Tensor, Tensors> qk_distance(Tensors student_q, Tensors student_k, Te
                     kind,      student_scale, teacher_scale, causal,    head_map,   weight,   per_head};
   check(call);
   Tensors gradients;
-  if (gradient) gradients = new_gradients(call);
+  if (gradient) gradients = new_gradients(call.with_gradient());
   Tensor loss = new_output(student_q[0], call.loss_sizes(), ScalarType::Float);
   if (is_empty(call)) {
     clear(gradients);
@@ -149,7 +136,7 @@ Tensors qk_distance_backward(Tensor grad_loss, Tensors student_q, Tensors studen
                     kind,      student_scale, teacher_scale, causal,    head_map,   weight,   per_head};
   check(call);
   call.check_upstream(grad_loss);
-  const Tensors gradients = new_gradients(call);
+  const Tensors gradients = new_gradients(call.with_gradient());
   if (is_empty(call)) {
     clear(gradients);
   } else {

@@ -23,12 +23,6 @@ KDFAST_DEVICE Shared& shared() { return *(Shared*)shared_memory(); }
 constexpr int64_t kShared = sizeof(Shared);
 static_assert(sizeof(Shared) >= kThreads * sizeof(double));
 
-KDFAST_DEVICE float number(const void* p, Element type, int64_t i) {
-  if (type == Element::f32) return ((const float*)p)[i];
-  if (type == Element::bf16) return Vector<BFloat16>::widen_one(((const BFloat16*)p)[i]);
-  return Vector<Float16>::widen_one(((const Float16*)p)[i]);
-}
-
 // Of this thread: rows 4 y + i and columns 4 x + j of a tile.
 KDFAST_DEVICE int row_of(int i) { return threadIdx.x / 16 * 4 + i; }
 KDFAST_DEVICE int column_of(int j) { return threadIdx.x % 16 * 4 + j; }
@@ -92,7 +86,7 @@ struct Tokens {
 
   KDFAST_DEVICE float operator()(int i, int c) const {
     if (i >= length || c >= size || (counted && !counted[i])) return 0.f;
-    return scale * kdfast::cuda::number(data, type, i * token + c * number);
+    return scale * load_any(type, data, i * token + c * number);
   }
 };
 
@@ -118,7 +112,7 @@ struct Head {
     const QkLayer& from = args.layer[layer];
     auto tokens = [&](const QkMemory& m, Element type, int h, const bool* counted, int size, float scale) {
       const int64_t offset = batch * m.batch + h * m.head;
-      const void* at = (const char*)m.data + offset * (type == Element::f32 ? 4 : 2);
+      const void* at = (const char*)m.data + offset * size_of(type);
       return Tokens{at, type, m.token, m.number, counted, args.length, size, scale};
     };
     student_q = tokens(from.student_q, args.student_type, head, queries, args.student_size, args.student_scale);
@@ -144,18 +138,13 @@ struct Head {
   }
 };
 
-KDFAST_DEVICE void write(void* p, Element type, int64_t i, float x) {
-  if (type == Element::f32) return void(((float*)p)[i] = x);
-  if (type == Element::bf16) return void(((BFloat16*)p)[i] = Vector<BFloat16>::narrow_one(x));
-  ((Float16*)p)[i] = Vector<Float16>::narrow_one(x);
-}
 // A tile of the gradient of queries or keys of `heads` heads.
 KDFAST_DEVICE void write_gradient(const QkArgs& args, void* to, int heads, int batch, int head, Tile& tile, int token,
                                   int first, float factor) {
   tile.each([&](int r, int c, float x) {
     if (token + r >= args.length || first + c >= args.student_size) return;
     const int64_t row = (int64_t(batch) * heads + head) * args.length + token + r;
-    write(to, args.student_type, row * args.student_size + first + c, factor * x);
+    store_any(args.student_type, to, row * args.student_size + first + c, factor * x);
   });
 }
 

@@ -3,6 +3,7 @@
 #include <math.h>
 
 #include "cuda/device.h"
+#include "cuda/element.h"
 
 namespace kdfast::cuda {
 
@@ -66,6 +67,19 @@ struct Vector<float> {
  private:
   KDFAST_DEVICE static uint32_t most(uint32_t a, uint32_t b) { return as_bits(fmaxf(as_float(a), as_float(b))); }
 };
+
+// ---- elements of a type that only the launch knows ----
+KDFAST_DEVICE int size_of(Element type) { return type == Element::f32 ? 4 : 2; }
+KDFAST_DEVICE float load_any(Element type, const void* p, int64_t i) {
+  if (type == Element::f32) return ((const float*)p)[i];
+  if (type == Element::bf16) return Vector<BFloat16>::widen_one(((const BFloat16*)p)[i]);
+  return Vector<Float16>::widen_one(((const Float16*)p)[i]);
+}
+KDFAST_DEVICE void store_any(Element type, void* p, int64_t i, float x) {
+  if (type == Element::f32) return void(((float*)p)[i] = x);
+  if (type == Element::bf16) return void(((BFloat16*)p)[i] = Vector<BFloat16>::narrow_one(x));
+  ((Float16*)p)[i] = Vector<Float16>::narrow_one(x);
+}
 
 // Zeroes `count` 16-bit units from `p` on, any alignment, shared among `threads` threads of which this is `thread`.
 KDFAST_DEVICE void clear(uint16_t* p, int64_t count, int thread, int threads) {
