@@ -142,7 +142,7 @@ def check(operator: Operator, student: Side, teacher: Side) -> None:
     more = operator.arguments(student)
     results = []
     for function, double in ((operator.function, False), (operator.reference, True)):
-        s, t = (mapped(lambda x: x.cpu().double() if double else x.clone(), side) for side in (student, teacher))  # noqa: B023
+        s, t = (mapped(lambda x: x.double() if double else x.clone(), side) for side in (student, teacher))  # noqa: B023
         s = mapped(Tensor.requires_grad_, s)
         loss = apply(function, s, t, **more)
         gradients = torch.autograd.grad(loss, tensors(s))

@@ -126,6 +126,7 @@ def _token_samples() -> tuple[Sample, ...]:
             lambda g: {"mask": _mask(g, 2, 5), "reduction": "none"},
         ),
         Sample("wide", "rows of several blocks", _near(2, 3, 2500), lambda g: {"reduction": "sum"}),
+        Sample("far", "a student that is not near its teacher", _apart((3, 5, 40), (3, 5, 40), 2)),
     )
 
 
@@ -146,6 +147,7 @@ def _cls_samples() -> tuple[Sample, ...]:
             lambda g: {"token_index": torch.tensor([0, 4, 2]), "reduction": "none"},
         ),
         Sample("raw", "norms that count", _near(3, 5, 40, layers=2), lambda g: {"normalize": False}),
+        Sample("far", "a student that is not near its teacher", _apart((3, 5, 40), (3, 5, 40), 2)),
         Sample("tokens", "the tokens alone", _near(5, 24, layers=2)),
     )
 
