@@ -106,7 +106,7 @@ def reused_memory() -> Iterator[None]:
     if mallopt is not None:
         mallopt(mmap_max, 65536)
         mallopt(trim_threshold, 128 * 1024)
-        ctypes.CDLL(None).malloc_trim(0)
+        _trim()
 
 
 def peak_memory(function: Callable[[], object], device: str) -> float:
@@ -117,10 +117,18 @@ def peak_memory(function: Callable[[], object], device: str) -> float:
         torch.cuda.reset_peak_memory_stats()
         function()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
+    _trim()  # what earlier calls freed would be taken again unseen
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _resident("VmRSS")
     function()
     return (_resident("VmHWM") - before) / 1e6
+
+
+def _trim() -> None:
+    """Gives freed memory back to the system (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _resident(field: str) -> int:

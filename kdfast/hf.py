@@ -6,7 +6,8 @@
     loss = loss + kdfast.hidden_mse(s.hidden, t.hidden[::2])
 
 Most models call their attention through transformers' `AttentionInterface`: a function registered there sees queries, keys
-and values and calls the model's own attention, bit for bit the same. MPNet and XLNet, which do not, are read by hooks.
+and values and calls the SDPA or flash attention that the model uses, bit for bit the same. Eager attention is each model's
+own and out of reach: such a model uses SDPA while it is read. MPNet and XLNet, which do not, are read by hooks.
 `ADAPTERS` says how each architecture is read; `register` adds one.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +24,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["ADAPTERS", "Adapter", "Features", "Reader", "record", "register"]
+__all__ = ["ADAPTERS", "Adapter", "Features", "Reader", "record", "register", "through_interface"]
 
 
-@dataclass
+@dataclass(repr=False)
 class Features:
-    """What a forward pass of a model left, layer by layer.
+    """What a forward pass of a model left, layer by layer: N entries of q, k and v, N + 1 of hidden.
 
     outputs: the model's own. hidden: [B, L, D], the embeddings' output and every layer's. q, k, v: [B, H, L, d]; grouped
     keys and values have fewer heads; queries and keys as their product takes them, rotary embeddings applied. scale: of
@@ -46,6 +48,9 @@ class Features:
     mask: Tensor | None
     cls_index: int | Tensor
     causal: bool
+
+    def __repr__(self) -> str:
+        return f"Features({len(self.q)} layers, hidden {list(self.hidden[-1].shape)}, q {list(self.q[-1].shape)})"
 
     @property
     def scores(self) -> list[Tensor]:
@@ -68,6 +73,8 @@ class _Record:
     wants_bias: bool = False
 
 
+# Of models that are read: a second Reader takes the first one's place.
+_readers: WeakKeyDictionary[nn.Module, Reader] = WeakKeyDictionary()
 # Of the forward pass that runs. Not while gradient checkpointing repeats one in the backward: a layer leaves one entry.
 _record: _Record | None = None
 
@@ -107,9 +114,11 @@ def _recording(attention: Callable[..., Any]) -> Callable[..., Any]:
     return attend
 
 
-def _through_interface(model: PreTrainedModel) -> Callable[[], None]:
+def through_interface(model: PreTrainedModel) -> Callable[[], None]:
+    """The `install` of models that call their attention through transformers' `AttentionInterface`."""
     before = model.config._attn_implementation
-    base = "sdpa" if before == "eager" else before  # eager attention is each model's own, and out of reach
+    base = before.removeprefix("kdfast_")  # a copy of a model that is read
+    base = "sdpa" if base == "eager" else base
     name = f"kdfast_{base}"
     if base not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         raise ValueError(f"kdfast.hf: attention: expected sdpa or a flash attention, got {base!r}")
@@ -182,11 +191,11 @@ def _xlnet(model: PreTrainedModel) -> Callable[[], None]:
 
 ADAPTERS: dict[str, Adapter] = {
     **{
-        name: Adapter(_through_interface)
+        name: Adapter(through_interface)
         for name in ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "modernbert", "albert")
     },
     **{
-        name: Adapter(_through_interface, cls_index=None, causal=True)
+        name: Adapter(through_interface, cls_index=None, causal=True)
         for name in ("llama", "qwen2", "qwen3", "mistral", "smollm3")
     },
     "mpnet": Adapter(_mpnet),
@@ -225,14 +234,24 @@ class Reader:
             raise ValueError(
                 f"kdfast.hf.Reader: model: expected one of {', '.join(sorted(ADAPTERS))}, got {self.config.model_type!r}; "
                 f"to read it: kdfast.hf.register({self.config.model_type!r}, kdfast.hf.Adapter(install)), where install(model) "
-                "makes every attention call kdfast.hf.record(q, k, v, scale) and returns what undoes that"
+                "makes every attention call kdfast.hf.record(q, k, v, scale) and returns what undoes that; where the model "
+                "uses AttentionInterface, kdfast.hf.through_interface is such an install"
             )
+        if inner in _readers:
+            _readers[inner].close()
         self.adapter = adapter
-        self._undo = adapter.install(inner)
+        self._undo: Callable[[], None] | None = adapter.install(inner)
+        _readers[inner] = self
 
     def __call__(self, **inputs: Any) -> Features:
         """Runs the model on its keyword arguments."""
         global _record
+        if self._undo is None:
+            raise RuntimeError("kdfast.hf.Reader: expected one that is open, this one was closed")
+        if inputs.get("output_attentions"):
+            raise ValueError(
+                "kdfast.hf.Reader: output_attentions: expected none, fused attention has none; see Features.scores"
+            )
         mine = _Record(wants_bias=self.bias)
         before, _record = _record, mine
         try:
@@ -271,9 +290,10 @@ class Reader:
         return torch.where(mask.bool(), places, 0).amax(-1)
 
     def close(self) -> None:
-        """Leaves the model as it was."""
-        self._undo()
-        self._undo = lambda: None
+        """Leaves the model as it was. Another Reader of the same model does so too."""
+        if self._undo is not None:
+            self._undo()
+        self._undo = None
 
     def __enter__(self) -> Reader:
         return self

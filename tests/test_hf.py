@@ -145,6 +145,21 @@ def test_reentrant_checkpoints_are_refused() -> None:
         hf.Reader(model)(**batch())
 
 
+def test_a_second_reader_takes_the_place_of_the_first() -> None:
+    model = model_of("bert")
+    first = hf.Reader(model)
+    second = hf.Reader(model)
+    assert len(second(**batch()).q) == 2
+    with pytest.raises(RuntimeError, match="this one was closed"):
+        first(**batch())
+    first.close()
+    assert len(second(**batch()).q) == 2
+    second.close()
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="output_attentions: expected none"):
+        hf.Reader(model)(**batch(), output_attentions=True)
+
+
 def test_cls_index() -> None:
     assert hf.Reader(model_of("bert"))(**batch()).cls_index == 0
     assert hf.Reader(model_of("xlnet"))(**batch()).cls_index == -1
@@ -161,7 +176,7 @@ def test_unknown_models_are_told_what_to_implement() -> None:
         hf.Reader(model)
     with pytest.raises(TypeError, match="expected a transformers model, got Linear"):
         hf.Reader(nn.Linear(2, 2))
-    hf.register("gpt2", hf.Adapter(hf.ADAPTERS["llama"].install, cls_index=None, causal=True))
+    hf.register("gpt2", hf.Adapter(hf.through_interface, cls_index=None, causal=True))
     try:
         assert len(hf.Reader(model)(**batch()).q) == 2
     finally:

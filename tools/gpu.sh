@@ -9,7 +9,8 @@ cd "$(dirname "$0")/.." || exit
 out=${OUT:-runs/gpu} only=${ONLY:-}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 # Under compute-sanitizer, which is slow: every kind of kernel, with rows that leave early and odd edges.
-sanitized='(rows_that_are_not_read or (unaligned and 4999))'
+layers='(float32-float32 and (masked or causal or resplit) and (attention or qk or hidden or cosine))'
+sanitized="(rows_that_are_not_read or (unaligned and 4999) or $layers)"
 mkdir -p "$out"
 status=0
 stage() {

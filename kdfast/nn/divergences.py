@@ -26,6 +26,7 @@ class _DivergenceLoss(Settings):
     """
 
     function: Callable[..., Tensor]
+    mixing: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -36,6 +37,8 @@ class _DivergenceLoss(Settings):
         process_group: ProcessGroup | None = None,
         **mixing: float,
     ) -> None:
+        for name in mixing.keys() - self.mixing:
+            raise TypeError(f"{type(self).__name__}: {name}: expected no such argument")
         super().__init__(
             **mixing,
             temperature=temperature,
@@ -90,6 +93,7 @@ class JSDivLoss(_DivergenceLoss):
     """`kdfast.js_div` as a module, beta · KL(t ‖ m) + (1 − beta) · KL(s ‖ m); beta in [0, 1], arguments of `KLDivLoss`."""
 
     function = staticmethod(divergence.js_div)
+    mixing = frozenset({"beta"})
 
     def __init__(self, *, beta: float = 0.5, **settings: Any) -> None:
         super().__init__(beta=beta, **settings)
@@ -99,6 +103,7 @@ class SkewKLDivLoss(_DivergenceLoss):
     """`kdfast.skew_kl_div` as a module, KL(t ‖ skew · t + (1 − skew) · s); skew in [0, 1), arguments of `KLDivLoss`."""
 
     function = staticmethod(divergence.skew_kl_div)
+    mixing = frozenset({"skew"})
 
     def __init__(self, *, skew: float = 0.1, **settings: Any) -> None:
         super().__init__(skew=skew, **settings)
@@ -108,6 +113,7 @@ class SkewReverseKLDivLoss(_DivergenceLoss):
     """`kdfast.skew_reverse_kl_div` as a module, KL(s ‖ skew · s + (1 − skew) · t); arguments of `SkewKLDivLoss`."""
 
     function = staticmethod(divergence.skew_reverse_kl_div)
+    mixing = frozenset({"skew"})
 
     def __init__(self, *, skew: float = 0.1, **settings: Any) -> None:
         super().__init__(skew=skew, **settings)

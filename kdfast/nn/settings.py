@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdfast.ops import _checks
+from kdfast.ops._divergence import KINDS
 
 
 class Settings(nn.Module):
@@ -20,6 +21,8 @@ class Settings(nn.Module):
             _checks.wrong_value(name, "reduction", "'none', 'mean', 'sum' or 'batchmean'", repr(settings["reduction"]))
         if not isinstance(settings.get("temperature", 1.0), Tensor):
             _checks.check_temperature_number(name, settings.get("temperature", 1.0))
+        if settings.get("divergence", KINDS[0]) not in KINDS:
+            _checks.wrong_value(name, "divergence", f"one of {', '.join(KINDS)}", repr(settings["divergence"]))
         for argument in ("beta", "skew", "alpha", "label_smoothing"):
             if argument in settings:
                 _checks.check_fraction(name, argument, settings[argument], below_one=argument == "skew")

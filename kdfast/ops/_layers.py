@@ -147,7 +147,7 @@ def check_head_map(op: str, head_map: Any, layers: int, student_heads: int, teac
     maps = check_heads(op, "head_map", head_map, layers, student_heads)
     for head in (head for row in maps for head in row):
         if head != int(head) or not -1 <= head < teacher_heads:
-            _checks.wrong_value(op, "head_map", f"heads of the teacher, 0 to {teacher_heads - 1}, or -1", head)
+            _checks.wrong_value(op, "head_map", f"heads of the teacher, 0 to {teacher_heads - 1}, or -1", f"{head:g}")
     return [[int(head) for head in row] for row in maps]
 
 

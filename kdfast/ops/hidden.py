@@ -149,7 +149,9 @@ def _of_tokens(
     given: Layers,
 ) -> Tensor:
     if student[0].shape != teacher[0].shape:
-        _checks.wrong_value(op, NAMES[1], f"the student's shape {list(student[0].shape)}", list(teacher[0].shape))
+        hint = " (equal widths: project the student's before)" if student[0].shape[:-1] == teacher[0].shape[:-1] else ""
+        shape = f"the student's shape {list(student[0].shape)}{hint}"
+        _checks.wrong_value(op, NAMES[1], shape, list(teacher[0].shape))
     batch, length, width = student[0].shape
     masks = Masks(_layers.check_mask(op, "mask", mask, student[0], (batch, length)), None, (length, width))
     maps = [[0]] * len(student)

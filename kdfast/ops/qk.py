@@ -104,6 +104,11 @@ def qk_relation_kl(
     if relation_heads is not None:
         _checks.check_int(op, "relation_heads", relation_heads)
         lists = [_resplit(op, name, layers, relation_heads) for name, layers in zip(names, lists, strict=True)]
+    heads = lists[0][0].shape[1], lists[2][0].shape[1]
+    if heads[0] != heads[1]:
+        _checks.wrong_value(
+            op, "relation_heads", f"a number, as the student has {heads[0]} heads and the teacher {heads[1]}", None
+        )
     return _of_heads(
         op, "kl", lists, (None, None), key_mask, query_mask, False, None, layer_weight, reduction,
         isinstance(student_a, Tensor),
