@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,7 +98,7 @@ def test_softmax_of_the_scores_is_the_attention(name: str) -> None:
     [("checkpointed", "bert"), ("checkpointed", "llama")]  # transformers' MPNet has no checkpoints
     + [(how, name) for how in ("compiled", "ddp") for name in ("bert", "llama", "mpnet")],
 )
-def test_wrapped_models(name: str, how: str) -> None:
+def test_wrapped_models(name: str, how: str, tmp_path: Path) -> None:
     """Same losses and gradients of the parameters, one entry per layer."""
 
     def gradients(wrap: Any) -> tuple[Tensor, list[Tensor]]:
@@ -124,8 +124,8 @@ def test_wrapped_models(name: str, how: str) -> None:
         "ddp": nn.parallel.DistributedDataParallel,
     }
     if how == "ddp":
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
-        torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+        store = f"file://{tmp_path}/store"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     try:
         got, expected = gradients(wraps[how]), gradients(None)
     finally:
