@@ -61,11 +61,16 @@ class LayerRows {
       for (int64_t c = begin; c < end; ++c) {
         const int64_t last = std::min(all, (c + 1) * per_chunk);
         int64_t at = c * per_chunk / rows, r = c * per_chunk % rows;
-        for (int64_t row = c * per_chunk; row < last; ++row) {
-          const double value = one(groups_[at], r, row);
-          each(row, value);
-          sums[c] += value;
-          if (++r == rows) ++at, r = 0;
+        for (int64_t row = c * per_chunk; row < last;) {
+          const int64_t skipped = skip(groups_[at], r, std::min(rows, r + last - row));
+          if (skipped == 0) {
+            const double value = one(groups_[at], r, row);
+            each(row, value);
+            sums[c] += value;
+          }
+          const int64_t taken = std::max<int64_t>(skipped, 1);
+          row += taken;
+          if ((r += taken) == rows) ++at, r = 0;
         }
       }
     });
@@ -99,13 +104,17 @@ class LayerRows {
     return g;
   }
 
-  double one(const Group& g, int64_t r, int64_t index) const {
+  // How many rows from r on, before `end`, do not count; their gradients are cleared together, which costs less
+  // traffic.
+  int64_t skip(const Group& g, int64_t r, int64_t end) const {
+    int64_t next = r;
+    while (next < end && (g.skipped || (g.rows && !g.rows[next]))) ++next;
     const int64_t bytes = call_.columns() * size_of(g.shape.student);
-    char* gradient = g.gradient ? g.gradient + r * bytes : nullptr;
-    if (g.skipped || (g.rows && !g.rows[r])) {
-      if (gradient) std::memset(gradient, 0, bytes);
-      return 0;
-    }
+    if (g.gradient && next > r) std::memset(g.gradient + r * bytes, 0, (next - r) * bytes);
+    return next - r;
+  }
+  double one(const Group& g, int64_t r, int64_t index) const {
+    char* gradient = g.gradient ? g.gradient + r * call_.columns() * size_of(g.shape.student) : nullptr;
     LayerRow row{g.student + r * g.student_step, g.teacher + r * g.teacher_step, g.columns, gradient, g.weight, 0};
     if (by_row_) row.factor *= by_row_[index];
     distance(g.shape, row);
