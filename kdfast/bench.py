@@ -313,7 +313,7 @@ def plot(results: list[Result], facts: dict[str, Any], path: Path) -> None:
         bars = axes.barh([p + offset for p in positions], [of(r) / r.eager for r in results], 0.26, label=name)
         axes.bar_label(bars, [f"{of(r):.3g} ms" for r in results], padding=3, fontsize=8)
     axes.set_yticks(positions, [row[0] for row in table(results)], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(results) - 0.4, -0.6)
     axes.set_xlim(0, 1.15 * max(1, *(of(r) / r.eager for r in results for of in series.values())))
     axes.set_xlabel("time relative to eager PyTorch (shorter is faster)")
     axes.set_title(f"{facts['device']}, torch {facts['torch']}, {facts['date']}", fontsize=10)
