@@ -17,8 +17,8 @@
 namespace kdfast {
 namespace {
 
-constexpr int64_t kChunkElements =
-    1 << 14;  // numbers a chunk of rows holds, at least: enough to pay for sharing it out
+// Numbers that a chunk of rows holds, at least: enough to pay for sharing it out.
+constexpr int64_t kChunkElements = 1 << 14;
 
 // A head of a sequence in a layer: R rows.
 struct Group {
