@@ -29,6 +29,8 @@ from kdfast.ops.attention import attention_kl, attention_mse  # noqa: E402
 from kdfast.ops.hidden import cls_distance, cosine_distance, hidden_mse  # noqa: E402
 from kdfast.ops.qk import qk_attention_mse, qk_relation_kl  # noqa: E402
 from kdfast.ops.kd_loss import KDLossComponents, kd_loss  # noqa: E402
+from kdfast.ops.linear import linear_kd_loss, linear_topk_kd_loss  # noqa: E402
+from kdfast.ops.topk import topk_kl_div  # noqa: E402
 from kdfast import nn, objective  # noqa: E402
 
 __all__ = [
@@ -43,6 +45,8 @@ __all__ = [
     "js_div",
     "kd_loss",
     "kl_div",
+    "linear_kd_loss",
+    "linear_topk_kd_loss",
     "logit_mse",
     "nn",
     "objective",
@@ -53,6 +57,7 @@ __all__ = [
     "skew_reverse_kl_div",
     "soft_cross_entropy",
     "symmetric_kl_div",
+    "topk_kl_div",
     "total_variation",
 ]
 

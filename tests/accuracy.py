@@ -11,7 +11,8 @@ from kdfast import _C
 from kdfast.ops.reference import reduce_rows
 from kdfast.registry import Operator, Sample
 from kdfast.registry.divergences import DIVERGENCES
-from kdfast.registry.operator import Side, apply, mapped, tensors
+from kdfast.registry.linear import LINEAR
+from kdfast.registry.operator import Side, apply, cast, mapped, tensors
 
 ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2**-9, torch.float16: 2**-12}
 
@@ -25,12 +26,15 @@ def inputs(sample: Sample, gap: float, student_dtype: torch.dtype, teacher_dtype
 
 def strided_to(side: Side, dtype: torch.dtype) -> Side:
     """Casts without making a non-contiguous sample contiguous."""
-    return mapped(lambda x: torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x), side)
+    return mapped(
+        lambda x: torch.empty_strided(x.shape, x.stride(), dtype=dtype if x.is_floating_point() else x.dtype).copy_(x),
+        side,
+    )
 
 
 def with_trained(kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Parameters have the student's dtype."""
-    return {name: x.to(dtype) if name in ("projection", "bias") else x for name, x in kwargs.items()}
+    return {name: x.to(dtype) if name in ("projection", "bias", "student_bias") else x for name, x in kwargs.items()}
 
 
 def value_and_gradient(function: Any, student: Side, teacher: Side, kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -84,6 +88,23 @@ def layer_floors(
     return 2**-22 * largest * exact[0].abs() / mean, gradient * largest
 
 
+def topk_floors(student: Tensor, log_t: Tensor, kwargs: Any) -> tuple[Tensor, float]:
+    """As `floors`."""
+    kwargs = {"mask": None, "weight": None, "reduction": "mean", "num_items": None} | kwargs
+    temperature = torch.as_tensor(kwargs.pop("temperature", 1.0), dtype=torch.float64).expand(student.shape[:-1])
+    kwargs.pop("tail")
+    largest = float((student.double() / temperature[..., None]).abs().max())
+    factors = torch.ones(student.shape[:-1], dtype=torch.float64, requires_grad=True)
+    value = reduce_rows(2**-22 * largest * factors, **kwargs)
+    (factors,) = torch.autograd.grad(reduce_rows(factors, **kwargs).sum(), factors)
+    return value.detach(), 2**-19 * float((log_t.double().exp() * (1.5 * factors / temperature)[..., None]).norm())
+
+
+def linear_floors(exact: tuple[Tensor, Tensor]) -> tuple[Tensor, float]:
+    """Some roundings of logits and results."""
+    return 2**-19 * (1 + exact[0].abs()), 2**-19 * float(exact[1].norm())
+
+
 def check(
     operator: Operator,
     sample: Sample,
@@ -94,17 +115,21 @@ def check(
 ) -> None:
     """The operator's value and gradient on one sample, under every CPU variant or on the device."""
     student, teacher, kwargs = inputs(sample, gap, student_dtype, teacher_dtype)
-    doubled = [mapped(Tensor.double, side) for side in (student, teacher)]
+    doubled = [cast(side, torch.float64) for side in (student, teacher)]
     exact = value_and_gradient(operator.reference, *doubled, with_trained(kwargs, torch.float64))
     eager = value_and_gradient(operator.reference, student, teacher, kwargs)
-    if operator.name in DIVERGENCES:
+    if operator.name == "topk_kl_div":
+        value_floor, gradient_floor = topk_floors(student, teacher[0], kwargs)
+    elif operator.name in LINEAR:
+        value_floor, gradient_floor = linear_floors(exact)
+    elif operator.name in DIVERGENCES:
         value_floor, gradient_floor = floors(student, teacher, kwargs, operator.name)
     else:
         value_floor, gradient_floor = layer_floors(operator, student, teacher, kwargs, exact)
     real = torch.float64 if torch.float64 in (student_dtype, teacher_dtype) else torch.float32
     if real == torch.float64:
         # The exact result is no more exact than this one, and 1 - cos loses what cos rounds.
-        ours = 0.0 if operator.name in DIVERGENCES else 2**-49
+        ours = 0.0 if operator.name in DIVERGENCES else 2**-48
         value_floor, gradient_floor = value_floor * 2**-29 + ours, gradient_floor * 2**-29 * (16 if ours else 1)
     rounding = ROUNDING[student_dtype] * float(exact[1].norm())
     for variant in _C.cpu_variants() if device == "cpu" else (None,):

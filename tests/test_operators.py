@@ -9,6 +9,7 @@ from accuracy import check, inputs, value_and_gradient
 from kdfast import _C
 from kdfast.registry import OPERATORS, Operator, Sample
 from kdfast.registry.divergences import DIVERGENCES
+from kdfast.registry.linear import LINEAR
 from kdfast.registry.operator import apply, mapped
 
 CASES = [
@@ -76,8 +77,8 @@ def test_has_everything(operator: Operator) -> None:
 @pytest.mark.parametrize("operator", BY_OPERATOR)
 def test_module_equals_function(operator: Operator) -> None:
     student, teacher, _ = inputs(operator.samples[0], 1.0, torch.float32, torch.float32)
-    settings = {"reduction": "sum"} | ({"temperature": 2.0} if operator.name in DIVERGENCES else {})
-    settings |= {"alpha": 1.0} if operator.name == "kd_loss" else {}
+    settings = {"reduction": "sum"} | ({"temperature": 2.0} if operator.name in DIVERGENCES | LINEAR else {})
+    settings |= {"alpha": 1.0} if operator.name.endswith("kd_loss") else {}
     module = operator.module(**settings)
     assert torch.equal(apply(module, student, teacher), apply(operator.function, student, teacher, **settings))
     assert "reduction='sum'" in repr(module)

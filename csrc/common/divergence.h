@@ -24,8 +24,9 @@ struct RowInput {
 // Of a Divergence.
 inline const char* divergence_name(int64_t kind) {
   static constexpr const char* kNames[] = {
-      "kl_div",          "reverse_kl_div",     "js_div",    "skew_kl_div",     "skew_reverse_kl_div",
-      "total_variation", "soft_cross_entropy", "logit_mse", "symmetric_kl_div"};
+      "kl_div",          "reverse_kl_div",     "js_div",    "skew_kl_div",      "skew_reverse_kl_div",
+      "total_variation", "soft_cross_entropy", "logit_mse", "symmetric_kl_div", "topk_kl_div",
+      "topk_kl_div",     "topk_kl_div"};
   static_assert(std::size(kNames) == size_t(Divergence::count));
   return kNames[kind];
 }
@@ -33,6 +34,8 @@ inline const char* divergence_name(int64_t kind) {
 // In the order of the schema (csrc/library.cpp).
 struct DivergenceCall {
   Tensor student, teacher;
+  // The teacher's columns, where it has some of them only: teacher holds their log-probabilities.
+  std::optional<Tensor> indices;
   std::optional<Tensor> labels, row_temperature, mask, weight, num_items;
   int64_t kind;  // of Divergence
   double mixing, temperature;
@@ -45,6 +48,7 @@ struct DivergenceCall {
   int64_t ignore_index;
 
   const char* op() const { return distillation ? "kd_loss" : divergence_name(kind); }
+  bool is_topk() const { return is_topk_kind(Divergence(kind)); }
   bool reduces_to(Reduction r) const { return Reduction(reduction) == r; }
   bool per_row() const { return reduces_to(Reduction::none); }
   int64_t leading() const { return student.dim() - 1; }
@@ -88,7 +92,15 @@ struct DivergenceCall {
     check_rows(row_temperature, "temperature", loss_type());
     check_rows(labels, "labels", ScalarType::Long);
     STD_TORCH_CHECK(!labels || distillation, op(), ": labels: expected none, got some");
-    check_number(op(), "num_items", num_items, student, loss_type());
+    check_num_items();
+  }
+  // Where the gradient goes that is asked for. On the CPU this may be the student's own memory.
+  void check_gradient(const Tensor& gradient) const {
+    check_device(op(), "gradient", gradient, student);
+    const ScalarType dtype = gradient.scalar_type();
+    STD_TORCH_CHECK(gradient.is_contiguous() && gradient.numel() == student.numel() &&
+                        (is_double() ? dtype == ScalarType::Double : is_short_float(dtype)),
+                    op(), ": gradient: expected contiguous memory of the student's size, got ", shape_of(gradient));
   }
   void check_given(const std::optional<Tensor>& state, Known known) const {
     STD_TORCH_CHECK(state || known == Known::nothing, op(), ": state: expected one, of which something is known");
@@ -109,12 +121,29 @@ struct DivergenceCall {
   }
 
  private:
+  static bool is_short_float(ScalarType t) {
+    return t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half;
+  }
+  // One number, or one for the divergence and one for the cross-entropy.
+  void check_num_items() const {
+    if (!num_items) return;
+    check_device(op(), "num_items", *num_items, student);
+    check_dtype(op(), "num_items", *num_items, loss_type());
+    STD_TORCH_CHECK(num_items->numel() == 1 || (num_items->numel() == 2 && num_items->is_contiguous()), op(),
+                    ": num_items: expected one number or two, got ", shape_of(*num_items));
+  }
+  void check_indices() const {
+    STD_TORCH_CHECK(indices.has_value() == is_topk(), op(), ": indices: expected beside top-k log-probabilities only");
+    if (!indices) return;
+    check_device(op(), "teacher_topk_indices", *indices, student);
+    check_dtype(op(), "teacher_topk_indices", *indices, ScalarType::Long);
+    bool same = indices->dim() == teacher.dim();
+    for (int64_t d = 0; same && d < teacher.dim(); ++d) same = indices->size(d) == teacher.size(d);
+    STD_TORCH_CHECK(same, op(), ": teacher_topk_indices: expected ", shape_of(teacher), ", got ", shape_of(*indices));
+  }
   void check_logits() const {
     const ScalarType dtype = student.scalar_type(), other = teacher.scalar_type();
-    auto is_float = [](ScalarType t) {
-      return t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half;
-    };
-    STD_TORCH_CHECK((is_float(dtype) && is_float(other)) || (is_double() && other == dtype), op(),
+    STD_TORCH_CHECK((is_short_float(dtype) && is_short_float(other)) || (is_double() && other == dtype), op(),
                     ": logits: expected float32, bfloat16 or float16 each, or float64 both, got ",
                     torch::headeronly::toString(dtype), " and ", torch::headeronly::toString(other));
     STD_TORCH_CHECK(student.dim() >= 1 && teacher.dim() == student.dim(), op(), ": teacher_logits: expected ",
@@ -123,8 +152,10 @@ struct DivergenceCall {
       STD_TORCH_CHECK(student.size(d) == teacher.size(d), op(), ": teacher_logits: expected the leading dimensions of ",
                       shape_of(student), ", got ", shape_of(teacher));
     }
-    STD_TORCH_CHECK(columns >= 0 && columns <= student.size(leading()) && columns <= teacher.size(leading()), op(),
-                    ": vocab_size: expected at most the logits' widths, got ", columns);
+    check_indices();
+    STD_TORCH_CHECK(
+        columns >= 0 && columns <= student.size(leading()) && (is_topk() || columns <= teacher.size(leading())), op(),
+        ": vocab_size: expected at most the logits' widths, got ", columns);
     STD_TORCH_CHECK(vocab_start >= 0 && vocab_start + columns <= vocabulary, op(), ": vocab_size: expected at least ",
                     vocab_start + columns, " for columns up to there, got ", vocabulary);
     check_device(op(), "teacher_logits", teacher, student);

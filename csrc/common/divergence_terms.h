@@ -25,17 +25,25 @@ enum class Divergence : int {
   soft_cross_entropy,
   logit_mse,
   symmetric_kl_div,
+  topk_bucket,  // of a teacher's top-k, by what becomes of the rest of its probability
+  topk_renormalize,
+  topk_drop,
   count
 };
+
+KDFAST_HD bool is_topk_kind(Divergence kind) {
+  return kind == Divergence::topk_bucket || kind == Divergence::topk_renormalize || kind == Divergence::topk_drop;
+}
 
 // How much of a row's state is given: a first look leaves the normalisers, a second look the rest. Divergences without
 // a second look know everything after the first.
 enum class Known : int { nothing, normalisers, everything };
 
-// Of a call: beta or skew, and 1 / the width of the whole vocabulary.
+// Of a call: beta or skew, and 1 / the width of the whole vocabulary. Of a row, where terms ask for it (kOfRow): the
+// teacher's probability that is kept, and what is left of it over what is left of the student's.
 template <class V>
 struct Settings {
-  V mixing, per_vocabulary;
+  V mixing, per_vocabulary, kept{}, rest{};
 };
 
 // What a divergence has unless it says otherwise.
@@ -44,6 +52,8 @@ struct TermsBase {
   static constexpr bool kSecondLook = false;
   static constexpr bool kLogRatio = false;    // u asks for d
   static constexpr bool kDifference = false;  // of logits, without a softmax: d = (z_s - z_t) * k, and a = sum d^2
+  static constexpr bool kTopk = false;        // the teacher is known in some columns, and -inf elsewhere
+  static constexpr bool kOfRow = false;       // u asks for the row's `kept` and `rest`
 };
 
 namespace terms {
@@ -215,6 +225,62 @@ struct TotalVariation : SecondLook {
   KDFAST_HD_MEMBER static V value(V p_s, V p_t, V, const Settings<V>&) {
     const V difference = p_s - p_t;
     return Real(0.5) * (difference > V{} ? difference : -difference);
+  }
+};
+
+// KL of a teacher that is known in its top-k columns K: there its logits are T * log-probability, elsewhere -inf, and
+// what they sum to is the probability q that is kept. As if it were all: KL(t / q || s).
+template <class Math>
+struct TopkRenormalize : KlDiv<Math> {
+  static constexpr bool kTopk = true;
+};
+
+// sum over K of t (log t - log s): q * KL(t / q || s) + q log q.
+template <class Math>
+struct TopkDrop : TopkRenormalize<Math> {
+  using V = typename Math::V;
+  using Real = typename Math::Real;
+  static constexpr bool kOfRow = true;
+  KDFAST_HD_MEMBER static V kept(const RowState<V>& r, V k) { return r.sum_t * Math::exp2(r.max_t * k); }
+  KDFAST_HD_MEMBER static V rest(const RowState<V>&, V) { return V{}; }
+  KDFAST_HD_MEMBER static V loss(const RowState<V>& r, V k, const Settings<V>& with) {
+    const V q = kept(r, k);
+    return q * (KlDiv<Math>::loss(r, k, with) + Real(kLn2) * Math::log2(q));
+  }
+  KDFAST_HD_MEMBER static V pull(const RowState<V>& r, V k, const Settings<V>&) { return -kept(r, k); }
+  KDFAST_HD_MEMBER static V u(V, V p_t, V, const Settings<V>& with) { return -with.kept * p_t; }
+};
+
+// The same with all other columns as one: + (1 - q) (log(1 - q) - log of what s has there). b sums the student's powers
+// there: 1 less the others would lose it to rounding.
+template <class Math>
+struct TopkBucket : TopkDrop<Math> {
+  using V = typename Math::V;
+  using Real = typename Math::Real;
+  static constexpr bool kOfStudent = true;
+  template <class X>
+  KDFAST_HD_MEMBER static X of_student(X, X y) {
+    const X zero{}, one = zero + 1;
+    return y == zero - __builtin_inff() ? one : zero;
+  }
+  // Nothing where the student has no such column: there rounding has left it.
+  KDFAST_HD_MEMBER static V missing(const RowState<V>& r, V k) {
+    const V zero{}, q = Real(1) - TopkDrop<Math>::kept(r, k);
+    return q < zero || r.b == zero ? zero : q;
+  }
+  KDFAST_HD_MEMBER static V rest(const RowState<V>& r, V k) {
+    const V q = missing(r, k);
+    return q == V{} ? q : q * (r.sum_s / r.b);
+  }
+  KDFAST_HD_MEMBER static V loss(const RowState<V>& r, V k, const Settings<V>& with) {
+    const V q = missing(r, k), of_kept = TopkDrop<Math>::loss(r, k, with);
+    return q == V{} ? of_kept : of_kept + Real(kLn2) * q * Math::log2(rest(r, k));
+  }
+  KDFAST_HD_MEMBER static V pull(const RowState<V>& r, V k, const Settings<V>&) {
+    return -(TopkDrop<Math>::kept(r, k) + missing(r, k));
+  }
+  KDFAST_HD_MEMBER static V u(V p_s, V p_t, V, const Settings<V>& with) {
+    return p_t == V{} ? -with.rest * p_s : -with.kept * p_t;
   }
 };
 

@@ -70,9 +70,12 @@ KDFAST_LOCAL double* gradient_place(Element, void* gradient, int64_t begin, doub
   return (double*)gradient + begin;
 }
 KDFAST_LOCAL void write(Element type, const float* g, int64_t n, void* gradient, int64_t begin) {
+  if (type == Element::f32 && g != (float*)gradient + begin) memcpy((float*)gradient + begin, g, n * sizeof(float));
   if (type == Element::bf16) narrow_all(g, n, (BFloat16*)gradient + begin);
   if (type == Element::f16) narrow_all(g, n, (Float16*)gradient + begin);
 }
-KDFAST_LOCAL void write(Element, const double*, int64_t, void*, int64_t) {}
+KDFAST_LOCAL void write(Element, const double* g, int64_t n, void* gradient, int64_t begin) {
+  if (g != (double*)gradient + begin) memcpy((double*)gradient + begin, g, n * sizeof(double));
+}
 
 }  // namespace kdfast::KDFAST_VARIANT

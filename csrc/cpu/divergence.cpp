@@ -50,13 +50,14 @@ class Driver {
   }
 
  private:
-  int64_t gather(int64_t begin, int64_t end, DivergenceRow* batch, int64_t* index) const {
+  // `entries`: room for the teacher's columns of all rows.
+  int64_t gather(int64_t begin, int64_t end, DivergenceRow* batch, int64_t* index, TopkEntry* entries) const {
     int64_t n = 0;
     for (int64_t row = begin; row < end; ++row) {
       const bool counted = rows_.counted(row);
       rows_.clear_gradient(row, counted ? shape_.columns : 0);
       if (!counted) continue;
-      rows_.describe(row, batch[n]);
+      rows_.describe(row, batch[n], entries + n * rows_.entries());
       index[n] = row;
       start_(row, batch[n++]);
     }
@@ -66,9 +67,11 @@ class Driver {
   // One row's, for one thread. Null where no gradient follows. Rows shared among threads do without: theirs
   // would all be needed at once, more memory than the gradient.
   std::unique_ptr<char[]> room_for_powers() const {
-    const bool wanted = looks_ && rows_.wants_gradient() && shape_.columns > kNarrow;
+    const bool wanted = looks_ && rows_.wants_gradient() && !in_lanes();
     return std::unique_ptr<char[]>(wanted ? new char[powers_bytes(shape_)] : nullptr);
   }
+
+  bool in_lanes() const { return kernels_.narrow && shape_.columns <= kNarrow; }
 
   RowLoss finish_all(const DivergenceRow* batch, const int64_t* index, int64_t n) const {
     RowLoss sum;
@@ -79,10 +82,13 @@ class Driver {
   RowLoss chunk(int64_t begin, int64_t end, char* powers) const {
     DivergenceRow batch[kChunkRows];
     int64_t index[kChunkRows];
-    const int64_t n = gather(begin, end, batch, index);
-    if (shape_.columns <= kNarrow) {
+    std::vector<TopkEntry> entries((end - begin) * rows_.entries());
+    const int64_t n = gather(begin, end, batch, index, entries.data());
+    if (in_lanes()) {
+      double labels[kChunkRows];  // the gradient may take the logits' place
+      for (int64_t i = 0; looks_ && i < n; ++i) labels[i] = rows_.label_logit(batch[i]);
       kernels_.narrow(shape_, batch, n, known_);
-      for (int64_t i = 0; looks_ && i < n; ++i) rows_.look_at_label(batch[i]);
+      for (int64_t i = 0; looks_ && i < n; ++i) batch[i].state.label = labels[i];
     } else {
       for (int64_t i = 0; i < n; ++i) wide_row(batch[i], powers);
     }
@@ -93,7 +99,7 @@ class Driver {
     const int64_t columns = shape_.columns;
     row.powers = powers;
     if (looks_) kernels_.look(shape_, row, 0, columns);
-    if (looks_) rows_.look_at_label(row);
+    if (looks_) row.state.label = rows_.label_logit(row);
     if (looks_again_) kernels_.look_again(shape_, row, 0, columns);
     kernels_.finish(shape_, row);
     if (row.gradient) kernels_.gradient(shape_, row, 0, columns);
@@ -103,7 +109,8 @@ class Driver {
   RowLoss few_wide_rows() const {
     std::vector<DivergenceRow> batch(rows_.count);
     std::vector<int64_t> index(rows_.count);
-    const int64_t n = gather(0, rows_.count, batch.data(), index.data());
+    std::vector<TopkEntry> entries(rows_.count * rows_.entries());
+    const int64_t n = gather(0, rows_.count, batch.data(), index.data(), entries.data());
     const int64_t pieces = (shape_.columns + kSegment - 1) / kSegment;
     std::vector<DivergenceRow> seen(n * pieces);
     auto for_pieces = [&](auto work) {
@@ -125,7 +132,7 @@ class Driver {
       look_in_pieces(kernels_.look, [&](DivergenceRow& row, const DivergenceRow& piece, bool first) {
         first ? void(row.state = piece.state) : kernels_.merge(row, piece);
       });
-      for (int64_t i = 0; i < n; ++i) rows_.look_at_label(batch[i]);
+      for (int64_t i = 0; i < n; ++i) batch[i].state.label = rows_.label_logit(batch[i]);
     }
     if (looks_again_) {
       look_in_pieces(kernels_.look_again, [](DivergenceRow& row, const DivergenceRow& piece, bool first) {
@@ -160,17 +167,20 @@ RowState<double> read_state(const Reals& from, int64_t row) {
   return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)};
 }
 
+// `into`: where the gradient goes, if not into memory of its own.
 std::tuple<Tensor, Tensor, Tensor> forward(const DivergenceCall& call, const std::optional<Tensor>& given, Known known,
-                                           Save save) {
+                                           Save save, const Tensor* into = nullptr) {
   call.check();
   call.check_given(given, known);
+  if (into) call.check_gradient(*into);
   const ScalarType real = call.loss_type();
   const Tensor& like = call.student;
   const bool per_row = call.per_row();
   Tensor loss = zeros(like, call.loss_sizes(), real), components = zeros(like, call.component_sizes(), real);
-  Tensor saved = save == Save::gradient ? empty_gradient(like)
-                 : save == Save::state  ? zeros(like, call.leading_sizes_and(kRowStateSize), real)
-                                        : zeros(like, {0}, real);
+  Tensor saved = into                     ? *into
+                 : save == Save::gradient ? empty_gradient(like)
+                 : save == Save::state    ? zeros(like, call.leading_sizes_and(kRowStateSize), real)
+                                          : zeros(like, {0}, real);
   const Rows rows(call, save == Save::gradient ? &saved : nullptr, 1.0, save == Save::state);
   if (call.vocabulary == 0) {  // of a shard without columns the rest still has a loss
     for (int64_t row = 0; row < rows.count; ++row) rows.clear_gradient(row, 0);
@@ -225,27 +235,45 @@ Tensor backward(const DivergenceCall& call, const Tensor& grad_loss, const Tenso
 using MaybeTensor = std::optional<Tensor>;
 
 std::tuple<Tensor, Tensor, Tensor> divergence_cpu(
-    Tensor student, Tensor teacher, MaybeTensor labels, MaybeTensor row_temperature, MaybeTensor mask,
-    MaybeTensor weight, MaybeTensor num_items, int64_t kind, double mixing, double temperature, int64_t columns,
-    int64_t vocabulary, int64_t vocab_start, int64_t reduction, double scale, bool distillation, double alpha,
-    double smoothing, int64_t ignore_index, MaybeTensor state, int64_t known, int64_t save) {
-  return forward({student, teacher, labels, row_temperature, mask, weight, num_items, kind, mixing, temperature,
-                  columns, vocabulary, vocab_start, reduction, scale, distillation, alpha, smoothing, ignore_index},
+    Tensor student, Tensor teacher, MaybeTensor indices, MaybeTensor labels, MaybeTensor row_temperature,
+    MaybeTensor mask, MaybeTensor weight, MaybeTensor num_items, int64_t kind, double mixing, double temperature,
+    int64_t columns, int64_t vocabulary, int64_t vocab_start, int64_t reduction, double scale, bool distillation,
+    double alpha, double smoothing, int64_t ignore_index, MaybeTensor state, int64_t known, int64_t save) {
+  return forward({student,   teacher, indices,      labels,      row_temperature, mask,        weight,
+                  num_items, kind,    mixing,       temperature, columns,         vocabulary,  vocab_start,
+                  reduction, scale,   distillation, alpha,       smoothing,       ignore_index},
                  state, Known(known), Save(save));
 }
 
-Tensor divergence_backward_cpu(Tensor grad_loss, Tensor state, Tensor student, Tensor teacher, MaybeTensor labels,
-                               MaybeTensor row_temperature, MaybeTensor mask, MaybeTensor weight, MaybeTensor num_items,
-                               int64_t kind, double mixing, double temperature, int64_t columns, int64_t vocabulary,
-                               int64_t vocab_start, int64_t reduction, double scale, bool distillation, double alpha,
-                               double smoothing, int64_t ignore_index) {
-  return backward({student, teacher, labels, row_temperature, mask, weight, num_items, kind, mixing, temperature,
-                   columns, vocabulary, vocab_start, reduction, scale, distillation, alpha, smoothing, ignore_index},
+std::tuple<Tensor, Tensor> divergence_into_cpu(Tensor gradient, Tensor student, Tensor teacher, MaybeTensor indices,
+                                               MaybeTensor labels, MaybeTensor row_temperature, MaybeTensor mask,
+                                               MaybeTensor weight, MaybeTensor num_items, int64_t kind, double mixing,
+                                               double temperature, int64_t columns, int64_t vocabulary,
+                                               int64_t vocab_start, int64_t reduction, double scale, bool distillation,
+                                               double alpha, double smoothing, int64_t ignore_index, MaybeTensor state,
+                                               int64_t known) {
+  const auto [loss, components, saved] =
+      forward({student,   teacher, indices,      labels,      row_temperature, mask,        weight,
+               num_items, kind,    mixing,       temperature, columns,         vocabulary,  vocab_start,
+               reduction, scale,   distillation, alpha,       smoothing,       ignore_index},
+              state, Known(known), Save::gradient, &gradient);
+  return {loss, components};
+}
+
+Tensor divergence_backward_cpu(Tensor grad_loss, Tensor state, Tensor student, Tensor teacher, MaybeTensor indices,
+                               MaybeTensor labels, MaybeTensor row_temperature, MaybeTensor mask, MaybeTensor weight,
+                               MaybeTensor num_items, int64_t kind, double mixing, double temperature, int64_t columns,
+                               int64_t vocabulary, int64_t vocab_start, int64_t reduction, double scale,
+                               bool distillation, double alpha, double smoothing, int64_t ignore_index) {
+  return backward({student,   teacher, indices,      labels,      row_temperature, mask,        weight,
+                   num_items, kind,    mixing,       temperature, columns,         vocabulary,  vocab_start,
+                   reduction, scale,   distillation, alpha,       smoothing,       ignore_index},
                   grad_loss, state);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("divergence", TORCH_BOX(&divergence_cpu));
+  m.impl("divergence_into", TORCH_BOX(&divergence_into_cpu));
   m.impl("divergence_backward", TORCH_BOX(&divergence_backward_cpu));
 }
 

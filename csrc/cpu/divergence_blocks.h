@@ -29,6 +29,7 @@ struct Block {
   const Real *s, *t;            // logits
   Real *es, *et;                // their powers, in whole vectors
   Real max_s, max_t;            // that the powers are relative to
+  bool teacher;                 // has a column here; else t is not there
   const char *next_s, *next_t;  // the logits of the next block, in memory
 };
 
@@ -58,13 +59,31 @@ KDFAST_LOCAL const Real* only(const bool* counted, const Real* from, int64_t n, 
   return to;
 }
 
+// The teacher's columns of a block among -inf; null: none.
+template <class Real>
+KDFAST_LOCAL const Real* scatter(const DivergenceRow& row, int64_t begin, int64_t n, Real* to) {
+  int64_t first = 0, last = row.entry_count;
+  while (first < last) {  // the first that is not before the block
+    const int64_t middle = (first + last) / 2;
+    row.entries[middle].column < begin ? first = middle + 1 : last = middle;
+  }
+  if (first == row.entry_count || row.entries[first].column >= begin + n) return nullptr;
+  const Vector<Real> none = broadcast(Real(-__builtin_inff()));
+  for_vectors<Real>(n, [&](int64_t i, int count, int) { store(to + i, none, count); });
+  for (int64_t e = first; e < row.entry_count && row.entries[e].column < begin + n; ++e) {
+    to[row.entries[e].column - begin] = Real(row.entries[e].log_probability * (kLog2e / row.k));
+  }
+  return to;
+}
+
 template <class Real>
 Block<Real> read_block(const DivergenceShape& shape, const DivergenceRow& row, int64_t begin, int64_t n,
                        Workspace<Real>& work) {
   const int64_t next = begin + kBlock;
   BlockPowers<Real>* powers = powers_at<Real>(row, begin);
   const Real* s = read(shape.student, row.student, shape.student_stride, begin, n, work.s);
-  const Real* t = read(shape.teacher, row.teacher, shape.teacher_stride, begin, n, work.t);
+  const Real* t = shape.topk ? scatter(row, begin, n, work.t)
+                             : read(shape.teacher, row.teacher, shape.teacher_stride, begin, n, work.t);
   return {n,
           row.counted ? only(row.counted + begin, s, n, work.s) : s,
           row.counted ? only(row.counted + begin, t, n, work.t) : t,
@@ -72,6 +91,7 @@ Block<Real> read_block(const DivergenceShape& shape, const DivergenceRow& row, i
           powers ? powers->t : work.et,
           powers ? powers->maxima[0] : Real(row.state.max_s),
           powers ? powers->maxima[1] : Real(row.state.max_t),
+          t != nullptr,
           (const char*)row.student + next * shape.student_stride * size_of(shape.student),
           (const char*)row.teacher + next * shape.teacher_stride * size_of(shape.teacher)};
 }

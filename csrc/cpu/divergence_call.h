@@ -3,6 +3,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <utility>
 
@@ -24,6 +26,7 @@ struct RowLoss {
 
 class Rows {
  public:
+  // `gradient`: null where none is wanted.
   Rows(const DivergenceCall& call, const Tensor* gradient, double upstream, bool keeps_state)
       : kernels(cpu_variant().kernels->divergence[call.kind]),
         count(call.rows()),
@@ -31,6 +34,8 @@ class Rows {
         student_(memory_of(call, call.student, "student_logits")),
         teacher_(memory_of(call, call.teacher, "teacher_logits")),
         gradient_(gradient ? (char*)gradient->mutable_data_ptr() : nullptr),
+        gradient_size_(gradient ? int64_t(gradient->element_size()) : 0),
+        indices_(call.row_input(call.indices, "teacher_topk_indices")),
         mask_(call.row_input(call.mask, "mask")),
         weight_(call.row_input(call.weight, "weight")),
         temperature_(call.row_input(call.row_temperature, "temperature")),
@@ -40,11 +45,13 @@ class Rows {
     const int64_t last = call.leading();
     shape = {element_of(call.student.scalar_type()),
              element_of(call.teacher.scalar_type()),
+             element_of((gradient ? *gradient : call.student).scalar_type()),
              call.columns,
              call.student.size(last),
              call.student.stride(last),
              call.teacher.stride(last),
              {call.mixing, 1 / double(call.vocabulary)},
+             call.is_topk(),
              call.labels.has_value(),
              keeps_state,
              call.smoothing};
@@ -56,7 +63,10 @@ class Rows {
   bool wants_gradient() const { return gradient_ != nullptr; }
   bool counted(int64_t row) const { return !mask_.data || ((const bool*)mask_.data)[mask_.offsets(row)]; }
 
-  void describe(int64_t row, DivergenceRow& r) const {
+  // Columns of the teacher that `describe` needs room for, per row.
+  int64_t entries() const { return indices_.data ? call_.indices->size(call_.leading()) : 0; }
+
+  void describe(int64_t row, DivergenceRow& r, TopkEntry* room) const {
     const double weight = weight_.data ? value(weight_, row) : 1;
     const double temperature = temperature_.data ? value(temperature_, row) : call_.temperature;
     const double per_temperature = temperature_.data ? 1 / temperature : per_temperature_;
@@ -67,6 +77,7 @@ class Rows {
     r.k = kLog2e * per_temperature;
     r.coefficient = factor_ * weight * (call_.distillation ? temperature * temperature : 1);
     r.factor = alpha_ * r.coefficient * per_temperature;
+    if (indices_.data) find_entries(row, r, room);
     if (!shape.labels) return;
     const bool labelled = label(row) != call_.ignore_index;
     r.label = labelled ? label(row) - call_.vocab_start : -1;
@@ -79,11 +90,10 @@ class Rows {
     r.hard_factor *= upstream;
   }
 
-  // The first look's share of the label's logit.
-  void look_at_label(DivergenceRow& r) const {
-    if (!shape.labels) return;
-    const bool here = r.label >= 0 && r.label < shape.columns;
-    r.state.label = here ? student_.at(r.student, r.label * shape.student_stride) : 0;
+  // Where it is among these columns; else 0.
+  double label_logit(const DivergenceRow& r) const {
+    const bool here = shape.labels && r.label >= 0 && r.label < shape.columns;
+    return here ? student_.at(r.student, r.label * shape.student_stride) : 0;
   }
 
   RowLoss loss(const DivergenceRow& r) const {
@@ -100,7 +110,7 @@ class Rows {
   // Of a masked row everything, of others the padding beyond vocab_size.
   void clear_gradient(int64_t row, int64_t from) const {
     if (!gradient_ || from == shape.gradient_columns) return;
-    std::memset(gradient_row(row) + from * student_.size, 0, (shape.gradient_columns - from) * student_.size);
+    std::memset(gradient_row(row) + from * gradient_size_, 0, (shape.gradient_columns - from) * gradient_size_);
   }
 
   DivergenceShape shape;
@@ -128,8 +138,29 @@ class Rows {
   }
 
   char* gradient_row(int64_t row) const {
-    return gradient_ ? gradient_ + row * shape.gradient_columns * student_.size : nullptr;
+    return gradient_ ? gradient_ + row * shape.gradient_columns * gradient_size_ : nullptr;
   }
+
+  // The teacher's columns of these logits. Log-probabilities of -inf are no columns; a column that comes twice makes
+  // the row NaN; probabilities below 1e-17 change no result, but would vanish among the absent where they underflow.
+  void find_entries(int64_t row, DivergenceRow& r, TopkEntry* room) const {
+    const int64_t* indices = (const int64_t*)indices_.data + indices_.offsets(row);
+    const int64_t stride = call_.indices->stride(call_.leading());
+    int64_t n = 0;
+    for (int64_t e = 0; e < entries(); ++e) {
+      const double log_probability = teacher_.at(r.teacher, e * shape.teacher_stride);
+      const int64_t column = indices[e * stride] - call_.vocab_start;
+      if (log_probability == -INFINITY || column < 0 || column >= shape.columns) continue;
+      room[n++] = {column, log_probability < -40 ? -40 : log_probability};
+    }
+    std::sort(room, room + n, [](const TopkEntry& a, const TopkEntry& b) { return a.column < b.column; });
+    for (int64_t e = 1; e < n; ++e) {
+      if (room[e].column == room[e - 1].column) room[e].log_probability = NAN;
+    }
+    r.entries = room;
+    r.entry_count = n;
+  }
+
   double value(const RowInput& input, int64_t row) const {
     const int64_t at = input.offsets(row);
     return call_.is_double() ? ((const double*)input.data)[at] : ((const float*)input.data)[at];
@@ -158,14 +189,15 @@ class Rows {
     if (call_.reduces_to(Reduction::sum) || call_.per_row()) return {1, 1};
     if (call_.reduces_to(Reduction::batchmean)) return {call_.student.size(0), call_.student.size(0)};
     if (!call_.num_items) return {rows, labelled};
-    const double items = Reals(*call_.num_items, call_.is_double()).get(0);
-    return {items, items};
+    const Reals items(*call_.num_items, call_.is_double());
+    return {items.get(0), items.get(call_.num_items->numel() - 1)};
   }
 
   const DivergenceCall& call_;
   Memory student_, teacher_;
   char* gradient_;
-  RowInput mask_, weight_, temperature_, labels_;
+  int64_t gradient_size_;
+  RowInput indices_, mask_, weight_, temperature_, labels_;
   double alpha_, per_temperature_, factor_, hard_factor_;
 };
 

@@ -195,7 +195,7 @@ class NarrowRows {
       }
     });
     if (shape_.labels) add_labels();
-    write_lanes(g_, shape_.student, rows_, count_, columns_);
+    write_lanes(g_, shape_.gradient, rows_, count_, columns_);
   }
   void add_labels() {
     const V hard = across<Real>(rows_, count_, [](const DivergenceRow& r) { return r.hard_factor; });

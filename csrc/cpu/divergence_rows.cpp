@@ -14,21 +14,26 @@
 namespace kdfast::KDFAST_VARIANT {
 namespace {
 
-template <class Real>
+template <bool x>
+struct Constant {
+  static constexpr bool value = x;
+};
+
+template <bool kTeacher, class Real>
 void find_maxima(Block<Real>& block) {
   using V = Vector<Real>;
   V s[2] = {broadcast(Real(-__builtin_inff())), broadcast(Real(-__builtin_inff()))}, t[2] = {s[0], s[0]};
   for_vectors<Real>(block.n, [&](int64_t i, int count, int u) __attribute__((always_inline)) {
     s[u] = maximum(s[u], load(block.s + i, count));
-    t[u] = maximum(t[u], load(block.t + i, count));
+    if constexpr (kTeacher) t[u] = maximum(t[u], load(block.t + i, count));
   });
   block.max_s = maximum(Real(kNoMaximum), top(maximum(s[0], s[1])));
   block.max_t = maximum(Real(kNoMaximum), top(maximum(t[0], t[1])));
 }
 
 // The powers of a block and their sums, and the sums a and b of divergences that make them in the first look. A power
-// of 0 counts nothing, whatever the other side holds.
-template <class T, class Real>
+// of 0 counts nothing, whatever the other side holds. A teacher without a column in the block is not looked at.
+template <class T, bool kTeacher, class Real>
 RowState<double> look_at_block(const Block<Real>& block, Real k, int bytes_s, int bytes_t) {
   using V = Vector<Real>;
   const Scale<Real> scale(broadcast(k));
@@ -37,13 +42,13 @@ RowState<double> look_at_block(const Block<Real>& block, Real k, int bytes_s, in
     // The next block comes from memory while this one keeps the arithmetic busy.
     __builtin_prefetch(block.next_s + i * bytes_s);
     __builtin_prefetch(block.next_t + i * bytes_t);
-    const V z_s = load(block.s + i, count), z_t = load(block.t + i, count);
+    const V z_s = load(block.s + i, count), z_t = kTeacher ? load(block.t + i, count) : V{} - Real(__builtin_inff());
     if constexpr (T::kDifference) {
       const V d = z_s == z_t ? V{} : k * (z_s - z_t);
       a[u] += d * d;
       return;
     }
-    const V x = z_s - block.max_s, y = z_t - block.max_t, es = scale.power(x), et = scale.power(y);
+    const V x = z_s - block.max_s, y = z_t - block.max_t, es = scale.power(x), et = kTeacher ? scale.power(y) : V{};
     store(block.es + i, es);
     store(block.et + i, et);
     s[u] += es;
@@ -61,7 +66,7 @@ void make_powers(const Block<Real>& block, Real k) {
   const Scale<Real> scale(broadcast(k));
   for_vectors<Real>(block.n, [&](int64_t i, int count, int) __attribute__((always_inline)) {
     store(block.es + i, scale.power(load(block.s + i, count) - block.max_s));
-    store(block.et + i, scale.power(load(block.t + i, count) - block.max_t));
+    store(block.et + i, block.teacher ? scale.power(load(block.t + i, count) - block.max_t) : Vector<Real>{});
   });
 }
 
@@ -87,6 +92,16 @@ template <class Real>
 Settings<Vector<Real>> settings_of(const DivergenceShape& shape) {
   return {broadcast(Real(shape.settings.mixing)), broadcast(Real(shape.settings.per_vocabulary))};
 }
+template <template <class> class Terms, class Real>
+Settings<Vector<Real>> settings_of(const DivergenceShape& shape, const DivergenceRow& row) {
+  using T = Terms<Lanes<double>>;
+  Settings<Vector<Real>> with = settings_of<Real>(shape);
+  if constexpr (T::kOfRow) {
+    with.kept = broadcast(Real(T::kept(row.state, row.k)));
+    with.rest = broadcast(Real(T::rest(row.state, row.k)));
+  }
+  return with;
+}
 
 // Calls f(begin, columns) for the blocks of [begin, end).
 template <class F>
@@ -102,12 +117,20 @@ void look(const DivergenceShape& shape, DivergenceRow& row, int64_t begin, int64
   const int bytes_t = int(shape.teacher_stride * size_of(shape.teacher));
   for_blocks(begin, end, [&](int64_t at, int64_t n) {
     Block<Real> block = read_block(shape, row, at, n, work);
-    find_maxima(block);
+    auto look_at = [&](auto teacher) {
+      find_maxima<teacher.value>(block);
+      return look_at_block<T, teacher.value>(block, Real(row.k), bytes_s, bytes_t);
+    };
+    RowState<double> state;
+    if constexpr (T::kTopk) {
+      state = block.teacher ? look_at(Constant<true>()) : look_at(Constant<false>());
+    } else {
+      state = look_at(Constant<true>());
+    }
     if (BlockPowers<Real>* powers = powers_at<Real>(row, at)) {
       powers->maxima[0] = block.max_s;
       powers->maxima[1] = block.max_t;
     }
-    RowState<double> state = look_at_block<T>(block, Real(row.k), bytes_s, bytes_t);
     if (shape.labels) look_for_labels(block, row.k, !T::kDifference, shape.smoothing != 0, state);
     at == begin ? void(row.state = state) : merge<Terms<Lanes<double>>>(row.state, state, row.k);
   });
@@ -192,7 +215,7 @@ template <template <class> class Terms, class Real>
 void gradient(const DivergenceShape& shape, const DivergenceRow& row, int64_t begin, int64_t end) {
   using T = Terms<Lanes<Real>>;
   Workspace<Real> work;
-  const Settings<Vector<Real>> with = settings_of<Real>(shape);
+  const Settings<Vector<Real>> with = settings_of<Terms, Real>(shape, row);
   const double pull = Terms<Lanes<double>>::pull(row.state, row.k, shape.settings);
   const bool need_powers = !T::kDifference && !row.powers;
   const bool need_logits = need_powers || T::kDifference || (T::kLogRatio && !T::kSecondLook) || shape.labels;
@@ -202,10 +225,24 @@ void gradient(const DivergenceShape& shape, const DivergenceRow& row, int64_t be
     Block<Real> block = read_block(shape, row, at, need_logits ? n : 0, work);
     block.n = n;
     if (need_powers) make_powers(block, Real(row.k));
-    Real* g = gradient_place(shape.student, row.gradient, at, work.g);
+    // A gradient in the place of the logits must wait until the label has seen them.
+    const bool apart = shape.labels && row.gradient == row.student;
+    Real* g = apart ? work.g : gradient_place(shape.gradient, row.gradient, at, work.g);
     gradient_of_block<T>(row, block, with, pull, g);
     if (shape.labels) add_label_gradient(shape, row, block, !T::kDifference, at, g);
-    write(shape.student, g, n, row.gradient, at);
+    write(shape.gradient, g, n, row.gradient, at);
+  }
+}
+
+// Top-k columns are not in lanes.
+template <template <class> class Terms>
+constexpr auto narrow_of() -> void (*)(const DivergenceShape&, DivergenceRow*, int64_t, Known) {
+  if constexpr (Terms<Lanes<float>>::kTopk) {
+    return nullptr;
+  } else {
+    return [](const DivergenceShape& shape, DivergenceRow* rows, int64_t count, Known known) {
+      (shape.student == Element::f64 ? narrow<Terms, double> : narrow<Terms, float>)(shape, rows, count, known);
+    };
   }
 }
 
@@ -226,9 +263,7 @@ constexpr DivergenceKernels kernels_of() {
       [](const DivergenceShape& shape, const DivergenceRow& row, int64_t begin, int64_t end) {
         (shape.student == Element::f64 ? gradient<Terms, double> : gradient<Terms, float>)(shape, row, begin, end);
       },
-      [](const DivergenceShape& shape, DivergenceRow* rows, int64_t count, Known known) {
-        (shape.student == Element::f64 ? narrow<Terms, double> : narrow<Terms, float>)(shape, rows, count, known);
-      },
+      narrow_of<Terms>(),
   };
 }
 
@@ -242,6 +277,9 @@ extern const DivergenceKernels kDivergences[int(Divergence::count)] = {kernels_o
                                                                        kernels_of<TotalVariation>(),
                                                                        kernels_of<SoftCrossEntropy>(),
                                                                        kernels_of<LogitMse>(),
-                                                                       kernels_of<SymmetricKlDiv>()};
+                                                                       kernels_of<SymmetricKlDiv>(),
+                                                                       kernels_of<TopkBucket>(),
+                                                                       kernels_of<TopkRenormalize>(),
+                                                                       kernels_of<TopkDrop>()};
 
 }  // namespace kdfast::KDFAST_VARIANT

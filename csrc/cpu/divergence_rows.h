@@ -8,19 +8,28 @@ namespace kdfast {
 
 // What all rows of a call share. Strides are between neighbouring columns, in elements; gradient rows are contiguous.
 struct DivergenceShape {
-  Element student, teacher;
+  Element student, teacher, gradient;
   int64_t columns;           // that count (vocab_size)
   int64_t gradient_columns;  // that the student has: padding gets a zero gradient
   int64_t student_stride, teacher_stride;
-  Settings<double> settings;
-  bool labels;       // rows have a cross-entropy too
-  bool keeps_state;  // rows' states are asked for
-  double smoothing;  // of the labels
+  Settings<double> settings = {};
+  bool topk = false;         // rows have the teacher's columns instead of all
+  bool labels = false;       // rows have a cross-entropy too
+  bool keeps_state = false;  // rows' states are asked for
+  double smoothing = 0;      // of the labels
+};
+
+// A column that the teacher has.
+struct TopkEntry {
+  int64_t column;
+  double log_probability;
 };
 
 struct DivergenceRow {
   const void* student;
   const void* teacher;
+  const TopkEntry* entries = nullptr;  // by column
+  int64_t entry_count = 0;
   const bool* counted = nullptr;  // of the columns, others are as if -inf on both sides; null: all
   void* gradient;                 // null: not wanted
   double k;                       // log2(e) / temperature, of csrc/common/rowmath.h
@@ -54,7 +63,7 @@ struct DivergenceKernels {
   void (*finish)(const DivergenceShape&, DivergenceRow&);
   // Writes row.gradient[begin, end) from row.state, and from row.powers or the logits.
   void (*gradient)(const DivergenceShape&, const DivergenceRow&, int64_t begin, int64_t end);
-  // All of it for `count` rows of few columns, side by side in the lanes of a vector.
+  // All of it for `count` rows of few columns, side by side in the lanes of a vector. Null: not in lanes.
   void (*narrow)(const DivergenceShape&, DivergenceRow* rows, int64_t count, Known known);
 };
 // Rows of at most this many columns take `narrow`.

@@ -124,16 +124,13 @@ class LayerRows {
     const VariantKernels& kernels = *cpu_variant().kernels;
     if (call_.kind != int64_t(Distance::kl)) return kernels.layers->distance[call_.kind](shape, row);
     const DivergenceKernels& kl = kernels.divergence[int(Divergence::kl_div)];
-    const DivergenceShape logits{shape.student,
-                                 shape.teacher,
-                                 shape.columns,
-                                 shape.columns,
-                                 shape.student_stride,
-                                 shape.teacher_stride,
-                                 {},
-                                 false,
-                                 false,
-                                 0};
+    const DivergenceShape logits{.student = shape.student,
+                                 .teacher = shape.teacher,
+                                 .gradient = shape.student,
+                                 .columns = shape.columns,
+                                 .gradient_columns = shape.columns,
+                                 .student_stride = shape.student_stride,
+                                 .teacher_stride = shape.teacher_stride};
     DivergenceRow of{};
     of.student = row.student;
     of.teacher = row.teacher;

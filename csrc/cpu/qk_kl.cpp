@@ -88,7 +88,7 @@ class Kl {
   }
   static DivergenceShape logits(int64_t keys) {
     const Element type = sizeof(Real) == 8 ? Element::f64 : Element::f32;
-    return {type, type, keys, keys, 1, 1, {}, false, false, 0};
+    return {type, type, type, keys, keys, 1, 1};
   }
   // Row i of the tile of scores, as logits.
   DivergenceRow row(int64_t i, int64_t key) const {

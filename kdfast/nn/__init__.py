@@ -21,6 +21,7 @@ from kdfast.nn.layers import (
     QKAttentionMSELoss,
     QKRelationKLLoss,
 )
+from kdfast.nn.linear import LinearKDLoss, LinearTopkKDLoss, TopkKLDivLoss
 
 __all__ = [
     "AttentionKLLoss",
@@ -31,6 +32,8 @@ __all__ = [
     "JSDivLoss",
     "KDLoss",
     "KLDivLoss",
+    "LinearKDLoss",
+    "LinearTopkKDLoss",
     "LogitMSELoss",
     "QKAttentionMSELoss",
     "QKRelationKLLoss",
@@ -39,5 +42,6 @@ __all__ = [
     "SkewReverseKLDivLoss",
     "SoftCrossEntropyLoss",
     "SymmetricKLDivLoss",
+    "TopkKLDivLoss",
     "TotalVariationLoss",
 ]

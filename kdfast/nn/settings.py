@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdfast.ops import _checks
-from kdfast.ops._divergence import KINDS
+from kdfast.ops._divergence import KINDS, TAILS
 
 
 class Settings(nn.Module):
@@ -23,6 +23,8 @@ class Settings(nn.Module):
             _checks.check_temperature_number(name, settings.get("temperature", 1.0))
         if settings.get("divergence", KINDS[0]) not in KINDS:
             _checks.wrong_value(name, "divergence", f"one of {', '.join(KINDS)}", repr(settings["divergence"]))
+        if settings.get("tail", TAILS[0]) not in TAILS:
+            _checks.wrong_value(name, "tail", "'bucket', 'renormalize' or 'drop'", repr(settings["tail"]))
         for argument in ("beta", "skew", "alpha", "label_smoothing"):
             if argument in settings:
                 _checks.check_fraction(name, argument, settings[argument], below_one=argument == "skew")

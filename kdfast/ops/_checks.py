@@ -73,6 +73,33 @@ def check_fraction(op: str, argument: str, x: float, below_one: bool = False) ->
         wrong_value(op, argument, "a number from 0 to 1" + (", 1 excluded" if below_one else ""), x)
 
 
+def check_topk(op: str, student: Tensor, log_probabilities: Tensor, indices: Tensor, vocabulary: int) -> Tensor:
+    """The indices of a teacher's top-k. Values of CPU tensors are checked; a device would wait."""
+    values, at = "teacher_topk_logprobs", "teacher_topk_indices"
+    for argument, x in ((values, log_probabilities), (at, indices)):
+        if not isinstance(x, Tensor):
+            wrong_type(op, argument, "a tensor", kind(x))
+        if x.device != student.device:
+            wrong_value(op, argument, f"the student's device {student.device}", x.device)
+        if x.dim() != student.dim() or x.shape[:-1] != student.shape[:-1]:
+            expected = f"the student's leading dimensions {list(student.shape[:-1])} and k"
+            wrong_value(op, argument, expected, list(x.shape))
+    if log_probabilities.dtype not in FLOATS:
+        wrong_type(op, values, "float32, bfloat16, float16 or float64", log_probabilities.dtype)
+    if indices.dtype not in (torch.int64, torch.int32):
+        wrong_type(op, at, "int64 or int32", indices.dtype)
+    if indices.shape != log_probabilities.shape:
+        wrong_value(op, at, f"the log-probabilities' shape {list(log_probabilities.shape)}", list(indices.shape))
+    if student.device.type != "cpu" or torch.compiler.is_compiling() or not indices.numel():
+        return indices.long()
+    least, most = (int(x) for x in indices.aminmax())
+    if least < 0 or most >= vocabulary:
+        wrong_value(op, at, f"0 to {vocabulary - 1}", least if least < 0 else most)
+    if log_probabilities.max() > 1e-2:
+        wrong_value(op, values, "logarithms of probabilities, at most 0", f"a maximum of {log_probabilities.max()}")
+    return indices.long()
+
+
 def check_labels(
     op: str, labels: Tensor, mask: Tensor | None, logits: Tensor, vocabulary: int, ignore_index: int
 ) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ KINDS = (
     "logit_mse",
     "symmetric_kl_div",
 )
+TAILS = ("bucket", "renormalize", "drop")
+_ALL_KINDS = KINDS + tuple(f"topk_{tail}" for tail in TAILS)
 SECOND_LOOK = ("js_div", "skew_kl_div", "skew_reverse_kl_div", "total_variation")
 SAVE_NOTHING, SAVE_STATE, SAVE_GRADIENT = range(3)
 KNOWN_NOTHING, KNOWN_NORMALISERS, KNOWN_EVERYTHING = range(3)
@@ -56,6 +58,43 @@ class Labels:
     ignore_index: int
 
 
+class Call(NamedTuple):
+    """What the raw operator takes after student and teacher, in the order of csrc/library.cpp."""
+
+    indices: Tensor | None
+    labels: Tensor | None
+    row_temperature: Tensor | None
+    mask: Tensor | None
+    weight: Tensor | None
+    num_items: Tensor | None
+    kind: int
+    mixing: float
+    temperature: float
+    columns: int
+    vocabulary: int
+    vocab_start: int
+    reduction: int
+    scale: float
+    distillation: bool
+    alpha: float
+    smoothing: float
+    ignore_index: int
+
+    @property
+    def name(self) -> str:
+        return _ALL_KINDS[self.kind]
+
+    def rows(self, of: Callable[[Tensor], Tensor]) -> Call:
+        """With `of` of the values per row."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in _PER_ROW}
+        changed: dict[str, Any] = {name: of(x) for name, x in values.items() if x is not None}
+        return self._replace(**changed)
+
+
+_PER_ROW = Call._fields[:5]
+TENSORS = 6  # of a Call, its first
+
+
 def at_its_ends(kind: str, beta: float = 0.0, skew: float = 0.0) -> tuple[str, float]:
     """The divergence to compute and its beta or skew: at 0, and js_div at 1, the mixtures are other divergences."""
     if kind == "js_div":
@@ -79,49 +118,75 @@ def run(
     options: Options,
     mixing: float,
     labels: Labels | None,
+    indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Checks the arguments and calls the native operator: the loss, and the components of `kd_loss`."""
-    shard = _shards.shard_of(op, student, teacher, options.process_group, options.vocab_start, options.vocab_size)
-    student, teacher = shard.student, shard.teacher
+    """Checks the arguments and calls the native operator: the loss, and the components of `kd_loss`. With `indices`
+    the teacher is the log-probabilities of these columns."""
+    of_teacher = teacher if indices is None else student
+    shard = _shards.shard_of(op, student, of_teacher, options.process_group, options.vocab_start, options.vocab_size)
+    student, teacher = shard.student, shard.teacher if indices is None else teacher
+    if indices is not None:
+        indices = _checks.check_topk(op, student, teacher, indices, shard.vocabulary)
+    teacher = teacher.detach()
+    if torch.float64 in (student.dtype, teacher.dtype):
+        student, teacher = student.double(), teacher.double()
+    call = call_of(op, kind, student, shard, options, mixing, labels, indices)
+    if torch.is_grad_enabled() and student.requires_grad:
+        return _Divergence.apply(op, shard.group, student, teacher, *call)  # type: ignore[no-any-return]
+    loss, components, _ = forward(shard.group, student, teacher, call, SAVE_NOTHING)
+    return loss, components
+
+
+def call_of(
+    op: str,
+    kind: str,
+    student: Tensor,
+    shard: _shards.Shard,
+    options: Options,
+    mixing: float,
+    labels: Labels | None,
+    indices: Tensor | None,
+) -> Call:
+    """The checked arguments; of `student` only the leading dimensions, the dtype and the device matter."""
     reduction = _checks.check_reduction(op, options.reduction, student)
     temperature, row_temperature = _checks.check_temperature(op, options.temperature, student)
     scale, items = _checks.check_num_items(op, options.num_items, options.reduction, student)
     if options.num_items is not None and items is None:
         reduction = _checks.REDUCTIONS["sum"]  # 1/num_items is in the scale
-    teacher = teacher.detach()
-    if torch.float64 in (student.dtype, teacher.dtype):
-        student, teacher = student.double(), teacher.double()
     mask = _checks.check_rows(op, "mask", options.mask, student)
     weight = _checks.check_rows(op, "weight", options.weight, student)
     hard = None if labels is None or labels.labels is None else labels.labels
     if labels is not None and hard is not None:
         hard = _checks.check_labels(op, hard, mask, student, shard.vocabulary, labels.ignore_index)
-    args = (
-        *(hard, row_temperature, mask, weight, items),
-        *(KINDS.index(kind), mixing, temperature, shard.columns, shard.vocabulary, shard.start, reduction, scale),
+    return Call(
+        *(indices, hard, row_temperature, mask, weight, items, _ALL_KINDS.index(kind)),
+        *(mixing, temperature, shard.columns, shard.vocabulary, shard.start, reduction, scale),
         *((False, 1.0, 0.0, 0) if labels is None else (True, labels.alpha, labels.smoothing, labels.ignore_index)),
     )
-    if torch.is_grad_enabled() and student.requires_grad:
-        return _Divergence.apply(op, shard.group, student, teacher, *args)  # type: ignore[no-any-return]
-    loss, components, _ = forward(shard.group, student, teacher, args, SAVE_NOTHING)
-    return loss, components
 
 
 def forward(
-    group: ProcessGroup | None, student: Tensor, teacher: Tensor, args: tuple[Any, ...], save: int
+    group: ProcessGroup | None, student: Tensor, teacher: Tensor, call: Call, save: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, components and what is saved; over shards, by way of the rows' states."""
     native = torch.ops.kdfast.divergence
     if group is None:
-        return native(student, teacher, *args, None, KNOWN_NOTHING, save)  # type: ignore[no-any-return]
-    row_temperature, kind, temperature = args[1], KINDS[args[5]], args[7]
-    state = native(student, teacher, *args, None, KNOWN_NOTHING, SAVE_STATE)[2]
-    state = _shards.merged(state, kind, temperature if row_temperature is None else row_temperature, group)
-    if kind in SECOND_LOOK:
-        state = native(student, teacher, *args, state, KNOWN_NORMALISERS, SAVE_STATE)[2]
-        state = _shards.summed(state, group)
-    loss, components, saved = native(student, teacher, *args, state, KNOWN_EVERYTHING, save)
+        return native(student, teacher, *call, None, KNOWN_NOTHING, save)  # type: ignore[no-any-return]
+    state = state_of(group, student, teacher, call)
+    loss, components, saved = native(student, teacher, *call, state, KNOWN_EVERYTHING, save)
     return loss, components, state if save == SAVE_STATE else saved
+
+
+def state_of(group: ProcessGroup, student: Tensor, teacher: Tensor, call: Call) -> Tensor:
+    """The rows' states over all shards."""
+    native = torch.ops.kdfast.divergence
+    temperature = call.temperature if call.row_temperature is None else call.row_temperature
+    state = native(student, teacher, *call, None, KNOWN_NOTHING, SAVE_STATE)[2]
+    state = _shards.merged(state, call.name, temperature, group)
+    if call.name in SECOND_LOOK:
+        state = native(student, teacher, *call, state, KNOWN_NORMALISERS, SAVE_STATE)[2]
+        state = _shards.summed(state, group)
+    return state
 
 
 class _Divergence(torch.autograd.Function):
@@ -135,15 +200,16 @@ class _Divergence(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, op: str, group: Any, student: Tensor, teacher: Tensor, *args: Any
     ) -> tuple[Tensor, Tensor]:
-        per_row = args[11] == _checks.REDUCTIONS["none"]
+        call = Call(*args)
+        per_row = call.reduction == _checks.REDUCTIONS["none"]
         in_forward = not per_row and student.dtype != torch.float16
         save = SAVE_GRADIENT if in_forward else SAVE_STATE
-        loss, components, saved = forward(group, student, teacher, args, save)
-        ctx.op, ctx.numbers = op, args[5:]
+        loss, components, saved = forward(group, student, teacher, call, save)
+        ctx.op, ctx.numbers = op, args[TENSORS:]
         if in_forward:
             ctx.save_for_backward(saved)
         else:
-            ctx.save_for_backward(saved, student, teacher, *args[:5])
+            ctx.save_for_backward(saved, student, teacher, *args[:TENSORS])
         ctx.mark_non_differentiable(components)
         return loss, components
 
@@ -155,7 +221,7 @@ class _Divergence(torch.autograd.Function):
             (gradient,) = scaled(saved, grad_loss)
         else:
             gradient = torch.ops.kdfast.divergence_backward(grad_loss, *saved, *ctx.numbers)
-        return None, None, gradient, *(None,) * 18
+        return None, None, gradient, *(None,) * (1 + len(Call._fields))
 
 
 def refuse_double_backward(op: str) -> None:
@@ -182,13 +248,24 @@ def _(x: Tensor, factor: Tensor) -> None:
     return None
 
 
+def new_results(like: Tensor, leading: Sequence[int], call: Call) -> tuple[Tensor, Tensor]:
+    """Loss and components, not initialized."""
+    real = _checks.loss_dtype(like)
+    results = leading if call.reduction == _checks.REDUCTIONS["none"] else ()
+    components = (*results, 2) if call.distillation else (0,)
+    return like.new_empty(results, dtype=real), like.new_empty(components, dtype=real)
+
+
+@torch.library.register_fake("kdfast::divergence_into")
+def _(gradient: Tensor, student: Tensor, teacher: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return new_results(student, student.shape[:-1], Call(*args[: len(Call._fields)]))
+
+
 @torch.library.register_fake("kdfast::divergence")
 def _(student: Tensor, teacher: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     real, leading = _checks.loss_dtype(student), student.shape[:-1]
-    reduction, distillation, save = args[11], args[13], args[19]
-    results = leading if reduction == _checks.REDUCTIONS["none"] else ()
-    loss = student.new_empty(results, dtype=real)
-    components = student.new_empty((*results, 2) if distillation else (0,), dtype=real)
+    call, save = Call(*args[: len(Call._fields)]), args[-1]
+    loss, components = new_results(student, leading, call)
     if save == SAVE_GRADIENT:
         return loss, components, student.new_empty(student.shape)
     return loss, components, student.new_empty((*leading, STATE_SIZE) if save == SAVE_STATE else (0,), dtype=real)

@@ -25,7 +25,8 @@ LEAST = torch.finfo(torch.float32).min  # the maximum of no columns: csrc/common
 # How the sums a (of the teacher's powers) and b (of the student's) move with the shifts of the student's and the
 # teacher's maximum: of_teacher and of_student in csrc/common/divergence_terms.h.
 _OF_TEACHER = {"kl_div": (-1.0, 1.0), "soft_cross_entropy": (-1.0, 0.0), "symmetric_kl_div": (-1.0, 1.0)}
-_OF_STUDENT = {"reverse_kl_div": (1.0, -1.0), "symmetric_kl_div": (1.0, -1.0)}
+_OF_TEACHER |= {"topk_bucket": (-1.0, 1.0), "topk_renormalize": (-1.0, 1.0), "topk_drop": (-1.0, 1.0)}
+_OF_STUDENT = {"reverse_kl_div": (1.0, -1.0), "symmetric_kl_div": (1.0, -1.0), "topk_bucket": (0.0, 0.0)}
 
 
 class Shard(NamedTuple):

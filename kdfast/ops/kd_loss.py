@@ -106,16 +106,26 @@ def kd_loss(
     passes all labels, as indices into the whole vocabulary.
     """
     op = "kd_loss"
+    kind, mixing = soft_part(op, divergence, beta, skew)
+    hard = hard_part(op, labels, alpha, label_smoothing, ignore_index)
+    options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
+    loss, components = _divergence.run(op, kind, student_logits, teacher_logits, options, mixing, hard)
+    return KDLossComponents(loss, *components.unbind(-1)) if return_components else loss
+
+
+def soft_part(op: str, divergence: str, beta: float, skew: float) -> tuple[str, float]:
+    """The divergence to compute and its beta or skew."""
     if divergence not in KINDS:
         _checks.wrong_value(op, "divergence", f"one of {', '.join(KINDS)}", repr(divergence))
-    for argument, number in (("alpha", alpha), ("label_smoothing", label_smoothing), ("beta", beta)):
-        _checks.check_fraction(op, argument, number)
+    _checks.check_fraction(op, "beta", beta)
     _checks.check_fraction(op, "skew", skew, below_one=True)
+    return _divergence.at_its_ends(divergence, beta, skew)
+
+
+def hard_part(op: str, labels: Tensor | None, alpha: float, label_smoothing: float, ignore_index: int) -> Labels:
+    for argument, number in (("alpha", alpha), ("label_smoothing", label_smoothing)):
+        _checks.check_fraction(op, argument, number)
     _checks.check_int(op, "ignore_index", ignore_index)
     if labels is None and alpha != 1:
         _checks.wrong_value(op, "labels", "labels where alpha is not 1", f"None with alpha={alpha}")
-    kind, mixing = _divergence.at_its_ends(divergence, beta, skew)
-    options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
-    hard = Labels(labels, float(alpha), float(label_smoothing), ignore_index)
-    loss, components = _divergence.run(op, kind, student_logits, teacher_logits, options, mixing, hard)
-    return KDLossComponents(loss, *components.unbind(-1)) if return_components else loss
+    return Labels(labels, float(alpha), float(label_smoothing), ignore_index)

@@ -74,7 +74,7 @@ def divergence(
     skew: float = 0.1,
 ) -> Tensor:
     """Any of the divergences, by its name."""
-    s, t, temperature = _prepared(student_logits, teacher_logits, temperature, vocab_size)
+    s, t, temperature = prepared(student_logits, teacher_logits, temperature, vocab_size)
     rows = _rows(kind, s, t, temperature, beta, skew)
     return reduce_rows(rows, mask, weight, reduction, num_items)
 
@@ -93,22 +93,33 @@ def kd_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     *,
-    alpha: float = 0.5,
     temperature: float | Tensor = 2.0,
     divergence: str = "kl_div",
     beta: float = 0.5,
     skew: float = 0.1,
+    vocab_size: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """`kdfast.kd_loss`."""
+    s, t, temperature = prepared(student_logits, teacher_logits, temperature, vocab_size)
+    soft_rows = temperature.square() * _rows(divergence, s, t, temperature, beta, skew)
+    return with_labels(s, soft_rows, labels, **kwargs)
+
+
+def with_labels(
+    s: Tensor,
+    soft_rows: Tensor,
+    labels: Tensor | None,
+    *,
+    alpha: float = 0.5,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
-    vocab_size: int | None = None,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> Tensor:
-    """`kdfast.kd_loss`."""
-    s, t, temperature = _prepared(student_logits, teacher_logits, temperature, vocab_size)
-    soft_rows = temperature.square() * _rows(divergence, s, t, temperature, beta, skew)
+    """The soft part's rows, T² included, beside the cross-entropy."""
     soft = alpha * reduce_rows(soft_rows, mask, weight, reduction, num_items)
     if labels is None:
         return soft
@@ -125,7 +136,7 @@ def kd_loss(
     return soft + (1 - alpha) * reduce_rows(hard_rows, labelled, weight, reduction, num_items)
 
 
-def _prepared(s: Tensor, t: Tensor, temperature: float | Tensor, vocab_size: int | None) -> tuple[Tensor, ...]:
+def prepared(s: Tensor, t: Tensor, temperature: float | Tensor, vocab_size: int | None) -> tuple[Tensor, ...]:
     real = _checks.loss_dtype(s)
     temperature = torch.as_tensor(temperature, dtype=real, device=s.device)
     return s[..., :vocab_size].to(real), t[..., :vocab_size].detach().to(real), temperature

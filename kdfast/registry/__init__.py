@@ -2,8 +2,9 @@
 
 from kdfast.registry.divergences import DIVERGENCES
 from kdfast.registry.layers import LAYERS
+from kdfast.registry.linear import LINEAR
 from kdfast.registry.operator import Operator, Sample
 
 __all__ = ["OPERATORS", "Operator", "Sample"]
 
-OPERATORS: dict[str, Operator] = DIVERGENCES | LAYERS
+OPERATORS: dict[str, Operator] = DIVERGENCES | LAYERS | LINEAR

@@ -56,9 +56,8 @@ class Operator:
 
 def apply(function: Callable[..., Tensor], student: Side, teacher: Side, **kwargs: Any) -> Tensor:
     """Calls a function of student and teacher, or of what they consist of."""
-    if isinstance(student, tuple):
-        return function(*student, *teacher, **kwargs)
-    return function(student, teacher, **kwargs)
+    both = [side if isinstance(side, tuple) else (side,) for side in (student, teacher)]
+    return function(*both[0], *both[1], **kwargs)
 
 
 def tensors(side: Side) -> list[Tensor]:
@@ -67,3 +66,8 @@ def tensors(side: Side) -> list[Tensor]:
 
 def mapped(function: Callable[[Tensor], Tensor], side: Side) -> Side:
     return pytree.tree_map_only(Tensor, function, side)
+
+
+def cast(side: Side, dtype: torch.dtype) -> Side:
+    """Indices stay what they are."""
+    return mapped(lambda x: x.to(dtype) if x.is_floating_point() else x, side)

@@ -1,0 +1,166 @@
+"""The matrix products of a head hidden · weightᵀ: its logits in float32, and from their gradients those of its inputs.
+
+On the GPU products take 16-bit operands to float32. On the CPU they cannot: operands are widened, a weight a few
+columns of the vocabulary at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast.ops import _checks
+
+WIDENED = 16 << 20  # bytes of a weight that are widened at a time
+
+
+class Head(NamedTuple):
+    """hidden [N, H] · weight [V, H]ᵀ + bias [V], soft-capped: cap · tanh(z / cap); a cap of 0 is none."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float
+
+    def flat(self) -> Head:
+        return self._replace(hidden=self.hidden.reshape(-1, self.hidden.shape[-1]))
+
+    def detached(self) -> Head:
+        bias = None if self.bias is None else self.bias.detach()
+        return Head(self.hidden.detach(), self.weight.detach(), bias, self.softcap)
+
+    def double(self) -> Head:
+        bias = None if self.bias is None else self.bias.double()
+        return Head(self.hidden.double(), self.weight.double(), bias, self.softcap)
+
+    def first(self, columns: int) -> Head:
+        """Without padded columns of the vocabulary."""
+        bias = None if self.bias is None else self.bias[:columns]
+        return self._replace(weight=self.weight[:columns], bias=bias)
+
+    def logits(self, rows: slice, out: Tensor) -> None:
+        """Of some rows, into `out`, float32 (float64)."""
+        hidden = self.hidden[rows]
+        if hidden.dtype == out.dtype:
+            torch.mm(hidden, self.weight.t(), out=out)
+        elif out.device.type == "cuda":
+            torch.mm(hidden, self.weight.t(), out_dtype=out.dtype, out=out)
+        else:
+            hidden = hidden.to(out.dtype)
+            for columns, piece in widened(self.weight, out.dtype):
+                torch.mm(hidden, piece.t(), out=out[:, columns])
+        if self.bias is not None:
+            out += self.bias
+        if self.softcap:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def through_softcap(self, logits: Tensor, g: Tensor) -> None:
+        """Turns the gradients of soft-capped logits into those of the logits before it. `logits` are lost."""
+        g.mul_(logits.div_(self.softcap).square_().neg_().add_(1))
+
+
+def widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in pieces of `dtype`, each with its columns of the logits."""
+    each = weight.shape[0] if weight.dtype == dtype else _rows_at_a_time(weight.shape[1], dtype)
+    for begin in range(0, weight.shape[0], each):
+        columns = slice(begin, min(begin + each, weight.shape[0]))
+        yield columns, weight[columns].to(dtype)
+
+
+def _rows_at_a_time(width: int, dtype: torch.dtype) -> int:
+    return max(1, WIDENED // (width * dtype.itemsize))
+
+
+class Gradients:
+    """Of hidden states, weight and bias (where `wanted`), from the gradients of the logits, slab by slab.
+
+    In the student's dtype, but for float16 in float32: a gradient divided by the number of rows would underflow before
+    a GradScaler's factor can save it. Sums over several slabs are float32, and so are hidden states' gradients where
+    those of other shards are still to come.
+    """
+
+    def __init__(self, head: Head, padding: int, wanted: list[bool], slabs: int, sharded: bool) -> None:
+        self.head, self.wanted = head, wanted
+        of, exact = head.weight, torch.promote_types(head.weight.dtype, torch.float32)
+        columns = of.shape[0] + padding
+        self.dtype = exact if of.dtype == torch.float16 else of.dtype
+        self.hidden = of.new_empty(head.hidden.shape if wanted[0] else (0,), dtype=exact if sharded else self.dtype)
+        weight_shape = (columns, of.shape[1]) if wanted[1] else (0,)
+        self.weight = of.new_empty(weight_shape, dtype=exact if slabs > 1 else self.dtype)
+        self.weight[of.shape[0] if slabs else 0 :].zero_()
+        self.bias = of.new_zeros(columns if wanted[2] else 0, dtype=exact)
+
+    def add(self, rows: slice, g: Tensor) -> None:
+        """A slab's; `g`: of its logits."""
+        columns = self.head.weight.shape[0]
+        if self.wanted[0]:
+            self._add_hidden(self.hidden[rows], g)
+        if self.wanted[1]:
+            self._add_weight(self.weight[:columns], self.head.hidden[rows].to(g.dtype), g, first=rows.start == 0)
+        if self.wanted[2]:
+            self.bias[:columns] += g.sum(0, dtype=self.bias.dtype)
+
+    def _add_hidden(self, out: Tensor, g: Tensor) -> None:
+        weight = self.head.weight
+        if g.dtype == weight.dtype == out.dtype:
+            torch.mm(g, weight, out=out)
+        elif g.dtype == weight.dtype:
+            torch.mm(g, weight, out_dtype=out.dtype, out=out)
+        else:
+            total = g.new_zeros(out.shape)
+            for columns, piece in widened(weight, g.dtype):
+                total.addmm_(g[:, columns], piece)
+            out.copy_(total)
+
+    def _add_weight(self, out: Tensor, hidden: Tensor, g: Tensor, first: bool) -> None:
+        if g.dtype == out.dtype:
+            torch.addmm(out, g.t(), hidden, beta=0 if first else 1, out=out)
+        elif out.device.type == "cuda":
+            torch.addmm(out, g.t(), hidden, out_dtype=out.dtype, beta=0 if first else 1, out=out)
+        else:  # a single slab
+            each = _rows_at_a_time(out.shape[1], g.dtype)
+            for piece, columns in zip(out.split(each), g.split(each, 1), strict=True):
+                piece.copy_(columns.t() @ hidden)
+
+
+def checked(
+    op: str, side: str, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, softcap: float | None
+) -> Head:
+    """Checked; under autocast in its dtype."""
+    for argument, x, dims in (("hidden", hidden, 1), ("weight", weight, 2), ("bias", bias, 1)):
+        if argument == "bias" and x is None:
+            continue
+        argument = f"{side}_{argument}"
+        if not isinstance(x, Tensor):
+            _checks.wrong_type(op, argument, "a tensor", _checks.kind(x))
+        if x.dtype not in _checks.FLOATS:
+            _checks.wrong_type(op, argument, "float32, bfloat16, float16 or float64", x.dtype)
+        if x.dtype == torch.float64 and x.device.type != "cpu":
+            _checks.wrong_type(op, argument, "float32, bfloat16 or float16 (float64 only on the CPU)", x.dtype)
+        if x.dim() < dims or (x.dim() > dims and dims == 2):
+            _checks.wrong_value(op, argument, "[V, H]" if dims == 2 else "a dimension or more", list(x.shape))
+    assert hidden is not None
+    assert weight is not None
+    if weight.shape[1] != hidden.shape[-1]:
+        _checks.wrong_value(
+            op, f"{side}_weight", f"[V, {hidden.shape[-1]}], the hidden states' size", list(weight.shape)
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        _checks.wrong_value(op, f"{side}_bias", f"[{weight.shape[0]}]", list(bias.shape))
+    if softcap is not None and (isinstance(softcap, bool) or not isinstance(softcap, (int, float))):
+        _checks.wrong_type(op, f"{side}_softcap", "a number or None", _checks.kind(softcap))
+    if softcap is not None and not 0 < softcap < float("inf"):
+        _checks.wrong_value(op, f"{side}_softcap", "a finite number > 0, or None", softcap)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    for argument, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.dtype != hidden.dtype:
+            _checks.wrong_type(op, f"{side}_{argument}", f"the hidden states' dtype {hidden.dtype}", x.dtype)
+        if x is not None and x.device != hidden.device:
+            _checks.wrong_value(op, f"{side}_{argument}", f"the hidden states' device {hidden.device}", x.device)
+    return Head(hidden, weight, bias, 0.0 if softcap is None else float(softcap))

@@ -1,0 +1,317 @@
+"""Distillation over large vocabularies: from hidden states and output embeddings, logits only a chunk at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, overload
+
+import torch
+from torch import Tensor
+
+from kdfast.ops import _checks, _chunks, _divergence, _heads, _linear, _shards
+from kdfast.ops._divergence import Labels, Options
+from kdfast.ops._heads import Head
+from kdfast.ops.kd_loss import KDLossComponents, hard_part, soft_part
+from kdfast.ops.topk import check_tail
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = ...,
+    teacher_weight: Tensor | None = ...,
+    labels: Tensor | None = ...,
+    *,
+    student_bias: Tensor | None = ...,
+    teacher_bias: Tensor | None = ...,
+    teacher_logits: Tensor | None = ...,
+    student_softcap: float | None = ...,
+    teacher_softcap: float | None = ...,
+    memory_budget: int | str = ...,
+    alpha: float = ...,
+    temperature: float | Tensor = ...,
+    divergence: str = ...,
+    beta: float = ...,
+    skew: float = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    mask: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    vocab_size: int | None = ...,
+    reduction: str = ...,
+    num_items: float | Tensor | None = ...,
+    process_group: ProcessGroup | None = ...,
+    vocab_start: int | None = ...,
+    return_components: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = ...,
+    teacher_weight: Tensor | None = ...,
+    labels: Tensor | None = ...,
+    *,
+    student_bias: Tensor | None = ...,
+    teacher_bias: Tensor | None = ...,
+    teacher_logits: Tensor | None = ...,
+    student_softcap: float | None = ...,
+    teacher_softcap: float | None = ...,
+    memory_budget: int | str = ...,
+    alpha: float = ...,
+    temperature: float | Tensor = ...,
+    divergence: str = ...,
+    beta: float = ...,
+    skew: float = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    mask: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    vocab_size: int | None = ...,
+    reduction: str = ...,
+    num_items: float | Tensor | None = ...,
+    process_group: ProcessGroup | None = ...,
+    vocab_start: int | None = ...,
+    return_components: Literal[True],
+) -> KDLossComponents: ...
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    memory_budget: int | str = "auto",
+    alpha: float = 0.5,
+    temperature: float | Tensor = 2.0,
+    divergence: str = "kl_div",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    return_components: bool = False,
+) -> Tensor | KDLossComponents:
+    r"""`kd_loss` of logits that are never made: z = cap · tanh((hidden · weightᵀ + bias) / cap) on both sides.
+
+    alpha · Σ w·T²·D / N_D + (1 − alpha) · Σ w·CE / N_CE, as in `kd_loss`, whose defaults these are. **T² is included.**
+    The logits of N tokens over a vocabulary V are N·V float32 numbers per model, and as many again for their gradients;
+    here they exist for a few rows at a time, always in float32 (rounding them to 16 bits costs 3 to 22 % of the
+    gradient where student and teacher are close), and each is made once: four matrix products with the gradients, which
+    are made in the forward. Rows whose mask is off are dropped before the first one.
+
+    Args:
+        student_hidden: `[..., H]`, float32, bfloat16, float16, or float64 on the CPU. Nothing is shifted: for causal
+            models pass hidden[:, :-1] and labels[:, 1:].
+        student_weight: `[V, H]`, the output embeddings (`model.get_output_embeddings().weight`), of the hidden states'
+            dtype; under autocast both are cast. Tied embeddings get the sum of their gradients, as everywhere.
+        teacher_hidden, teacher_weight: `[..., Ht]`, `[V, Ht]`; their size and dtype may differ from the student's.
+        labels: `[...]`, int64, or None with alpha = 1.
+        student_bias, teacher_bias: `[V]`.
+        teacher_logits: `[..., V]`, instead of hidden states and weight (before no soft-cap: as they are).
+        student_softcap, teacher_softcap: cap of z (Gemma: `config.final_logit_softcapping`); None: none.
+        memory_budget: bytes for logits and their gradients, or `"auto"`: a tenth of the device's memory, and no more
+            than helps. Not in it are the gradients of hidden states, weight and bias, nor the float32 sum of a 16-bit
+            weight's gradient, which is there where the budget holds fewer rows than there are (at most 1,024 on
+            the CPU, 8,192 on the GPU). The results for all budgets are the same to a rounding of the output.
+        divergence, beta, skew, alpha, temperature, label_smoothing, ignore_index, return_components: as in `kd_loss`.
+        mask, weight, temperature, reduction, num_items: as in `kl_div`, over the leading dimensions `[...]`.
+        vocab_size: the first `vocab_size` rows of both weights count; the gradient of others is 0.
+        process_group, vocab_start: of a vocabulary that is split over ranks: weights, biases and teacher_logits are this
+            rank's rows, hidden states, labels and the like are whole on every rank. The gradient of the hidden states
+            is summed over the ranks here. Two small all-reduces per chunk (three for mixtures), one at the end.
+
+    Returns:
+        As `kd_loss`.
+
+    Raises:
+        TypeError: a wrong dtype or type. ValueError: a wrong shape, device, reduction or range, or a `memory_budget` that
+        does not hold a row. RuntimeError: a second derivative is asked for.
+    """
+    op = "linear_kd_loss"
+    kind, mixing = soft_part(op, divergence, beta, skew)
+    hard = hard_part(op, labels, alpha, label_smoothing, ignore_index)
+    options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
+    student = _heads.checked(op, "student", student_hidden, student_weight, student_bias, student_softcap)
+    teacher = None
+    if teacher_logits is None:
+        if teacher_hidden is None or teacher_weight is None:
+            _checks.wrong_value(op, "teacher_hidden", "teacher_hidden and teacher_weight, or teacher_logits", "neither")
+        teacher = _heads.checked(op, "teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)
+    elif any(x is not None for x in (teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)):
+        _checks.wrong_value(op, "teacher_logits", "no other argument of the teacher beside it", "some")
+    loss, components = _run(op, kind, student, teacher, teacher_logits, None, options, mixing, hard, memory_budget)
+    return KDLossComponents(loss, *components.unbind(-1)) if return_components else loss
+
+
+@overload
+def linear_topk_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_topk_logprobs: Tensor,
+    teacher_topk_indices: Tensor,
+    labels: Tensor | None = ...,
+    *,
+    student_bias: Tensor | None = ...,
+    student_softcap: float | None = ...,
+    tail: str = ...,
+    memory_budget: int | str = ...,
+    alpha: float = ...,
+    temperature: float | Tensor = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    mask: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    vocab_size: int | None = ...,
+    reduction: str = ...,
+    num_items: float | Tensor | None = ...,
+    process_group: ProcessGroup | None = ...,
+    vocab_start: int | None = ...,
+    return_components: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def linear_topk_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_topk_logprobs: Tensor,
+    teacher_topk_indices: Tensor,
+    labels: Tensor | None = ...,
+    *,
+    student_bias: Tensor | None = ...,
+    student_softcap: float | None = ...,
+    tail: str = ...,
+    memory_budget: int | str = ...,
+    alpha: float = ...,
+    temperature: float | Tensor = ...,
+    label_smoothing: float = ...,
+    ignore_index: int = ...,
+    mask: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    vocab_size: int | None = ...,
+    reduction: str = ...,
+    num_items: float | Tensor | None = ...,
+    process_group: ProcessGroup | None = ...,
+    vocab_start: int | None = ...,
+    return_components: Literal[True],
+) -> KDLossComponents: ...
+def linear_topk_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_topk_logprobs: Tensor,
+    teacher_topk_indices: Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    tail: str = "bucket",
+    memory_budget: int | str = "auto",
+    alpha: float = 0.5,
+    temperature: float | Tensor = 2.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    return_components: bool = False,
+) -> Tensor | KDLossComponents:
+    """`linear_kd_loss` with `topk_kl_div` as its divergence: the student's logits are never made, the teacher's are the
+    top-k that `kdfast.teacher_cache` has stored.
+
+    alpha · Σ w·T²·KL / N_D + (1 − alpha) · Σ w·CE / N_CE. **T² is included.** Mind the temperature, which is 2 by default
+    as in `kd_loss`: the log-probabilities must be of that temperature.
+
+    Arguments, results and errors as in these.
+    """
+    op = "linear_topk_kd_loss"
+    check_tail(op, tail)
+    hard = hard_part(op, labels, alpha, label_smoothing, ignore_index)
+    options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
+    student = _heads.checked(op, "student", student_hidden, student_weight, student_bias, student_softcap)
+    given, indices = teacher_topk_logprobs, teacher_topk_indices
+    loss, components = _run(op, f"topk_{tail}", student, None, given, indices, options, 0.0, hard, memory_budget)
+    return KDLossComponents(loss, *components.unbind(-1)) if return_components else loss
+
+
+def _run(
+    op: str,
+    kind: str,
+    student: Head,
+    teacher: Head | None,
+    given: Tensor | None,
+    indices: Tensor | None,
+    options: Options,
+    mixing: float,
+    labels: Labels,
+    memory_budget: int | str,
+) -> tuple[Tensor, Tensor]:
+    """The checked call over flat rows, and its results in the leading dimensions."""
+    leading, of_teacher = student.hidden.shape[:-1], teacher or student
+    _check_pair(op, student, of_teacher, options)
+    # What checks of logits ask for, without logits.
+    like, t = (
+        head.hidden.new_empty(()).expand(*head.hidden.shape[:-1], head.weight.shape[0])
+        for head in (student, of_teacher)
+    )
+    if given is not None and indices is None:
+        t = given
+    shard = _shards.shard_of(op, like, t, options.process_group, options.vocab_start, options.vocab_size)
+    if indices is not None and given is not None:
+        indices = _checks.check_topk(op, like, given, indices, shard.vocabulary)
+        given, indices = given.flatten(0, -2), indices.flatten(0, -2)
+    budget = _check_budget(op, memory_budget, like)
+    if torch.float64 in (like.dtype, t.dtype):
+        like, student = like.double(), student.double()
+        teacher, given = teacher and teacher.double(), None if given is None else given.double()
+    call = _divergence.call_of(op, kind, like, shard, options, mixing, labels, indices)
+    call = call.rows(lambda x: x if x is indices else x.flatten())
+    if options.reduction == "batchmean":
+        call = call._replace(reduction=_checks.REDUCTIONS["sum"], scale=call.scale / max(leading[0], 1))
+    if given is not None:
+        given = given.detach()
+    group = None if shard.group is None else shard.group.group_name
+    loss, components = _linear.run(op, student, teacher, given, group, budget, call)
+    if options.reduction == "none":
+        return loss.view(leading), components.view(*leading, 2)
+    return loss, components
+
+
+def _check_pair(op: str, student: Head, teacher: Head, options: Options) -> None:
+    leading, widths = student.hidden.shape[:-1], (student.weight.shape[0], teacher.weight.shape[0])
+    if teacher.hidden.shape[:-1] != leading:
+        expected = f"the student's leading dimensions {list(leading)}"
+        _checks.wrong_value(op, "teacher_hidden", expected, list(teacher.hidden.shape))
+    if teacher.hidden.device != student.hidden.device:
+        _checks.wrong_value(
+            op, "teacher_hidden", f"the student's device {student.hidden.device}", teacher.hidden.device
+        )
+    if widths[0] != widths[1] and options.vocab_size is None:
+        expected = f"the student's {widths[0]} rows (for padded vocabularies pass vocab_size=, the rows that count)"
+        _checks.wrong_value(op, "teacher_weight", expected, widths[1])
+
+
+def _check_budget(op: str, budget: int | str, like: Tensor) -> int:
+    if budget == "auto":
+        return _chunks.automatic(like.device)
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        _checks.wrong_type(op, "memory_budget", "a number of bytes or 'auto'", repr(budget))
+    if budget < 1:
+        _checks.wrong_value(op, "memory_budget", "1 or more", budget)
+    return budget

@@ -1,0 +1,63 @@
+"""Distillation from the top-k of a teacher: its log-probabilities in a few columns, as `kdfast.teacher_cache` stores
+them. What is not there is never made: no dense teacher, no dense target."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from kdfast.ops import _checks, _divergence
+from kdfast.ops._divergence import TAILS, Options
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def topk_kl_div(
+    student_logits: Tensor,
+    teacher_topk_logprobs: Tensor,
+    teacher_topk_indices: Tensor,
+    *,
+    tail: str = "bucket",
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
+) -> Tensor:
+    r"""KL of the student from a teacher that is known in its top-k columns K, with t = exp(log-probability) there.
+
+    What becomes of the rest of the teacher's probability, q = 1 − Σ_K t, is `tail`:
+
+    - `"bucket"`: all other columns are one: Σ_K t · (log t − log s) + q · (log q − log Σ_{not K} s). Never negative, and
+      0 where student and teacher agree in K. Where the student has no other column (-inf, or k = V), q counts nothing.
+    - `"renormalize"`: Σ_K t' · (log t' − log s), t' = t / Σ_K t: the student is drawn away from all other columns.
+    - `"drop"`: Σ_K t · (log t − log s): the rest counts nothing (can be negative).
+
+    s = softmax(z / T) is over the whole vocabulary in each. With k = V all are `kl_div`.
+
+    Args:
+        student_logits: `[..., V]`, as in `kl_div`.
+        teacher_topk_logprobs: `[..., k]`, float32, bfloat16, float16, or float64 on the CPU: log softmax(z_t / T) **at
+            the temperature given here**, over the whole vocabulary, not renormalised. Any order. -inf: no column, as
+            where rows have fewer than k.
+        teacher_topk_indices: `[..., k]`, int64 or int32, of the vocabulary; a column that comes twice makes its row NaN.
+        tail: see above.
+        process_group: of a split vocabulary; every rank passes all k columns and takes those that it has.
+
+    Other arguments, reductions, dtypes and errors as in `kl_div`.
+    """
+    op = "topk_kl_div"
+    check_tail(op, tail)
+    options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
+    kind, indices = f"topk_{tail}", teacher_topk_indices
+    return _divergence.run(op, kind, student_logits, teacher_topk_logprobs, options, 0.0, None, indices)[0]
+
+
+def check_tail(op: str, tail: str) -> None:
+    if tail not in TAILS:
+        _checks.wrong_value(op, "tail", "'bucket', 'renormalize' or 'drop'", repr(tail))
