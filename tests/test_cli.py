@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_teacher
+import torch
 
 import kdfast
 from kdfast import cli, data
 from kdfast.recipes import hinton
 from kdfast.stages import StageInterrupted
+from kdfast.teacher_cache import TeacherCache, text_rows, write
+from kdfast.teacher_cache._teacher import Teacher
 
 
 def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -35,6 +39,13 @@ def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["distill", "hinton", "--student-layers", "0;2"], "'0;2' is not a list of layer numbers such as 0,2,4"),
         (["distill", "hinton", "--student-layers", "0,6"], "student_layers must be numbers from 0 to 5, got [0, 6]"),
         (["distill", "hinton", "--learning-rate", "-1"], "learning_rate"),
+        (["cache-teacher"], "Missing argument"),
+        (["cache-teacher", "/none", "a.txt", "out"], "model: expected a folder /none, got none"),
+        (
+            ["cache-teacher", "m", "a.txt", "out", "--layers", "1;2"],
+            "'1;2' is not a list of layer numbers such as 0,2,4",
+        ),
+        (["cache-teacher", "m", "a.txt", "out", "--max-length", "0"], "--max-length"),
         (["distill", "hinton", "--output", __file__], "is not a folder"),
         (["distill", "hinton", "--output", str(Path(__file__).parent)], "is not empty and holds no run"),
     ],
@@ -135,6 +146,122 @@ def test_missing_extra_is_named() -> None:
     assert done.returncode == 1
     assert "pip install kdfast[train]" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The arguments of cache-teacher: a saved model, a file of text, and where to write."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    tiny_teacher.llama().save_pretrained(tmp_path / "model")
+    tiny_teacher.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.txt").write_text("\n\n".join(tiny_teacher.texts(20)))
+    return ["cache-teacher", *(str(tmp_path / name) for name in ("model", "rows.txt", "cache"))]
+
+
+def test_teacher_is_cached_and_described(
+    teacher: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(monkeypatch, *teacher, "--k", "6", "--temperature", "2", "--batch-size", "3", "--dtype", "float16") == 0
+    tokens = sum(len(text.split()) for text in tiny_teacher.texts(20))
+    shown = capsys.readouterr().out
+    for text in ("20", f"{tokens}", "bytes per token", "tokens/s"):
+        assert text in shown
+    tokenizer = tiny_teacher.tokenizer()
+    cache = TeacherCache(tmp_path / "cache", tokenizer=tokenizer, teacher=teacher[1], k=6, temperature=2.0)
+    rows = text_rows(teacher[2], tokenizer)
+    item = cache.beside(rows)[7]
+    assert item["input_ids"] == tiny_teacher.rows(20)[7]["input_ids"]
+    with torch.no_grad():
+        logits = tiny_teacher.llama()(input_ids=torch.tensor([item["input_ids"]])).logits[0]
+    expected = (logits / 2).log_softmax(-1).topk(6)
+    torch.testing.assert_close(item["teacher_topk_logprobs"].float(), expected.values, rtol=1e-3, atol=1e-3)
+    assert torch.equal(item["teacher_topk_indices"].long(), expected.indices)
+
+    assert _run(monkeypatch, "check-cache", str(tmp_path / "cache")) == 0
+    shown = capsys.readouterr().out
+    for text in ("complete", str(tmp_path / "model"), "topk", "float16", "2.0", str(tiny_teacher.VOCABULARY)):
+        assert text in shown
+    shard = tmp_path / "cache" / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    assert _run(monkeypatch, "check-cache", str(tmp_path / "cache")) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "shard-00000.safetensors with sha256" in err
+
+
+def test_stopped_cache_is_continued(
+    teacher: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(self: Any, rows: Any) -> Any:
+        if rows[0].number >= 8:
+            raise KeyboardInterrupt
+        return run(self, rows)
+
+    run = Teacher.__call__
+    options = ["--outputs", "cls, hidden", "--layers", "1", "--batch-size", "4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "__call__", stop)
+        # A megabyte would hold all rows.
+        patch.setattr(
+            "kdfast.teacher_cache._command.write",
+            lambda *arguments, **options: write(*arguments, **{**options, "shard_bytes": options["shard_bytes"] >> 10}),
+        )
+        assert _run(patch, *teacher, *options, "--shard-mb", "1") == 130
+    assert "the same command continues" in capsys.readouterr().err
+    assert len(list((tmp_path / "cache").glob("shard-*"))) == 1
+    assert _run(monkeypatch, "check-cache", str(tmp_path / "cache")) == 1
+    assert "stopped after 4 rows; the same write goes on there" in capsys.readouterr().err
+    assert _run(monkeypatch, *teacher, *options) == 0
+    cache = TeacherCache(tmp_path / "cache")
+    assert sorted(cache[0]) == ["cls", "hidden_1", "length", "positions"]
+    with torch.no_grad():
+        ids = torch.tensor([tiny_teacher.rows(20)[19]["input_ids"]])
+        states = tiny_teacher.llama()(input_ids=ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(cache[19]["hidden_1"], states[1][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cache[19]["cls"], states[2][0, 0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "expected"),
+    [
+        (["--k", "51"], 2, "k: expected at most 50, the width of the teacher's logits, got 51"),
+        (["--temperature", "0"], 2, "temperature: expected a positive number, got 0.0"),
+        (["--outputs", "topk,heads"], 2, "outputs: expected some of topk, logits, cls, hidden, got ['topk', 'heads']"),
+        (["--outputs", "logits"], 2, "model: expected all weights of LlamaForSequenceClassification in"),
+        (["--text-column", "body"], 2, "text_column: expected one of text in"),
+        (["--dtype", "float64"], 2, "dtype: expected one of float32, float16, bfloat16, got float64"),
+    ],
+)
+def test_mistakes_in_a_cache_give_one_line(
+    options: list[str],
+    code: int,
+    expected: str,
+    teacher: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert _run(monkeypatch, *teacher, *options) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("kdfast: teacher_cache: ")
+    assert err.count("\n") == 1
+    assert expected in err
+
+
+def test_models_that_cannot_be_loaded_give_one_line(
+    teacher: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "empty").mkdir()
+    for folder, expected in {
+        "model": f"one that AutoModelForCausalLM loads from {tmp_path}",
+        "empty": f"a folder or Hub name of a transformers model, got '{tmp_path}",
+    }.items():
+        assert _run(monkeypatch, "cache-teacher", str(tmp_path / folder), *teacher[2:]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert f"kdfast: teacher_cache: model: expected {expected}" in err
 
 
 def test_module_can_be_run() -> None:
