@@ -30,7 +30,7 @@ from kdfast.registry.divergences import DIVERGENCES
 
 ROOT = Path(__file__).parents[1]
 OPS = (
-    *("divergence", "divergence_backward", "scale_"),
+    *("divergence", "divergence_backward", "divergence_into", "scale_"),
     *("layer_distance", "layer_distance_backward", "qk_distance", "qk_distance_backward"),
 )
 NONE, MEAN, SUM, BATCHMEAN = range(4)
@@ -95,7 +95,7 @@ class Loss:
         """As the operators take them, between the logits and the state."""
         per_row = isinstance(self.temperature, Tensor)
         return (
-            *(self.labels, self.temperature if per_row else None, self.mask, self.weight),
+            *(None, self.labels, self.temperature if per_row else None, self.mask, self.weight),
             *(None if self.items is None else torch.tensor(self.items), KINDS.index(self.kind), self.mixing),
             *(1.0 if per_row else self.temperature, columns, columns if vocabulary is None else vocabulary, start),
             *(self.reduction, self.scale, self.alpha is not None, 1.0 if self.alpha is None else self.alpha),

@@ -291,8 +291,8 @@ def test_raw_operator_guards_its_memory() -> None:
     native = torch.ops.kdfast.divergence
     numbers = (0, 0.5, 1.0, 7, 7, 0, 1, 1.0, True, 0.5, 0.0, -100, None, 0, 0)
     with pytest.raises(RuntimeError, match="kd_loss: labels: expected 0 to 6, or ignore_index -100, got 7 in row 0"):
-        native(S, T, L + 7, None, None, None, None, *numbers)
+        native(S, T, None, L + 7, None, None, None, None, *numbers)
     with pytest.raises(RuntimeError, match="kind: expected 0 to"):
-        native(S, T, None, None, None, None, None, 99, *numbers[1:])
+        native(S, T, None, None, None, None, None, None, 99, *numbers[1:])
     with pytest.raises(RuntimeError, match="vocab_size: expected at least 8 for columns up to there, got 7"):
-        native(S, T, None, None, None, None, None, *numbers[:5], 1, *numbers[6:])
+        native(S, T, None, None, None, None, None, None, *numbers[:5], 1, *numbers[6:])

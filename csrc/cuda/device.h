@@ -65,6 +65,11 @@ KDFAST_DEVICE uint4 load16(const void* p) {
 KDFAST_DEVICE void store16(void* p, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
+KDFAST_DEVICE void store8(void* p, uint2 v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+}
+// Sets bits of a word in shared memory that other threads set too; returns those that were set.
+KDFAST_DEVICE uint32_t shared_or(uint32_t* word, uint32_t bits) { return atomicOr(word, bits) & bits; }
 KDFAST_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 // Global to shared memory without a register in between; past L1.
 KDFAST_DEVICE void copy16_async(void* shared, const void* global) {

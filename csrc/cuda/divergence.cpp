@@ -24,7 +24,10 @@ const DivergenceKernels& kernels_of(int64_t kind) {
                                               divergence_kernels_of<TotalVariation>(),
                                               divergence_kernels_of<SoftCrossEntropy>(),
                                               divergence_kernels_of<LogitMse>(),
-                                              divergence_kernels_of<SymmetricKlDiv>()};
+                                              divergence_kernels_of<SymmetricKlDiv>(),
+                                              divergence_kernels_of<TopkBucket>(),
+                                              divergence_kernels_of<TopkRenormalize>(),
+                                              divergence_kernels_of<TopkDrop>()};
   static_assert(std::size(kernels) == size_t(Divergence::count));
   return kernels[kind];
 }
@@ -57,6 +60,13 @@ bool rows_aligned(const Tensor& t) {
   return true;
 }
 
+// Whether a gradient of another dtype takes 8-byte stores where its logits are loaded 16 bytes at a time.
+bool takes_halves(const DivergenceCall& call, const Tensor& gradient) {
+  return gradient.scalar_type() != ScalarType::Float && call.student.scalar_type() == ScalarType::Float &&
+         rows_aligned(call.student) && uintptr_t(gradient.const_data_ptr()) % 8 == 0 &&
+         call.student.size(call.leading()) % 4 == 0;
+}
+
 RowCase case_of(const DivergenceCall& call, const Tensor* gradient, bool given, bool second_look) {
   const Tensor &s = call.student, &t = call.teacher;
   const int64_t last = call.leading();
@@ -65,7 +75,11 @@ RowCase case_of(const DivergenceCall& call, const Tensor* gradient, bool given, 
   c.columns = call.columns;
   c.element_size = int(s.element_size());
   c.same_elements = s.scalar_type() == t.scalar_type() && s.stride(last) == 1 && t.stride(last) == 1;
-  c.alike = c.same_elements && misaligned_alike(s, t) && (!gradient || misaligned_alike(s, *gradient));
+  auto suits = [&](const Tensor& g) {
+    return g.scalar_type() == s.scalar_type() ? misaligned_alike(s, g) : takes_halves(call, g);
+  };
+  c.topk = call.is_topk();
+  c.alike = c.same_elements && misaligned_alike(s, t) && (!gradient || suits(*gradient));
   c.aligned = c.alike && rows_aligned(s) && call.columns * c.element_size % 16 == 0;
   c.again = gradient || second_look;
   c.given = given;
@@ -82,6 +96,7 @@ DivergenceArgs args_of(const DivergenceCall& call) {
   const int64_t last = call.leading();
   args.student_type = element_of(call.student.scalar_type());
   args.teacher_type = element_of(call.teacher.scalar_type());
+  args.gradient_type = args.student_type;
   args.student = call.student.const_data_ptr();
   args.teacher = call.teacher.const_data_ptr();
   args.student_rows = call.offsets_of(call.student, "student_logits");
@@ -99,6 +114,11 @@ DivergenceArgs args_of(const DivergenceCall& call) {
   args.divergence_factor = args.cross_entropy_factor = float(call.scale);
   args.smoothing = float(call.smoothing);
   args.even_smoothing = float(call.smoothing / double(call.vocabulary));
+  if (call.indices) {
+    const RowInput indices = call.row_input(call.indices, "teacher_topk_indices");
+    const int64_t stride = call.indices->stride(last), count = call.indices->size(last);
+    args.indices = {(const int64_t*)indices.data, indices.offsets, stride, count, call.vocabulary, call.vocab_start};
+  }
   const RowInput mask = call.row_input(call.mask, "mask"), labels = call.row_input(call.labels, "labels");
   args.mask = {(const bool*)mask.data, mask.offsets};
   args.labels = {(const int64_t*)labels.data, labels.offsets, call.ignore_index, call.vocabulary, call.vocab_start};
@@ -116,7 +136,8 @@ void divide(const DivergenceCall& call, const Target& target, DivergenceArgs& ar
   if (call.reduces_to(Reduction::batchmean)) divide_both(call.student.size(0));
   if (!call.reduces_to(Reduction::mean)) return;
   if (call.num_items) {
-    args.divergence_count = args.cross_entropy_count = (const float*)call.num_items->const_data_ptr();
+    args.divergence_count = (const float*)call.num_items->const_data_ptr();
+    args.cross_entropy_count = args.divergence_count + (call.num_items->numel() - 1);
     return;
   }
   if (!args.mask.data) args.divergence_factor = float(call.scale / double(args.rows));
@@ -131,7 +152,11 @@ void divide(const DivergenceCall& call, const Target& target, DivergenceArgs& ar
 void launch_rows(const DivergenceCall& call, const Target& target, const DivergenceArgs& args, const Tensor* gradient) {
   const DivergenceKernels& kernels = kernels_of(call.kind);
   const RowCase c = case_of(call, gradient, args.given != nullptr, kernels.second_look);
-  kernels.launch(call.op(), target, plan_rows(c, limits_of(call.op(), target)), args);
+  const DeviceLimits limits = limits_of(call.op(), target);
+  const RowPlan plan = plan_rows(c, limits);
+  STD_TORCH_CHECK(plan.shared <= limits.shared_per_block, call.op(), ": logits: expected fewer columns, got ",
+                  call.columns);
+  kernels.launch(call.op(), target, plan, args);
 }
 
 // Nothing to look at. A shard of no columns has rows all the same: those of the others.
@@ -140,20 +165,24 @@ bool is_empty(const DivergenceCall& call) { return call.rows() == 0 || call.voca
 using Results = std::tuple<Tensor, Tensor, Tensor>;
 
 // Not initialized: loss, components and what is saved for the backward.
-Results new_results(const DivergenceCall& call, Save save) {
+Results new_results(const DivergenceCall& call, Save save, const Tensor* into) {
   auto of = [&](const std::vector<int64_t>& sizes, ScalarType dtype = ScalarType::Float) {
     return new_output(call.student, sizes, dtype);
   };
-  Tensor saved = save == Save::gradient ? of(sizes_of(call.student), call.student.scalar_type())
-                 : save == Save::state  ? of(call.leading_sizes_and(kRowStateSize))
-                                        : of({0});
+  Tensor saved = into                     ? *into
+                 : save == Save::gradient ? of(sizes_of(call.student), call.student.scalar_type())
+                 : save == Save::state    ? of(call.leading_sizes_and(kRowStateSize))
+                                          : of({0});
   return {of(call.loss_sizes()), of(call.component_sizes()), saved};
 }
 
-Results forward(const DivergenceCall& call, const std::optional<Tensor>& state, Known known, Save save) {
+// `into`: where the gradient goes, if not into memory of its own.
+Results forward(const DivergenceCall& call, const std::optional<Tensor>& state, Known known, Save save,
+                const Tensor* into = nullptr) {
   check(call);
   call.check_given(state, known);
-  const Results results = new_results(call, save);
+  if (into) call.check_gradient(*into);
+  const Results results = new_results(call, save, into);
   const auto& [loss, components, saved] = results;
   if (is_empty(call)) {
     for (Tensor t : {loss, components, saved}) torch::stable::zero_(t);
@@ -171,6 +200,7 @@ Results forward(const DivergenceCall& call, const std::optional<Tensor>& state, 
   if (call.distillation) args.components = (float*)both.mutable_data_ptr();
   if (save == Save::state) args.states = (float*)saved.mutable_data_ptr();
   if (save == Save::gradient) args.gradient = saved.mutable_data_ptr();
+  if (into) args.gradient_type = element_of(into->scalar_type());
   args.known = known;
   if (known != Known::nothing) args.given = (const float*)state->const_data_ptr();
   launch_rows(call, target, args, save == Save::gradient ? &saved : nullptr);
@@ -200,29 +230,47 @@ Tensor backward(const DivergenceCall& call, const Tensor& grad_loss, const Tenso
   return gradient;
 }
 
-Results divergence(Tensor student, Tensor teacher, std::optional<Tensor> labels, std::optional<Tensor> row_temperature,
-                   std::optional<Tensor> mask, std::optional<Tensor> weight, std::optional<Tensor> num_items,
-                   int64_t kind, double mixing, double temperature, int64_t columns, int64_t vocabulary,
-                   int64_t vocab_start, int64_t reduction, double scale, bool distillation, double alpha,
-                   double smoothing, int64_t ignore_index, std::optional<Tensor> state, int64_t known, int64_t save) {
-  return forward({student, teacher, labels, row_temperature, mask, weight, num_items, kind, mixing, temperature,
-                  columns, vocabulary, vocab_start, reduction, scale, distillation, alpha, smoothing, ignore_index},
+using MaybeTensor = std::optional<Tensor>;
+
+Results divergence(Tensor student, Tensor teacher, MaybeTensor indices, MaybeTensor labels, MaybeTensor row_temperature,
+                   MaybeTensor mask, MaybeTensor weight, MaybeTensor num_items, int64_t kind, double mixing,
+                   double temperature, int64_t columns, int64_t vocabulary, int64_t vocab_start, int64_t reduction,
+                   double scale, bool distillation, double alpha, double smoothing, int64_t ignore_index,
+                   MaybeTensor state, int64_t known, int64_t save) {
+  return forward({student,   teacher, indices,      labels,      row_temperature, mask,        weight,
+                  num_items, kind,    mixing,       temperature, columns,         vocabulary,  vocab_start,
+                  reduction, scale,   distillation, alpha,       smoothing,       ignore_index},
                  state, Known(known), Save(save));
 }
 
-Tensor divergence_backward(Tensor grad_loss, Tensor state, Tensor student, Tensor teacher, std::optional<Tensor> labels,
-                           std::optional<Tensor> row_temperature, std::optional<Tensor> mask,
-                           std::optional<Tensor> weight, std::optional<Tensor> num_items, int64_t kind, double mixing,
-                           double temperature, int64_t columns, int64_t vocabulary, int64_t vocab_start,
-                           int64_t reduction, double scale, bool distillation, double alpha, double smoothing,
-                           int64_t ignore_index) {
-  return backward({student, teacher, labels, row_temperature, mask, weight, num_items, kind, mixing, temperature,
-                   columns, vocabulary, vocab_start, reduction, scale, distillation, alpha, smoothing, ignore_index},
+std::tuple<Tensor, Tensor> divergence_into(Tensor gradient, Tensor student, Tensor teacher, MaybeTensor indices,
+                                           MaybeTensor labels, MaybeTensor row_temperature, MaybeTensor mask,
+                                           MaybeTensor weight, MaybeTensor num_items, int64_t kind, double mixing,
+                                           double temperature, int64_t columns, int64_t vocabulary, int64_t vocab_start,
+                                           int64_t reduction, double scale, bool distillation, double alpha,
+                                           double smoothing, int64_t ignore_index, MaybeTensor state, int64_t known) {
+  const auto [loss, components, saved] =
+      forward({student,   teacher, indices,      labels,      row_temperature, mask,        weight,
+               num_items, kind,    mixing,       temperature, columns,         vocabulary,  vocab_start,
+               reduction, scale,   distillation, alpha,       smoothing,       ignore_index},
+              state, Known(known), Save::gradient, &gradient);
+  return {loss, components};
+}
+
+Tensor divergence_backward(Tensor grad_loss, Tensor state, Tensor student, Tensor teacher, MaybeTensor indices,
+                           MaybeTensor labels, MaybeTensor row_temperature, MaybeTensor mask, MaybeTensor weight,
+                           MaybeTensor num_items, int64_t kind, double mixing, double temperature, int64_t columns,
+                           int64_t vocabulary, int64_t vocab_start, int64_t reduction, double scale, bool distillation,
+                           double alpha, double smoothing, int64_t ignore_index) {
+  return backward({student,   teacher, indices,      labels,      row_temperature, mask,        weight,
+                   num_items, kind,    mixing,       temperature, columns,         vocabulary,  vocab_start,
+                   reduction, scale,   distillation, alpha,       smoothing,       ignore_index},
                   grad_loss, state);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(KDFAST_CUDA_NAMESPACE, KDFAST_CUDA_KEY, m) {
   m.impl("divergence", TORCH_BOX(&divergence));
+  m.impl("divergence_into", TORCH_BOX(&divergence_into));
   m.impl("divergence_backward", TORCH_BOX(&divergence_backward));
 }
 

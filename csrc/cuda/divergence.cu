@@ -13,6 +13,7 @@
 //   no clusters   nothing: each row is read again for every look, from L2 at best                       two or three
 //   one look      nothing need be kept                                                                  one
 //   mixed dtypes, strided columns, rows misaligned unlike: column by column, two or three passes
+//   top-k teachers: the same of the student alone
 //
 // A cross-entropy of labels costs one more power per look, in loops of its own: others stay as they are.
 //
@@ -22,6 +23,7 @@
 // takes.
 #include "cuda/divergence_large.cuh"
 #include "cuda/divergence_small.cuh"
+#include "cuda/divergence_topk.cuh"
 #include "cuda/launch.cuh"
 
 namespace kdfast::cuda {
@@ -40,6 +42,7 @@ Kernel kernel_for(const RowPlan& plan) {
 
 template <template <class> class Terms>
 Kernel kernel_for(const RowPlan& plan, Element type) {
+  if constexpr (Terms<RowMath>::kTopk) return rows_in_two_reads<Terms, TopkColumns>;
   if (plan.kernel == RowKernel::any_layout) return rows_in_two_reads<Terms, AnyColumns>;
   if (type == Element::f32) return kernel_for<Terms, float>(plan);
   return type == Element::bf16 ? kernel_for<Terms, BFloat16>(plan) : kernel_for<Terms, Float16>(plan);
@@ -55,6 +58,7 @@ void launch_rows(const char* op, const Target& target, const RowPlan& plan, Dive
 template <template <class> class Terms>
 std::vector<NamedKernel> list() {
   auto kernel = [](RowPlan plan, Element type) { return (const void*)kernel_for<Terms>(plan, type); };
+  if constexpr (Terms<RowMath>::kTopk) return {{"topk", kernel({RowKernel::topk, 0, 0}, Element::f32)}};
   const RowPlan on_chip{RowKernel::on_chip, 0, 0}, two_reads{RowKernel::two_reads, 0, 0};
   const RowPlan any_layout{RowKernel::any_layout, 0, 0}, registers{RowKernel::registers, 0, 0};
   RowPlan lane = registers, vectors = registers;

@@ -9,14 +9,23 @@
 
 namespace kdfast::cuda {
 
+// The columns of the teacher's log-probabilities, `count` per row; `data` null: the teacher has all.
+struct TopkIndices {
+  const int64_t* data = nullptr;
+  RowOffsets offsets;
+  int64_t stride, count;
+  int64_t vocabulary, vocab_start;  // of all columns, of which these are a shard from there on
+};
+
 // In device memory, except for the numbers themselves. Offsets and strides are in elements; gradient, losses,
 // components and states are contiguous.
 struct DivergenceArgs {
-  Element student_type, teacher_type;
+  Element student_type, teacher_type, gradient_type;
   const void *student, *teacher;
   RowOffsets student_rows, teacher_rows;
   int64_t student_stride, teacher_stride;  // between columns
   int64_t rows, columns, gradient_columns;
+  TopkIndices indices;
   RowMask mask;
   RowLabels labels;
   RowNumbers row_temperature, weight, upstream;

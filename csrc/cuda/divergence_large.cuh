@@ -12,14 +12,16 @@ template <class T>
 struct Share {
   static constexpr int kWidth = Vector<T>::count;
   const T *student, *teacher;  // the row
-  T* gradient;                 // null: not wanted
-  int first, vectors;          // column of the share's first vector, and their number
-  int edge = -1;               // this thread's own column at an edge of the row
+  char* gradient;              // null: not wanted
+  Element gradient_type;
+  int first, vectors;  // column of the share's first vector, and their number
+  int edge = -1;       // this thread's own column at an edge of the row
 
   KDFAST_DEVICE Share(const DivergenceArgs& args, int64_t row, int rank)
       : student((const T*)args.student + offset(args.student_rows, row)),
         teacher((const T*)args.teacher + offset(args.teacher_rows, row)),
-        gradient((T*)gradient_of(args, row, sizeof(T))) {
+        gradient(gradient_of(args, row)),
+        gradient_type(args.gradient_type) {
     const int columns = int(args.columns), thread = threadIdx.x, last = (1 << args.log_cluster) - 1;
     const int head = min(columns, int((0 - uintptr_t(student) / sizeof(T)) & (kWidth - 1)));
     const int body = (columns - head) / kWidth, tail = columns - head - body * kWidth;
@@ -35,7 +37,7 @@ struct Share {
   }
   template <class Gradient>
   KDFAST_DEVICE void write_edge(const Logits<1>& z, Gradient of) const {
-    if (edge >= 0) gradient[edge] = Vector<T>::narrow_one(of(z.s[0], z.t[0]));
+    if (edge >= 0) store_one<T>(gradient_type, gradient, edge, of(z.s[0], z.t[0]));
   }
   template <class Gradient>
   KDFAST_DEVICE void write(int vector, uint4 s, uint4 t, Gradient of) const {
@@ -44,7 +46,7 @@ struct Share {
     Vector<T>::widen(t, y);
 #pragma unroll
     for (int e = 0; e < kWidth; ++e) g[e] = of(x[e], y[e]);
-    store16(gradient + first + int64_t(vector) * kWidth, Vector<T>::narrow(g));
+    store_vector<T>(gradient_type, gradient, first + int64_t(vector) * kWidth, g);
   }
   // The label's column again, `less` lower: by the thread that has written it, so that no other need wait.
   template <class Gradient>
@@ -53,7 +55,7 @@ struct Share {
     const bool mine = column >= first && vector < vectors && vector % int(blockDim.x) == int(threadIdx.x);
     if (!mine && column != edge) return;
     const float s = Vector<T>::widen_one(student[column]), t = Vector<T>::widen_one(teacher[column]);
-    gradient[column] = Vector<T>::narrow_one(of(s, t) - less);
+    store_one<T>(gradient_type, gradient, column, of(s, t) - less);
   }
 };
 
@@ -161,7 +163,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 2) rows_on_chip(const __grid_c
   const int64_t row = blockIdx.x >> args.log_cluster;
   const int thread = rank * blockDim.x + threadIdx.x;
   const bool counted = is_counted(args, row), labels = args.labels.data;
-  clear_gradient(args, row, sizeof(T), counted ? args.columns : 0, thread, cluster * blockDim.x);
+  clear_gradient(args, row, counted ? args.columns : 0, thread, cluster * blockDim.x);
   if (!counted) {  // nor do the other blocks of the cluster wait for this one
     if (thread == 0) write_masked(args, row);
     return;
@@ -186,7 +188,7 @@ template <class T>
 struct VectorColumns {
   static constexpr int kBatch = 2;
   Share<T> share;
-  KDFAST_DEVICE VectorColumns(const DivergenceArgs& args, int64_t row) : share(args, row, 0) {}
+  KDFAST_DEVICE VectorColumns(const DivergenceArgs& args, int64_t row, float) : share(args, row, 0) {}
 
   template <class F>
   KDFAST_DEVICE void each_vector(F f) const {
@@ -230,11 +232,11 @@ struct AnyColumns {
   const char *student, *teacher;
   char* gradient;
 
-  KDFAST_DEVICE AnyColumns(const DivergenceArgs& args, int64_t row)
+  KDFAST_DEVICE AnyColumns(const DivergenceArgs& args, int64_t row, float)
       : args(args),
         student((const char*)args.student + offset(args.student_rows, row) * size_of(args.student_type)),
         teacher((const char*)args.teacher + offset(args.teacher_rows, row) * size_of(args.teacher_type)),
-        gradient(gradient_of(args, row, size_of(args.student_type))) {}
+        gradient(gradient_of(args, row)) {}
 
   KDFAST_DEVICE float student_at(int64_t column) const {
     return load_any(args.student_type, student, column * args.student_stride);
@@ -242,8 +244,25 @@ struct AnyColumns {
   KDFAST_DEVICE float teacher_at(int64_t column) const {
     return load_any(args.teacher_type, teacher, column * args.teacher_stride);
   }
-  KDFAST_DEVICE void store(int64_t column, float x) const { store_any(args.student_type, gradient, column, x); }
+  KDFAST_DEVICE void store(int64_t column, float x) const { store_any(args.gradient_type, gradient, column, x); }
 
+  // f(column, the student's logit, whether there is such a column), a few loads ahead.
+  template <class F>
+  KDFAST_DEVICE void each_student(F f) const {
+    for (int64_t begin = threadIdx.x; begin < args.columns; begin += kBatch * blockDim.x) {
+      float s[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int64_t at = begin + u * blockDim.x;
+        s[u] = at < args.columns ? student_at(at) : -INFINITY;
+      }
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const int64_t at = begin + u * blockDim.x;
+        f(at, s[u], at < args.columns);
+      }
+    }
+  }
   // f(batch, n, first column): of a batch the first n columns exist, blockDim.x apart.
   template <class F>
   KDFAST_DEVICE void each_batch(F f) const {
@@ -316,14 +335,14 @@ __global__ void __launch_bounds__(kMaxRowThreads, 2) rows_in_two_reads(const __g
   using Terms = Divergence<ColumnMath>;
   const int64_t row = blockIdx.x;
   const bool counted = is_counted(args, row), labels = args.labels.data;
-  clear_gradient(args, row, size_of(args.student_type), counted ? args.columns : 0, threadIdx.x, blockDim.x);
+  clear_gradient(args, row, counted ? args.columns : 0, threadIdx.x, blockDim.x);
   if (!counted) {
     if (threadIdx.x == 0) write_masked(args, row);
     return;
   }
   auto* exchange = (Exchange*)shared_memory();
-  const Columns columns(args, row);
   const RowFactors factors = factors_of(args, row);
+  const Columns columns(args, row, factors.k);
   RowState<float> state;
   if (args.given) {
     state = given_state(args, row);

@@ -98,7 +98,12 @@ struct Gradient {
   float factor, pulled;
 
   KDFAST_DEVICE Gradient(const RowState<float>& row, float k, float factor, const Settings<float>& with)
-      : to(row, k, factor), with(with), factor(factor), pulled(to.n_s * Divergence<RowMath>::pull(row, k, with)) {}
+      : to(row, k, factor), with(with), factor(factor), pulled(to.n_s * Divergence<RowMath>::pull(row, k, with)) {
+    if constexpr (Terms::kOfRow) {
+      this->with.kept = Divergence<RowMath>::kept(row, k);
+      this->with.rest = Divergence<RowMath>::rest(row, k);
+    }
+  }
   KDFAST_DEVICE float operator()(float s, float t) const {
     if constexpr (Terms::kDifference) return factor * Terms::u(0.f, 0.f, difference(s, t, to.k), with);
     return to(s, t, [&](float p_s, float p_t, float d, float es) { return Terms::u(p_s, p_t, d, with) - pulled * es; });
@@ -233,18 +238,16 @@ KDFAST_DEVICE void write_gradient(const DivergenceArgs& args, const Columns& col
   if (factors.label >= 0) columns.write_label(factors.label, both, factors.hard * (1.f - args.smoothing));
 }
 
-// Where the gradient of a row starts, in bytes: rows of gradient_columns elements of the student's dtype.
-KDFAST_DEVICE char* gradient_of(const DivergenceArgs& args, int64_t row, int element_size) {
-  return args.gradient ? (char*)args.gradient + row * args.gradient_columns * element_size : nullptr;
+// Where the gradient of a row starts: rows of gradient_columns elements.
+KDFAST_DEVICE char* gradient_of(const DivergenceArgs& args, int64_t row) {
+  return args.gradient ? (char*)args.gradient + row * args.gradient_columns * size_of(args.gradient_type) : nullptr;
 }
 
 // Of a row's gradient the columns from `from` on: padding, or all of a masked row. Shared among the row's threads.
-KDFAST_DEVICE void clear_gradient(const DivergenceArgs& args, int64_t row, int element_size, int64_t from, int thread,
-                                  int threads) {
+KDFAST_DEVICE void clear_gradient(const DivergenceArgs& args, int64_t row, int64_t from, int thread, int threads) {
   if (!args.gradient || from >= args.gradient_columns) return;
-  const int units = element_size / 2;
-  clear((uint16_t*)gradient_of(args, row, element_size) + from * units, (args.gradient_columns - from) * units, thread,
-        threads);
+  const int units = size_of(args.gradient_type) / 2;
+  clear((uint16_t*)gradient_of(args, row) + from * units, (args.gradient_columns - from) * units, thread, threads);
 }
 
 }  // namespace kdfast::cuda

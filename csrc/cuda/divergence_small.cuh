@@ -12,14 +12,16 @@ template <class T, int lanes, int held, bool vectors>
 struct InLanes {
   static constexpr int kWidth = vectors ? Vector<T>::count : 1, kSteps = held / kWidth;
   const T *student, *teacher;
-  T* gradient;
+  char* gradient;
+  Element gradient_type;
   int lane, columns;
   Logits<held> z;
 
   KDFAST_DEVICE InLanes(const DivergenceArgs& args, int64_t row, bool counted)
       : student((const T*)args.student + offset(args.student_rows, row)),
         teacher((const T*)args.teacher + offset(args.teacher_rows, row)),
-        gradient((T*)gradient_of(args, row, sizeof(T))),
+        gradient(gradient_of(args, row)),
+        gradient_type(args.gradient_type),
         lane(threadIdx.x % lanes),
         columns(int(args.columns)) {
 #pragma unroll
@@ -75,9 +77,9 @@ struct InLanes {
         float g[kWidth];
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) g[e] = of(z.s[first + e], z.t[first + e]);
-        store16(gradient + at, Vector<T>::narrow(g));
+        store_vector<T>(gradient_type, gradient, at, g);
       } else {
-        gradient[at] = Vector<T>::narrow_one(of(z.s[first], z.t[first]));
+        store_one<T>(gradient_type, gradient, at, of(z.s[first], z.t[first]));
       }
     }
   }
@@ -86,7 +88,7 @@ struct InLanes {
   KDFAST_DEVICE void write_label(int column, Gradient of, float less) const {
     if (column / kWidth % lanes != lane) return;
     const float s = Vector<T>::widen_one(student[column]), t = Vector<T>::widen_one(teacher[column]);
-    gradient[column] = Vector<T>::narrow_one(of(s, t) - less);
+    store_one<T>(gradient_type, gradient, column, of(s, t) - less);
   }
 };
 
@@ -106,7 +108,7 @@ __global__ void __launch_bounds__(kRegisterThreads) rows_in_registers(const __gr
     if (args.known != Known::everything) in.template look_again<Divergence>(args.settings, factors.k, state);
   }
   if (!exists) return;
-  clear_gradient(args, row, sizeof(T), counted ? args.columns : 0, in.lane, lanes);
+  clear_gradient(args, row, counted ? args.columns : 0, in.lane, lanes);
   if (!counted) {
     if (in.lane == 0) write_masked(args, row);
     return;

@@ -18,8 +18,9 @@ struct RowCase {
   bool same_elements;  // student and teacher have one dtype and neighbouring columns
   bool alike;          // ... and their rows and the gradient's are misaligned alike: 16-byte accesses after an edge
   bool aligned;        // ... and start on 16-byte boundaries and hold whole vectors: no edges
-  bool again;  // rows are looked at again once their sums are known: for a gradient, or by the divergence itself
-  bool given;  // the rows' states are: no first look
+  bool again;         // rows are looked at again once their sums are known: for a gradient, or by the divergence itself
+  bool given;         // the rows' states are: no first look
+  bool topk = false;  // the teacher has some of the columns only
 };
 
 enum class RowKernel {
@@ -27,6 +28,7 @@ enum class RowKernel {
   on_chip,     // a row in the shared memory of a block or a cluster
   two_reads,   // a row per block, read again for every further look
   any_layout,  // the same, column by column: any strides, any pair of dtypes
+  topk,        // the same of a teacher that has some columns: shared memory holds which
 };
 
 struct RowPlan {
@@ -47,6 +49,8 @@ constexpr int kRegisterThreads = 128;
 constexpr int kMaxRowThreads = 384;
 // Shared memory that the blocks and the warps of a row exchange, beside the row (cluster.cuh).
 constexpr int64_t exchange_bytes(int threads) { return 560 + threads; }
+// A bit for each column, and a word of its own for what is wrong with them.
+constexpr int64_t bitmap_bytes(int64_t columns) { return 4 * ((columns + 31) / 32 + 1); }
 // What the driver takes of a multiprocessor's shared memory for each block.
 constexpr int64_t kReservedShared = 1024;
 // Vectors: a block's share of a row below this is not worth a further split.
@@ -93,6 +97,10 @@ inline RowPlan row_per_block(const RowCase& c) {
 
 inline RowPlan plan_rows(const RowCase& c, const DeviceLimits& device) {
   using namespace detail;
+  if (c.topk) {
+    const int threads = threads_for(c.columns, 4, 256);
+    return {RowKernel::topk, threads, c.rows, 1, 0, 0, false, exchange_bytes(threads) + bitmap_bytes(c.columns)};
+  }
   if (c.same_elements && c.columns <= (c.aligned ? kRegisterColumns : kSingleColumns)) return in_registers(c);
   // For one look one read is enough, unless the rows are too few to keep every multiprocessor busy.
   const bool few = c.rows < device.multiprocessors;

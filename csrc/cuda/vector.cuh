@@ -81,6 +81,25 @@ KDFAST_DEVICE void store_any(Element type, void* p, int64_t i, float x) {
   ((Float16*)p)[i] = Vector<Float16>::narrow_one(x);
 }
 
+// Numbers made of T, into memory of T, or where T is float of any type: the places from element `at` of `row` on.
+template <class T>
+KDFAST_DEVICE void store_vector(Element type, void* row, int64_t at, const float* x) {
+  if constexpr (sizeof(T) == 4) {
+    if (type == Element::bf16) {
+      return store8((BFloat16*)row + at, {narrow_pair(BFloat16{}, x[0], x[1]), narrow_pair(BFloat16{}, x[2], x[3])});
+    }
+    if (type == Element::f16) {
+      return store8((Float16*)row + at, {narrow_pair(Float16{}, x[0], x[1]), narrow_pair(Float16{}, x[2], x[3])});
+    }
+  }
+  store16((T*)row + at, Vector<T>::narrow(x));
+}
+template <class T>
+KDFAST_DEVICE void store_one(Element type, void* row, int64_t at, float x) {
+  if constexpr (sizeof(T) == 4) return store_any(type, row, at, x);
+  ((T*)row)[at] = Vector<T>::narrow_one(x);
+}
+
 // Zeroes `count` 16-bit units from `p` on, any alignment, shared among `threads` threads of which this is `thread`.
 KDFAST_DEVICE void clear(uint16_t* p, int64_t count, int thread, int threads) {
   const int64_t to_boundary = int64_t((0 - uintptr_t(p) / 2) & 7), head = to_boundary < count ? to_boundary : count;

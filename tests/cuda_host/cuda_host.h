@@ -19,6 +19,9 @@
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -124,8 +127,8 @@ inline uint32_t as_bits(float x) {
   return bits;
 }
 
-inline void check_aligned(const void* p) {
-  if (uintptr_t(p) % 16) cuda_host::machine().fail("a 16-byte access to a misaligned address");
+inline void check_aligned(const void* p, int bytes = 16) {
+  if (uintptr_t(p) % unsigned(bytes)) cuda_host::machine().fail("a wide access to a misaligned address");
 }
 inline uint4 load16(const void* p) {
   check_aligned(p);
@@ -136,6 +139,15 @@ inline uint4 load16(const void* p) {
 inline void store16(void* p, uint4 v) {
   check_aligned(p);
   std::memcpy(p, &v, 16);
+}
+inline void store8(void* p, uint2 v) {
+  check_aligned(p, 8);
+  std::memcpy(p, &v, 8);
+}
+inline uint32_t shared_or(uint32_t* word, uint32_t bits) {
+  const uint32_t before = *word & bits;
+  *word |= bits;
+  return before;
 }
 inline void copy16_async(void* shared, const void* global) { store16(shared, load16(global)); }
 inline void copies_arrived() {}
