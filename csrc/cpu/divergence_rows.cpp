@@ -113,6 +113,7 @@ template <template <class> class Terms, class Real>
 void look(const DivergenceShape& shape, DivergenceRow& row, int64_t begin, int64_t end) {
   using T = Terms<Lanes<Real>>;
   Workspace<Real> work;
+  row.state = no_columns<double>();  // a shard may have none
   const int bytes_s = int(shape.student_stride * size_of(shape.student));
   const int bytes_t = int(shape.teacher_stride * size_of(shape.teacher));
   for_blocks(begin, end, [&](int64_t at, int64_t n) {

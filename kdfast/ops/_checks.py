@@ -73,8 +73,10 @@ def check_fraction(op: str, argument: str, x: float, below_one: bool = False) ->
         wrong_value(op, argument, "a number from 0 to 1" + (", 1 excluded" if below_one else ""), x)
 
 
-def check_topk(op: str, student: Tensor, log_probabilities: Tensor, indices: Tensor, vocabulary: int) -> Tensor:
-    """The indices of a teacher's top-k. Values of CPU tensors are checked; a device would wait."""
+def check_topk(
+    op: str, student: Tensor, log_probabilities: Tensor, indices: Tensor, vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """A teacher's top-k, in the dtypes of the raw operator. Values of CPU tensors are checked; a device would wait."""
     values, at = "teacher_topk_logprobs", "teacher_topk_indices"
     for argument, x in ((values, log_probabilities), (at, indices)):
         if not isinstance(x, Tensor):
@@ -90,14 +92,15 @@ def check_topk(op: str, student: Tensor, log_probabilities: Tensor, indices: Ten
         wrong_type(op, at, "int64 or int32", indices.dtype)
     if indices.shape != log_probabilities.shape:
         wrong_value(op, at, f"the log-probabilities' shape {list(log_probabilities.shape)}", list(indices.shape))
+    results = log_probabilities.detach().to(loss_dtype(student)), indices.long()
     if student.device.type != "cpu" or torch.compiler.is_compiling() or not indices.numel():
-        return indices.long()
+        return results
     least, most = (int(x) for x in indices.aminmax())
     if least < 0 or most >= vocabulary:
         wrong_value(op, at, f"0 to {vocabulary - 1}", least if least < 0 else most)
     if log_probabilities.max() > 1e-2:
         wrong_value(op, values, "logarithms of probabilities, at most 0", f"a maximum of {log_probabilities.max()}")
-    return indices.long()
+    return results
 
 
 def check_labels(

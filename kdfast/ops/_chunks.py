@@ -36,15 +36,9 @@ class Plan:
     memory: int
 
 
-def plan(rows: int, row_bytes: int, tail: int, budget: int, device: str, several: bool) -> Plan:
-    """A row's gradient takes `row_bytes`, its logits beside it `tail` times that; `several`: chunks of a slab.
-
-    Raises:
-        ValueError: the budget does not hold a row; its message is the bytes that would do.
-    """
-    fits = budget // row_bytes
-    if fits < 1 + tail:
-        raise ValueError(row_bytes * (1 + tail))
+def plan(rows: int, fits: int, tail: int, device: str, several: bool) -> Plan:
+    """The budget holds the gradients of `fits` rows, 1 + `tail` or more; a row's logits beside its gradient take as much
+    as `tail` rows of these. `several`: chunks of a slab."""
     most = min(rows, SATURATED["cuda" if device == "cuda" else "cpu"])
     least = min(most, fits // (1 + tail), LEAST_CHUNK if several else most)
     slab = min(most, fits - tail * least) if several else least

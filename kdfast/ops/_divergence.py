@@ -126,7 +126,7 @@ def run(
     shard = _shards.shard_of(op, student, of_teacher, options.process_group, options.vocab_start, options.vocab_size)
     student, teacher = shard.student, shard.teacher if indices is None else teacher
     if indices is not None:
-        indices = _checks.check_topk(op, student, teacher, indices, shard.vocabulary)
+        teacher, indices = _checks.check_topk(op, student, teacher, indices, shard.vocabulary)
     teacher = teacher.detach()
     if torch.float64 in (student.dtype, teacher.dtype):
         student, teacher = student.double(), teacher.double()

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops import _checks
+from kdfast.ops import _checks, _shards
 
-WIDENED = 16 << 20  # bytes of a weight that are widened at a time
+WIDENED = 16 << 20  # bytes of a weight that are widened at a time; what a product takes for itself is less
 
 
 class Head(NamedTuple):
@@ -158,6 +158,9 @@ def checked(
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    elif _shards.is_dtensor(weight) and not _shards.is_dtensor(hidden):
+        # fully_shard keeps parameters in their own dtype and casts what it gathers.
+        weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     for argument, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.dtype != hidden.dtype:
             _checks.wrong_type(op, f"{side}_{argument}", f"the hidden states' dtype {hidden.dtype}", x.dtype)

@@ -51,20 +51,21 @@ class Loop:
         self.width = -(-call.columns // 64) * 64 if device == "cuda" else call.columns
 
     def plan(self, budget: int) -> _chunks.Plan:
-        row_bytes, copied = self.width * self.dtype.itemsize, 0
-        if self.given is not None and self.places is not None:
-            copied = self.given.shape[-1] * self.given.element_size()
-        if self.device != "cuda" and self.student.weight.dtype != self.dtype:
-            budget -= WIDENED
+        row_bytes = self.width * self.dtype.itemsize
+        if self.given is not None and self.places is not None:  # its rows are copied
+            row_bytes += self.given.shape[-1] * self.given.element_size()
         tail = (self.apart + (self.teacher is not None)) * self.logits_dtype.itemsize // self.dtype.itemsize
+        workspace = 0 if self.device == "cuda" else WIDENED
+        fits = (budget - workspace) // max(row_bytes, 1)  # a shard may have no columns
+        if self.group is not None:  # the ranks' chunks are the same
+            least = torch.tensor(fits, device=self.student.weight.device)
+            dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group)
+            fits = int(least)
+        if fits < 1 + tail:
+            expected = f"{row_bytes * (1 + tail) + workspace} bytes or more, for a row of logits"
+            _checks.wrong_value(self.op, "memory_budget", expected, budget)
         several = self.device == "cuda" and self.wanted[1]
-        rows = self.student.hidden.shape[0]
-        try:
-            share = budget * row_bytes // (row_bytes + copied)
-            return _chunks.plan(rows, row_bytes, tail, share, self.device, several)
-        except ValueError as error:
-            least = int(str(error)) + copied + WIDENED
-            _checks.wrong_value(self.op, "memory_budget", f"{least} bytes or more, for one row of logits", budget)
+        return _chunks.plan(self.student.hidden.shape[0], fits, tail, self.device, several)
 
     def run(self, budget: int, padding: int) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Loss and components, of every row in turn or of all; and the gradients, `padding` rows of weight more."""

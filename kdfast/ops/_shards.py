@@ -49,7 +49,7 @@ def shard_of(
     vocab_size: int | None,
 ) -> Shard:
     """What of the vocabulary is here: all of it without a process group."""
-    if _is_dtensor(student) or _is_dtensor(teacher):
+    if is_dtensor(student) or is_dtensor(teacher):
         if group is not None:
             _checks.wrong_value(op, "process_group", "None beside DTensors, which have one", group)
         if start is not None:
@@ -78,7 +78,7 @@ def shard_of(
     return _clipped(student, teacher, min(width, teacher.shape[-1]), vocabulary, start, group)
 
 
-def _is_dtensor(x: object) -> bool:
+def is_dtensor(x: object) -> bool:
     # Importing DTensor takes a second; who has one has imported it.
     module = None if type(x) is Tensor else sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from kdfast.ops import _checks, _chunks, _divergence, _heads, _linear, _shards
+from kdfast.ops import _checks, _chunks, _divergence, _dtensors, _heads, _linear, _shards
 from kdfast.ops._divergence import Labels, Options
 from kdfast.ops._heads import Head
 from kdfast.ops.kd_loss import KDLossComponents, hard_part, soft_part
@@ -263,6 +263,7 @@ def _run(
     memory_budget: int | str,
 ) -> tuple[Tensor, Tensor]:
     """The checked call over flat rows, and its results in the leading dimensions."""
+    options, (student, teacher, given) = _dtensors.local(op, options, student, teacher, given)
     leading, of_teacher = student.hidden.shape[:-1], teacher or student
     _check_pair(op, student, of_teacher, options)
     # What checks of logits ask for, without logits.
@@ -274,7 +275,7 @@ def _run(
         t = given
     shard = _shards.shard_of(op, like, t, options.process_group, options.vocab_start, options.vocab_size)
     if indices is not None and given is not None:
-        indices = _checks.check_topk(op, like, given, indices, shard.vocabulary)
+        given, indices = _checks.check_topk(op, like, given, indices, shard.vocabulary)
         given, indices = given.flatten(0, -2), indices.flatten(0, -2)
     budget = _check_budget(op, memory_budget, like)
     if torch.float64 in (like.dtype, t.dtype):

@@ -1,0 +1,142 @@
+"""linear_kd_loss and its like over ranks (gloo, 2 and 4): a split vocabulary by process group and by DTensors, and a
+head that fully_shard keeps in shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import kdfast
+
+ROWS, WIDTH, VOCABULARY = 13, 10, 840
+UNEVEN = (0, 1, 700, VOCABULARY)  # the last of four shards holds nothing
+BUDGET = (16 << 20) + 60_000  # a few rows at a time
+
+
+def heads(dtype: torch.dtype, seed: int = 3) -> tuple[Tensor, ...]:
+    """The student's hidden states and weight, and the teacher's."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((ROWS, WIDTH), (VOCABULARY, WIDTH), (ROWS, WIDTH), (VOCABULARY, WIDTH))
+    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+
+
+def arguments(seed: int = 5) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(VOCABULARY, (ROWS,), generator=generator)
+    labels[4] = -100
+    mask, weight = torch.rand(ROWS, generator=generator) < 0.7, torch.rand(ROWS, generator=generator)
+    return {"labels": labels, "mask": mask, "weight": weight, "memory_budget": BUDGET}
+
+
+def gradients(loss: Tensor, *of: Tensor) -> list[Tensor]:
+    upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    return list(torch.autograd.grad(loss, of, upstream))
+
+
+def close(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:
+    assert got.shape == expected.shape, what
+    precision = {torch.float64: 1e-12, torch.bfloat16: 2**-7}.get(dtype, 2e-6)
+    error = (got.double() - expected.double()).norm()
+    assert error <= precision * expected.double().norm(), f"{what}: differs by {error} of {expected.norm()}"
+
+
+def check_vocabulary(rank: int, ranks: int) -> None:
+    bounds = (*UNEVEN, VOCABULARY)[:: 4 // ranks]
+    even = VOCABULARY // ranks
+    splits: list[tuple[int, int, dict[str, Any]]] = [
+        (rank * even, (rank + 1) * even, {}),
+        (bounds[rank], bounds[rank + 1], {"vocab_start": bounds[rank], "vocab_size": VOCABULARY}),
+    ]
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for settings in ({"divergence": "kl_div"}, {"divergence": "js_div", "reduction": "none"}, {"topk": 30}):
+            h, w, th, tw = heads(dtype)
+            given, kwargs = dict(settings), arguments()
+            k = given.pop("topk", None)
+            function: Any = kdfast.linear_kd_loss if k is None else kdfast.linear_topk_kd_loss
+            known = (th.double() @ tw.double().T).log_softmax(-1).topk(k or 1)
+            h.requires_grad_()
+
+            def loss_of(begin: int, end: int, **more: Any) -> tuple[Tensor, list[Tensor]]:
+                weight = w[begin:end].detach().requires_grad_()  # noqa: B023
+                of_teacher = (th, tw[begin:end]) if k is None else tuple(known)  # noqa: B023
+                loss = function(h, weight, *of_teacher, **kwargs, **given, **more)  # noqa: B023
+                return loss.detach(), gradients(loss, h, weight)  # noqa: B023
+
+            loss, (of_hidden, of_weight) = loss_of(0, VOCABULARY)
+            assert of_hidden.any()
+            for begin, end, more in splits:
+                what = f"{dtype} {settings} rank {rank} of {ranks}, rows {begin} to {end}"
+                got, (ours_hidden, ours_weight) = loss_of(begin, end, **more, process_group=dist.group.WORLD)
+                close(got, loss, torch.float64 if dtype == torch.float64 else torch.float32, what)
+                close(ours_hidden, of_hidden, dtype, what)
+                close(ours_weight, of_weight[begin:end], dtype, what)
+
+
+def check_tensor_parallel(rank: int, ranks: int) -> None:
+    mesh = init_device_mesh("cpu", (ranks,))
+    h, w, th, tw = heads(torch.float32)
+    w, tw = w[:-1], tw[:-1]  # an odd vocabulary
+    kwargs = arguments() | {"labels": arguments()["labels"] % (VOCABULARY - 1)}
+    h, w = h.requires_grad_(), w.detach().requires_grad_()
+    loss = kdfast.linear_kd_loss(h, w, th, tw, **kwargs)
+    expected = gradients(loss, h, w)
+    hidden, of_teacher = (distribute_tensor(x.detach(), mesh, [Replicate()]) for x in (h, th))
+    weight, teacher = (distribute_tensor(x.detach(), mesh, [Shard(0)]) for x in (w, tw))
+    hidden.requires_grad_(), weight.requires_grad_()
+    ours = kdfast.linear_kd_loss(hidden, weight, of_teacher, teacher, **kwargs)
+    close(ours.detach(), loss.detach(), torch.float32, "loss")
+    for got, exact in zip(gradients(ours, hidden, weight), expected, strict=True):
+        assert isinstance(got, DTensor)
+        close(got.full_tensor(), exact, torch.float32, "gradient")
+    with pytest.raises(ValueError, match="student_hidden: expected a replicated DTensor"):
+        kdfast.linear_kd_loss(distribute_tensor(h.detach(), mesh, [Shard(0)]), weight, of_teacher, teacher, **kwargs)
+    with pytest.raises(ValueError, match="process_group: expected neither"):
+        kdfast.linear_kd_loss(hidden, weight, of_teacher, teacher, process_group=dist.group.WORLD, **kwargs)
+    with pytest.raises(TypeError, match="teacher_weight: expected a DTensor sharded on dimension 0"):
+        kdfast.linear_kd_loss(hidden, weight, of_teacher, tw, **kwargs)
+
+
+def check_sharded_parameter(rank: int, ranks: int) -> None:
+    """Every rank has rows of its own; the gradient of the parameter is the mean over ranks, sharded."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    whole = heads(torch.float32)[1][:-1]
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = distribute_tensor(whole, mesh, [Shard(0)]).requires_grad_()
+        of_ranks = []
+        for other in range(ranks):
+            h, _, th, tw = heads(dtype, seed=other)
+            plain = whole.to(dtype).requires_grad_()
+            kwargs = arguments(other) | {"labels": arguments(other)["labels"] % (VOCABULARY - 1)}
+            loss = kdfast.linear_kd_loss(h, plain, th, tw[:-1], **kwargs)
+            of_ranks.append((h, th, tw[:-1], kwargs, loss.detach(), gradients(loss, plain)[0].float()))
+        h, th, tw, kwargs, loss, _ = of_ranks[rank]
+        ours = kdfast.linear_kd_loss(h, weight, th, tw, **kwargs)
+        close(ours.detach(), loss, torch.float32, "loss")
+        (gradient,) = gradients(ours, weight)
+        assert isinstance(gradient, DTensor)
+        assert gradient.placements == (Shard(0),)
+        close(gradient.full_tensor(), sum(g for *_, g in of_ranks) / ranks, dtype, "gradient")
+
+
+CHECKS = {"vocabulary": check_vocabulary, "tensor_parallel": check_tensor_parallel, "fsdp": check_sharded_parameter}
+
+
+def work(rank: int, ranks: int, store: str, check: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    CHECKS[check](rank, ranks)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("check", CHECKS)
+def test_ranks_agree_with_one_process(ranks: int, check: str, tmp_path: Path) -> None:
+    mp.spawn(work, args=(ranks, str(tmp_path / "store"), check), nprocs=ranks)
