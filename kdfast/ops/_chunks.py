@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 # Rows of a slab from which on larger ones gain little: the weight gradient's traffic is 2 % of its products' time.
-SATURATED = {"cpu": 1024, "cuda": 8192}
+SATURATED = {False: 1024, True: 8192}  # on the CPU, on the GPU
 LEAST_CHUNK = 256  # rows of a product, on the GPU
 
 
@@ -36,10 +36,10 @@ class Plan:
     memory: int
 
 
-def plan(rows: int, fits: int, tail: int, device: str, several: bool) -> Plan:
+def plan(rows: int, fits: int, tail: int, on_gpu: bool, several: bool) -> Plan:
     """The budget holds the gradients of `fits` rows, 1 + `tail` or more; a row's logits beside its gradient take as much
     as `tail` rows of these. `several`: chunks of a slab."""
-    most = min(rows, SATURATED["cuda" if device == "cuda" else "cpu"])
+    most = min(rows, SATURATED[on_gpu])
     least = min(most, fits // (1 + tail), LEAST_CHUNK if several else most)
     slab = min(most, fits - tail * least) if several else least
     slab = -(-rows // -(-rows // slab))  # of equal size

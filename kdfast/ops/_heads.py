@@ -17,6 +17,10 @@ from kdfast.ops import _checks, _shards
 WIDENED = 16 << 20  # bytes of a weight that are widened at a time; what a product takes for itself is less
 
 
+def on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
 class Head(NamedTuple):
     """hidden [N, H] · weight [V, H]ᵀ + bias [V], soft-capped: cap · tanh(z / cap); a cap of 0 is none."""
 
@@ -46,7 +50,7 @@ class Head(NamedTuple):
         hidden = self.hidden[rows]
         if hidden.dtype == out.dtype:
             torch.mm(hidden, self.weight.t(), out=out)
-        elif out.device.type == "cuda":
+        elif on_gpu(out):
             torch.mm(hidden, self.weight.t(), out_dtype=out.dtype, out=out)
         else:
             hidden = hidden.to(out.dtype)
@@ -118,7 +122,7 @@ class Gradients:
     def _add_weight(self, out: Tensor, hidden: Tensor, g: Tensor, first: bool) -> None:
         if g.dtype == out.dtype:
             torch.addmm(out, g.t(), hidden, beta=0 if first else 1, out=out)
-        elif out.device.type == "cuda":
+        elif on_gpu(out):
             torch.addmm(out, g.t(), hidden, out_dtype=out.dtype, beta=0 if first else 1, out=out)
         else:  # a single slab
             each = _rows_at_a_time(out.shape[1], g.dtype)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdfast.ops import _checks, _chunks, _divergence
+from kdfast.ops import _checks, _chunks, _divergence, _heads
 from kdfast.ops._divergence import KNOWN_EVERYTHING, KNOWN_NOTHING, SAVE_NOTHING, Call
 from kdfast.ops._heads import WIDENED, Gradients, Head
 
@@ -40,22 +40,21 @@ class Loop:
     ) -> None:
         self.op, self.student, self.teacher, self.given, self.places = op, student, teacher, given, places
         self.call, self.group, self.wanted = call, group, wanted
-        dtype, device = student.weight.dtype, student.weight.device.type
-        self.device, self.gradient = device, any(wanted)
+        dtype, self.on_gpu, self.gradient = student.weight.dtype, _heads.on_gpu(student.weight), any(wanted)
         self.logits_dtype = torch.promote_types(dtype, torch.float32)
         # Products of gradients take the inputs' dtype on the GPU; without gradients the logits are alone.
-        self.dtype = dtype if device == "cuda" and self.gradient else self.logits_dtype
+        self.dtype = dtype if self.on_gpu and self.gradient else self.logits_dtype
         # On the CPU gradients take the place of the student's logits, but for a soft-cap's, which needs both.
-        self.apart = self.gradient and (device == "cuda" or student.softcap > 0)
+        self.apart = self.gradient and (self.on_gpu or student.softcap > 0)
         # From one row of logits to the next: whole 128-byte lines of the GPU.
-        self.width = -(-call.columns // 64) * 64 if device == "cuda" else call.columns
+        self.width = -(-call.columns // 64) * 64 if self.on_gpu else call.columns
 
     def plan(self, budget: int) -> _chunks.Plan:
         row_bytes = self.width * self.dtype.itemsize
         if self.given is not None and self.places is not None:  # its rows are copied
             row_bytes += self.given.shape[-1] * self.given.element_size()
         tail = (self.apart + (self.teacher is not None)) * self.logits_dtype.itemsize // self.dtype.itemsize
-        workspace = 0 if self.device == "cuda" else WIDENED
+        workspace = 0 if self.on_gpu else WIDENED
         fits = (budget - workspace) // max(row_bytes, 1)  # a shard may have no columns
         if self.group is not None:  # the ranks' chunks are the same
             least = torch.tensor(fits, device=self.student.weight.device)
@@ -64,8 +63,8 @@ class Loop:
         if fits < 1 + tail:
             expected = f"{row_bytes * (1 + tail) + workspace} bytes or more, for a row of logits"
             _checks.wrong_value(self.op, "memory_budget", expected, budget)
-        several = self.device == "cuda" and self.wanted[1]
-        return _chunks.plan(self.student.hidden.shape[0], fits, tail, self.device, several)
+        several = self.on_gpu and self.wanted[1]
+        return _chunks.plan(self.student.hidden.shape[0], fits, tail, self.on_gpu, several)
 
     def run(self, budget: int, padding: int) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Loss and components, of every row in turn or of all; and the gradients, `padding` rows of weight more."""
@@ -173,7 +172,9 @@ def linear_divergence(
         teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap).first(call.columns)
     of_group = None if group is None else _group_named(group)
     padding = student_weight.shape[0] - student.weight.shape[0]
-    loss, components, gradients = Loop(op, student, teacher, given, places, call, of_group, wanted).run(budget, padding)
+    loop = Loop(op, student, teacher, given, places, call, of_group, wanted)
+    with torch.autocast(student_hidden.device.type, enabled=False):  # would round the products
+        loss, components, gradients = loop.run(budget, padding)
     if places is not None and call.reduction == NONE:
         loss, components = (_spread(x, places, rows) for x in (loss, components))
     if places is not None and wanted[0]:

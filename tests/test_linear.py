@@ -1,0 +1,355 @@
+"""linear_kd_loss and linear_topk_kd_loss beyond their values, which tests/test_operators.py checks over the registry."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import kdfast
+from kdfast import bench
+from kdfast.ops import _chunks, _heads
+from kdfast.ops.linear_reference import linear_kd_loss as reference
+
+ROWS, WIDTH, VOCABULARY = 37, 16, 600
+ROW = 4 * VOCABULARY  # bytes
+LEAST = _heads.WIDENED
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    h, w, th, tw = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((ROWS, WIDTH), (VOCABULARY, WIDTH), (ROWS, WIDTH), (VOCABULARY, WIDTH))
+    )
+    labels = torch.randint(VOCABULARY, (ROWS,), generator=generator)
+    return h.requires_grad_(), w.requires_grad_(), th, tw, labels
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+# ---- chunks ----
+@pytest.mark.parametrize(("on_gpu", "several"), [(False, False), (True, True), (True, False)])
+@pytest.mark.parametrize("tail", [0, 1, 2, 4])
+@pytest.mark.parametrize("rows", [1, 255, 1000, 8192, 30000])
+def test_chunks_cover_all_rows_and_their_logits_have_room(rows: int, tail: int, on_gpu: bool, several: bool) -> None:
+    for fits in (1 + tail, 100, 1500, 9300, 100_000):
+        plan = _chunks.plan(rows, fits, tail, on_gpu, several)
+        assert plan.memory <= fits
+        chunks = [chunk for slab in plan.slabs for chunk in slab]
+        assert chunks[0].begin == 0
+        assert chunks[-1].end == rows
+        assert all(a.end == b.begin for a, b in itertools.pairwise(chunks))
+        for slab in plan.slabs:
+            for begin, end in slab:
+                # The chunk's logits, at the end, are beyond the gradients that are written with it.
+                assert end > begin
+                assert plan.memory - tail * (end - begin) >= end - slab[0].begin
+
+
+def test_chunks_of_the_gpu_study() -> None:
+    """8192 rows, 16-bit gradients, float32 logits of both models: few and large, in a tail of 1024 rows."""
+    plan = _chunks.plan(8192, 1 << 20, 4, True, True)
+    assert plan.memory == 8192 + 4 * 256
+    sizes = [chunk.end - chunk.begin for chunk in plan.slabs[0]]
+    assert len(plan.slabs) == 1
+    assert sizes == [1792, 1408, 1152, 896, 768, 640, 512, 384, 256, 256, 128]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_result_for_every_budget(dtype: torch.dtype) -> None:
+    h, w, th, tw, labels = inputs(dtype)
+    found = []
+    for rows in (1, 2, 5, 36, 37, 1000):
+        loss = kdfast.linear_kd_loss(h, w, th, tw, labels, memory_budget=LEAST + 2 * ROW * rows)
+        found.append((loss, *torch.autograd.grad(loss, (h, w))))
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
+    for loss, *gradients in found[1:]:
+        assert relative(loss, found[0][0]) < 1e-6
+        assert all(relative(a, b) < rounding for a, b in zip(gradients, found[0][1:], strict=True))
+    again = kdfast.linear_kd_loss(h, w, th, tw, labels, memory_budget=LEAST + 2 * ROW * 5)
+    assert all(map(torch.equal, (again, *torch.autograd.grad(again, (h, w))), found[2]))
+
+
+def test_memory_budget_holds() -> None:
+    """Peak memory beyond the inputs: the gradients, the budget, and little else."""
+    generator = torch.Generator().manual_seed(0)
+    h, w, th, tw = (torch.randn(n, 64, generator=generator) for n in (512, 50000, 512, 50000))
+    h.requires_grad_(), w.requires_grad_()
+    budget = 40 << 20
+
+    def ours() -> object:
+        return torch.autograd.grad(kdfast.linear_kd_loss(h, w, th, tw, alpha=1.0, memory_budget=budget), (h, w))
+
+    def eager() -> object:
+        return torch.autograd.grad(reference(h, w, th, tw, alpha=1.0), (h, w))
+
+    gradients = 4 * (h.numel() + w.numel()) / 1e6
+    assert bench.peak_memory(ours, "cpu") < gradients + budget / 1e6 + 4
+    assert bench.peak_memory(eager, "cpu") > 300
+
+
+# ---- autograd ----
+def test_backward_scales_what_the_forward_made() -> None:
+    h, w, th, tw, labels = inputs()
+    h64, w64 = (x.detach().double().requires_grad_() for x in (h, w))
+    exact = torch.autograd.grad(reference(h64, w64, th.double(), tw.double(), labels), (h64, w64))
+    loss = kdfast.linear_kd_loss(h, w, th, tw, labels)
+    for factor in (3.0, 0.0, 1.0, -0.5):  # the graph is kept: nothing may be scaled in place
+        for got, expected in zip(torch.autograd.grad(factor * loss, (h, w), retain_graph=True), exact, strict=True):
+            assert (got - factor * expected).norm() <= 1e-6 * abs(factor) * expected.norm()
+    (2 * loss).backward()
+    assert relative(w.grad, 2 * exact[1]) < 1e-6
+    kdfast.linear_kd_loss(h, w, th, tw, labels).backward()  # accumulates
+    assert relative(w.grad, 3 * exact[1]) < 1e-6
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    h, w, th, tw, labels = inputs()
+    both = torch.autograd.grad(kdfast.linear_kd_loss(h, w, th, tw, labels), (h, w))
+    frozen = kdfast.linear_kd_loss(h, w.detach(), th, tw, labels)
+    assert torch.equal(torch.autograd.grad(frozen, h)[0], both[0])
+    frozen = kdfast.linear_kd_loss(h.detach(), w, th, tw, labels)
+    assert torch.equal(torch.autograd.grad(frozen, w)[0], both[1])
+    assert not kdfast.linear_kd_loss(h.detach(), w.detach(), th.requires_grad_(), tw, labels).requires_grad
+    with torch.no_grad():
+        value = kdfast.linear_kd_loss(h, w, th, tw, labels)
+    assert not value.requires_grad
+    torch.testing.assert_close(value, frozen.detach())
+
+
+def test_double_backward_is_refused() -> None:
+    h, w, th, tw, labels = inputs()
+    loss = kdfast.linear_kd_loss(h, w, th, tw, labels)
+    with pytest.raises(RuntimeError, match="linear_kd_loss: double backward is not available"):
+        torch.autograd.grad(loss, (h, w), create_graph=True)
+
+
+def test_tied_embeddings_and_checkpointing() -> None:
+    """The weight is an input of the hidden states too; and the forward may run twice."""
+    _, w, _, tw, labels = inputs()
+
+    def loss_of(function: Any, weight: Tensor) -> Tensor:
+        hidden = torch.tanh(weight[labels] * 2)
+        return function(hidden, weight, tw[labels].to(weight.dtype), tw.to(weight.dtype), labels)
+
+    exact = w.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(loss_of(reference, exact), exact)
+    (ours,) = torch.autograd.grad(loss_of(kdfast.linear_kd_loss, w), w)
+    (again,) = torch.autograd.grad(checkpoint(loss_of, kdfast.linear_kd_loss, w, use_reentrant=False), w)
+    assert relative(ours, expected) < 1e-6
+    assert torch.equal(again, ours)
+
+
+def test_float16_gradients_do_not_underflow() -> None:
+    """Divided by many rows they would; a GradScaler's factor comes later."""
+    h, w, th, tw, labels = inputs(torch.float16)
+    factor, rows = 2.0**13, 2.0**20
+    loss = kdfast.linear_kd_loss(h, w, th, tw, labels, num_items=rows)
+    gradients = torch.autograd.grad(factor * loss, (h, w))
+    exact = [x.detach().double().requires_grad_() for x in (h, w)]
+    expected = torch.autograd.grad(factor * reference(*exact, th.double(), tw.double(), labels, num_items=rows), exact)
+    for got, wanted in zip(gradients, expected, strict=True):
+        assert got.dtype == torch.float16
+        assert relative(got, wanted) < 2e-3
+
+
+def test_autocast() -> None:
+    h, w, th, tw, labels = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = kdfast.linear_kd_loss(h, w, th, tw, labels)
+    assert loss.dtype == torch.float32
+    gradients = torch.autograd.grad(loss, (h, w))
+    low = [x.detach().bfloat16().requires_grad_() for x in (h, w)]
+    direct = kdfast.linear_kd_loss(*low, th.bfloat16(), tw.bfloat16(), labels)
+    assert torch.equal(loss, direct)
+    for got, x, expected in zip(gradients, (h, w), torch.autograd.grad(direct, low), strict=True):
+        assert got.dtype == x.dtype
+        assert torch.equal(got, expected.float())
+
+
+# ---- inputs ----
+def test_given_logits_of_the_teacher() -> None:
+    """Shifted, masked, of another dtype: no copy but of a chunk."""
+    generator = torch.Generator().manual_seed(1)
+    h = torch.randn(3, 12, WIDTH, generator=generator, requires_grad=True)
+    _, w, *_ = inputs()
+    teacher = torch.randn(3, 12, VOCABULARY, generator=generator).bfloat16()
+    mask = torch.rand(3, 11, generator=generator) < 0.5
+    for more in ({}, {"mask": mask}, {"mask": mask, "reduction": "none"}):
+        loss = kdfast.linear_kd_loss(
+            h[:, :-1], w, teacher_logits=teacher[:, 1:], alpha=1.0, memory_budget=LEAST + 9 * ROW, **more
+        )
+        expected = kdfast.kd_loss(h[:, :-1] @ w.T, teacher[:, 1:], alpha=1.0, **more)
+        torch.testing.assert_close(loss, expected)
+        for got, wanted in zip(
+            torch.autograd.grad(loss.sum(), (h, w)), torch.autograd.grad(expected.sum(), (h, w)), strict=True
+        ):
+            assert relative(got, wanted) < 1e-6
+
+
+def test_masked_rows_are_not_read() -> None:
+    h, w, th, tw, labels = inputs()
+    mask = torch.arange(ROWS) % 3 != 0
+    bad_h, bad_th = h.detach().clone(), th.clone()
+    bad_h[~mask] = bad_th[~mask] = torch.nan
+    bad_h.requires_grad_()
+    labels[0] = 10**6
+    loss = kdfast.linear_kd_loss(bad_h, w, bad_th, tw, labels, mask=mask)
+    gradients = torch.autograd.grad(loss, (bad_h, w))
+    expected = kdfast.linear_kd_loss(h[mask], w, th[mask], tw, labels[mask])
+    exact = torch.autograd.grad(expected, (h, w))
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, exact, strict=True))
+    assert (gradients[0][~mask] == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum", "batchmean"])
+def test_no_rows(reduction: str) -> None:
+    h, w, th, tw, labels = inputs()
+    nothing = torch.zeros(ROWS, dtype=torch.bool)
+    for rows, more in ((ROWS, {"mask": nothing}), (0, {})):
+        loss = kdfast.linear_kd_loss(h[:rows], w, th[:rows], tw, labels[:rows], reduction=reduction, **more)
+        assert loss.shape == ((rows,) if reduction == "none" else ())
+        assert (loss == 0).all()
+        for gradient, x in zip(torch.autograd.grad(loss.sum(), (h, w)), (h, w), strict=True):
+            assert gradient.shape == x.shape
+            assert (gradient == 0).all()
+
+
+def test_components() -> None:
+    h, w, th, tw, labels = inputs()
+    labels[::5] = -100
+    ours = kdfast.linear_kd_loss(
+        h, w, th, tw, labels, alpha=0.3, memory_budget=LEAST + 20 * ROW, return_components=True
+    )
+    expected = kdfast.kd_loss(h @ w.T, th @ tw.T, labels, alpha=0.3, return_components=True)
+    for got, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+    assert not ours.divergence.requires_grad
+    rows = kdfast.linear_kd_loss(h, w, th, tw, labels, reduction="none", return_components=True)
+    assert rows.cross_entropy.shape == (ROWS,)
+    assert (rows.cross_entropy[::5] == 0).all()
+
+
+def test_topk_of_everything_is_kl_div() -> None:
+    h, w, th, tw, labels = inputs()
+    teacher = th @ tw.T
+    log_t, indices = (teacher / 2).log_softmax(-1).sort(-1, descending=True)
+    for tail in ("bucket", "renormalize", "drop"):
+        loss = kdfast.linear_topk_kd_loss(h, w, log_t, indices, labels, tail=tail)
+        expected = kdfast.linear_kd_loss(h, w, teacher_logits=teacher, labels=labels)
+        torch.testing.assert_close(loss, expected)
+        logits = (h @ w.T).detach().requires_grad_()
+        direct = kdfast.topk_kl_div(logits, log_t, indices.int(), tail=tail, temperature=2.0)
+        dense = kdfast.kl_div(logits, teacher, temperature=2.0)
+        torch.testing.assert_close(direct, dense)
+        ours, exact = torch.autograd.grad(direct, logits), torch.autograd.grad(dense, logits)
+        assert relative(ours[0], exact[0]) < 1e-5
+
+
+def test_a_column_that_comes_twice() -> None:
+    """NaN in its row; padding of -inf may repeat any column."""
+    z = torch.randn(3, 20, requires_grad=True)
+    log_t, indices = torch.randn(3, 20).log_softmax(-1).topk(4)
+    indices[1, 2] = indices[1, 0]
+    log_t[2, 2:], indices[2, 2:] = -torch.inf, 0
+    loss = kdfast.topk_kl_div(z, log_t, indices, reduction="none")
+    assert loss.isnan().tolist() == [False, True, False]
+    assert torch.autograd.grad(loss.sum(), z)[0].isnan().any(-1).tolist() == [False, True, False]
+
+
+# ---- on the GPU ----
+def test_the_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory, logits in the place of gradients that are not written yet, with products that widen."""
+    mm, addmm = torch.mm, torch.addmm
+
+    def widening(product: Any) -> Any:
+        def call(*args: Tensor, out: Tensor, out_dtype: torch.dtype | None = None, **more: Any) -> Tensor:
+            assert out_dtype in (None, out.dtype)
+            assert out_dtype is not None or all(x.dtype == out.dtype for x in args)
+            return out.copy_(product(*(x.to(torch.float32) for x in args), **more))
+
+        return call
+
+    for dtype, (width, budget) in itertools.product(
+        (torch.bfloat16, torch.float16, torch.float32), ((600, "auto"), (577, 60 * 640 * 2))
+    ):
+        h, w, th, tw, labels = inputs(dtype)
+        w, tw, labels = w[:width].detach().requires_grad_(), tw[:width], labels % width
+        bias = torch.randn(width).to(dtype).requires_grad_()
+        mask = torch.arange(ROWS) % 4 != 0
+        given = {"student_bias": bias, "mask": mask, "student_softcap": 9.0, "label_smoothing": 0.1}
+        expected = torch.autograd.grad(kdfast.linear_kd_loss(h, w, th, tw, labels, **given), (h, w, bias))
+        with monkeypatch.context() as patch:
+            patch.setattr(_heads, "on_gpu", lambda x: True)
+            patch.setattr(_chunks, "LEAST_CHUNK", 3)
+            patch.setattr(torch, "mm", widening(mm))
+            patch.setattr(torch, "addmm", widening(addmm))
+            loss = kdfast.linear_kd_loss(h, w, th, tw, labels, memory_budget=budget, **given)
+            ours = torch.autograd.grad(loss, (h, w, bias))
+        for got, wanted in zip(ours, expected, strict=True):
+            assert got.dtype == wanted.dtype
+            assert relative(got, wanted) < max(4 * torch.finfo(dtype).eps, 1e-5)
+
+
+# ---- errors ----
+H, W, TH, TW, L = inputs()
+K = (TH @ TW.T).log_softmax(-1).topk(5)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "message"),
+    [
+        ((H, W), {}, ValueError, "teacher_hidden: expected teacher_hidden and teacher_weight, or teacher_logits"),
+        ((H, W, TH, TW), {"teacher_logits": TH @ TW.T}, ValueError, "teacher_logits: expected no other argument"),
+        ((H, W.T, TH, TW), {}, ValueError, r"student_weight: expected \[V, 16\], the hidden states' size"),
+        ((H, W[0], TH, TW), {}, ValueError, r"student_weight: expected \[V, H\]"),
+        ((H, W.double(), TH, TW), {}, TypeError, "student_weight: expected the hidden states' dtype torch.float32"),
+        ((H, W, TH.half(), TW), {}, TypeError, "teacher_weight: expected the hidden states' dtype torch.float16"),
+        ((H, W, TH[1:], TW), {}, ValueError, r"teacher_hidden: expected the student's leading dimensions \[37\]"),
+        ((H, W, TH, TW[1:]), {}, ValueError, "teacher_weight: expected the student's 600 rows .*vocab_size"),
+        ((H, W, TH, TW), {"vocab_size": 601}, ValueError, "vocab_size: expected 1 to 600"),
+        ((H, W, TH, TW), {"memory_budget": 1000}, ValueError, "memory_budget: expected 16782016 bytes or more"),
+        ((H, W, TH, TW), {"memory_budget": "all"}, TypeError, "memory_budget: expected a number of bytes or 'auto'"),
+        ((H, W, TH, TW), {"memory_budget": 0}, ValueError, "memory_budget: expected 1 or more"),
+        ((H, W, TH, TW), {"student_bias": L}, TypeError, "student_bias: expected float32"),
+        ((H, W, TH, TW), {"student_bias": W[:3, 0]}, ValueError, r"student_bias: expected \[600\]"),
+        ((H, W, TH, TW), {"student_softcap": -1.0}, ValueError, "student_softcap: expected a finite number > 0"),
+        ((H, W, TH, TW), {"teacher_softcap": "x"}, TypeError, "teacher_softcap: expected a number or None"),
+        ((H, W, TH, TW), {"divergence": "kl"}, ValueError, "divergence: expected one of kl_div"),
+        ((H, W, TH, TW), {"labels": L + 600}, ValueError, "labels: expected 0 to 599"),
+        ((H, W, TH, TW), {"labels": L[1:]}, ValueError, "labels: expected .* leading dimensions"),
+        ((H, W, TH, TW), {"labels": None, "alpha": 0.5}, ValueError, "labels: expected labels where alpha is not 1"),
+        ((1, W, TH, TW), {}, TypeError, "student_hidden: expected a tensor, got int"),
+    ],
+)
+def test_errors(args: Any, kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"linear_kd_loss: {message}"):
+        kdfast.linear_kd_loss(*args, **{"labels": L} | kwargs)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "kwargs", "error", "message"),
+    [
+        ((K.values, K.indices), {"tail": "none"}, ValueError, "tail: expected 'bucket', 'renormalize' or 'drop'"),
+        ((K.values, K.indices + 600), {}, ValueError, "teacher_topk_indices: expected 0 to 599"),
+        ((K.values, K.indices - 600), {}, ValueError, "teacher_topk_indices: expected 0 to 599, got -"),
+        ((K.values, K.indices[:, 1:]), {}, ValueError, "teacher_topk_indices: expected the log-probabilities' shape"),
+        ((K.values, K.indices.float()), {}, TypeError, "teacher_topk_indices: expected int64 or int32"),
+        ((K.values[0], K.indices[0]), {}, ValueError, "teacher_topk_logprobs: expected the student's leading dim"),
+        ((K.values.exp(), K.indices), {}, ValueError, "teacher_topk_logprobs: expected logarithms of probabilities"),
+        ((K.indices, K.indices), {}, TypeError, "teacher_topk_logprobs: expected float32"),
+    ],
+)
+def test_topk_errors(teacher: Any, kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^topk_kl_div: {message}"):
+        kdfast.topk_kl_div(H @ W.T, *teacher, **kwargs)
+    with pytest.raises(error, match=f"^linear_topk_kd_loss: {message}"):
+        kdfast.linear_topk_kd_loss(H, W, *teacher, L, **kwargs)
