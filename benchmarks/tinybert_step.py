@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
-import json
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -208,11 +206,7 @@ def main() -> None:
         table.add_row(str(r["length"]), "yes" if r["padded"] else "no", r["way"], *(f"{r[x]:.0f}" for x in MEASURED))
     Console().print(table)
     if options.output is not None:
-        options.output.mkdir(parents=True, exist_ok=True)
-        device = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-        path = options.output / f"tinybert-step-{device}-{facts['date']}.json"
-        path.write_text(json.dumps({"environment": facts, "results": results}, indent=1) + "\n")
-        print(path)
+        print(bench.write(results, facts, bench.results_path(facts, options.output, "tinybert-step")))
 
 
 if __name__ == "__main__":

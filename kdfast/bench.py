@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kdfast import _C, __version__
 from kdfast.registry import OPERATORS, Operator
-from kdfast.registry.operator import Side, apply, mapped, tensors
+from kdfast.registry.operator import Side, apply, cast, mapped, tensors
 
 
 @dataclass(frozen=True)
@@ -140,17 +140,20 @@ def make(case: Case, device: str) -> tuple[Side, Side]:
     generator = torch.Generator(device).manual_seed(0)
     student, teacher = OPERATORS[case.operator].make(case.shape, {"generator": generator, "device": device})
     dtype = getattr(torch, case.dtype)
-    teacher = mapped(lambda x: x.to(dtype), teacher)
-    return mapped(lambda x: x.to(dtype).requires_grad_(case.gradient), student), teacher
+    return mapped(lambda x: x.to(dtype).requires_grad_(case.gradient), student), cast(teacher, dtype)
 
 
 def check(operator: Operator, student: Side, teacher: Side) -> None:
     """A wrong operator is not timed: loss and gradient, of the first rows or sequences, against float64."""
-    student, teacher = (mapped(lambda x: x.detach()[: 4 if x.dim() == 2 else 1], side) for side in (student, teacher))
+    first = tensors(student)[0]
+    rows, few = first.shape[0], 4 if first.dim() == 2 else 1
+    student, teacher = (
+        mapped(lambda x: x.detach()[: few if x.shape[0] == rows else None], side) for side in (student, teacher)
+    )
     more = operator.arguments(student)
     results = []
     for function, double in ((operator.function, False), (operator.reference, True)):
-        s, t = (mapped(lambda x: x.double() if double else x.clone(), side) for side in (student, teacher))  # noqa: B023
+        s, t = (cast(side, torch.float64) if double else mapped(Tensor.clone, side) for side in (student, teacher))
         s = mapped(Tensor.requires_grad_, s)
         loss = apply(function, s, t, **more)
         gradients = torch.autograd.grad(loss, tensors(s))
@@ -216,11 +219,14 @@ def ceiling(operator: Operator, student: Side, teacher: Side, gradient: bool) ->
     if operator.flops is not None:
         a = torch.randn(2048, 2048, device=first.device)
         return lambda: a @ a, Work(operator.flops(student, gradient), 2 * 2048**3)
-    s, t = (torch.cat([x.detach().flatten() for x in tensors(side)]) for side in (student, teacher))
-    size, other = (x.numel() * x.element_size() for x in (s, t))
+    size, other = (sum(x.numel() * x.element_size() for x in tensors(side)) for side in (student, teacher))
     needed = size + other + (size if gradient else 0)
-    if gradient:
+    s = torch.cat([x.detach().flatten() for x in tensors(student)])
+    if gradient and other < size:  # a teacher of a few numbers
         out = torch.empty_like(s)
+        return lambda: torch.neg(s, out=out), Work(needed, 2 * size)
+    if gradient:
+        t, out = torch.cat([x.detach().flatten() for x in tensors(teacher)]), torch.empty_like(s)
         return lambda: torch.sub(s, t, out=out), Work(needed, 3 * size)
     return lambda: s.view(torch.int16 if s.element_size() == 2 else torch.int32).amax(), Work(needed, size)
 
@@ -256,12 +262,19 @@ def environment(device: str) -> dict[str, Any]:
 
 def save(results: list[Result], facts: dict[str, Any], folder: Path, stem: str = "operators") -> Path:
     """Writes `<stem>-<device>-<date>.json` and returns its path. What the file holds of other cases stays in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    device = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    path = folder / f"{stem}-{device}-{facts['date']}.json"
-    cases = {r.case for r in results}
+    path, cases = results_path(facts, folder, stem), {r.case for r in results}
     kept = [r for r in load(path)[0] if r.case not in cases] if path.exists() else []
-    path.write_text(json.dumps({"environment": facts, "results": [asdict(r) for r in kept + results]}, indent=1) + "\n")
+    return write([asdict(r) for r in kept + results], facts, path)
+
+
+def results_path(facts: dict[str, Any], folder: Path, stem: str) -> Path:
+    device = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
+    return folder / f"{stem}-{device}-{facts['date']}.json"
+
+
+def write(results: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": facts, "results": results}, indent=1) + "\n")
     return path
 
 

@@ -18,7 +18,7 @@ import kdfast
 
 ROWS, WIDTH, VOCABULARY = 13, 10, 840
 UNEVEN = (0, 1, 700, VOCABULARY)  # the last of four shards holds nothing
-BUDGET = (16 << 20) + 60_000  # a few rows at a time
+BUDGET = (32 << 20) + 60_000  # a few rows at a time
 
 
 def heads(dtype: torch.dtype, seed: int = 3) -> tuple[Tensor, ...]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kdfast.ops import _checks, _shards
 
-WIDENED = 16 << 20  # bytes of a weight that are widened at a time; what a product takes for itself is less
+WIDENED = 16 << 20  # bytes of a weight that are widened at a time
+WORKSPACE = 32 << 20  # of the products on the CPU: a widened piece, or what the matrix library packs (22 MB were seen)
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdfast.ops import _checks, _chunks, _divergence, _heads
 from kdfast.ops._divergence import KNOWN_EVERYTHING, KNOWN_NOTHING, SAVE_NOTHING, Call
-from kdfast.ops._heads import WIDENED, Gradients, Head
+from kdfast.ops._heads import WORKSPACE, Gradients, Head
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -54,7 +54,7 @@ class Loop:
         if self.given is not None and self.places is not None:  # its rows are copied
             row_bytes += self.given.shape[-1] * self.given.element_size()
         tail = (self.apart + (self.teacher is not None)) * self.logits_dtype.itemsize // self.dtype.itemsize
-        workspace = 0 if self.on_gpu else WIDENED
+        workspace = 0 if self.on_gpu else WORKSPACE
         fits = (budget - workspace) // max(row_bytes, 1)  # a shard may have no columns
         if self.group is not None:  # the ranks' chunks are the same
             least = torch.tensor(fits, device=self.student.weight.device)

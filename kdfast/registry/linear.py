@@ -59,7 +59,7 @@ def _sample(name: str, catches: str, make: Make, vocabulary: int, leading: tuple
 
 def _samples() -> tuple[Sample, ...]:
     """A budget of 40 kB holds some ten rows of 500 columns, which makes several slabs of these samples."""
-    few: dict[str, Any] = {"memory_budget": (17 << 20) + 40_000}
+    few: dict[str, Any] = {"memory_budget": (32 << 20) + 40_000}
     make, leading = _heads(3, 11, width=24, vocabulary=500), (3, 11)
     mask = lambda g: _rand(g, *leading) < 0.6  # noqa: E731
     of: dict[str, Any] = {"vocabulary": 500, "leading": leading}
@@ -152,9 +152,11 @@ def _without(kwargs: Callable[[torch.Generator], dict[str, Any]], name: str) -> 
     return lambda generator: {k: v for k, v in kwargs(generator).items() if k != name}
 
 
-def _eager_kd(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
+def _eager_kd(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, alpha: float
+) -> Tensor:
     s, t = (student_hidden @ student_weight.T).float(), (teacher_hidden @ teacher_weight.T).float()
-    return 4 * nn.functional.kl_div((s / 2).log_softmax(-1), (t / 2).softmax(-1), reduction="batchmean")
+    return alpha * 4 * nn.functional.kl_div((s / 2).log_softmax(-1), (t / 2).softmax(-1), reduction="batchmean")
 
 
 def _eager_topk(student_logits: Tensor, log_t: Tensor, indices: Tensor) -> Tensor:
@@ -163,8 +165,8 @@ def _eager_topk(student_logits: Tensor, log_t: Tensor, indices: Tensor) -> Tenso
     return ((t * (log_t - log_s)).sum(-1) + rest * (rest.log() - of_student.log())).mean()
 
 
-def _eager_linear_topk(hidden: Tensor, weight: Tensor, log_t: Tensor, indices: Tensor) -> Tensor:
-    return 4 * _eager_topk((hidden @ weight.T).float() / 2, log_t, indices)
+def _eager_linear_topk(hidden: Tensor, weight: Tensor, log_t: Tensor, indices: Tensor, alpha: float) -> Tensor:
+    return alpha * 4 * _eager_topk((hidden @ weight.T).float() / 2, log_t, indices)
 
 
 def _made(shape: tuple[int, ...], options: dict[str, Any]) -> tuple[Any, Any]:
