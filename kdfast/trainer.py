@@ -20,6 +20,13 @@ except ModuleNotFoundError as error:
     ) from error
 
 
+PREFIX = "teacher_"  # of columns that hold a teacher's outputs
+
+
+def _without_teacher(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if not name.startswith(PREFIX)}
+
+
 class DistillationTrainer(Trainer):  # type: ignore[misc]
     """Trains `model` on an objective of its outputs and a teacher's.
 
@@ -28,12 +35,13 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         args: the usual `TrainingArguments`. `train_sampling_strategy="group_by_length"` uses
             `kdfast.data.LengthGroupedSampler`, whose order survives a resume within an epoch.
         teacher: a module that is run on every batch, without gradient. It is frozen, put into eval mode and moved to
-            the student's device, in place. With None, rows may carry its outputs as a column `teacher_logits`.
+            the student's device, in place. With None, rows may carry its outputs as columns whose names begin with
+            `teacher_`, as those of `kdfast.teacher_cache` do; neither model gets them.
         objective: a `kdfast.objective.Objective`. Its terms are averaged between two log events and logged by name.
         **kwargs: as for `transformers.Trainer`, except `compute_loss_func`: the objective is the loss.
 
     Terms are means over rows, so gradient accumulation divides their sum by the number of micro-batches: as exact as
-    one large batch where these are equally large.
+    one large batch where these are equally large. An objective that counts its items (`LanguageModel`) is exact always.
 
     Raises:
         ValueError: teacher and student are the same module, or a setting that the objective replaces
@@ -57,48 +65,67 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 "the objective is the loss"
             )
         super().__init__(model, args, **kwargs)
-        # Otherwise the Trainer takes the loss as already divided by the number of items of the accumulated batch.
-        self.model_accepts_loss_kwargs = False
+        # Whether the Trainer takes the loss as already divided by the number of items of the accumulated batch.
+        self.model_accepts_loss_kwargs = hasattr(objective, "num_items")
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
         self.objective = objective
         self._term_sums: dict[str, Tensor] = {}
-        self._term_batches = 0
+        self._term_steps = 0.0
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The sum of the objective's terms for one micro-batch; with `return_outputs`, also the student's outputs."""
-        student_inputs = {name: value for name, value in inputs.items() if name != "teacher_logits"}
-        outputs = model(**student_inputs)
+        if num_items_in_batch is not None:
+            inputs = {**inputs, "num_items": num_items_in_batch}
+        outputs = self._student_outputs(model, inputs)
         terms = self.objective(outputs, self._teacher_outputs(inputs), inputs)
         if model.training:
+            part = 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # there is one once training starts
             for name, value in terms.items():
-                self._term_sums[name] = self._term_sums.get(name, 0) + value.detach()
-            self._term_batches += 1
+                value = value.detach() * (part if num_items_in_batch is None else 1.0)
+                self._term_sums[name] = self._term_sums.get(name, 0) + value
+            self._term_steps += part
         loss = torch.stack(list(terms.values())).sum()
         return (loss, outputs) if return_outputs else loss
+
+    def _student_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        if hasattr(self.objective, "run"):
+            return self.objective.run(model, inputs)
+        return model(**_without_teacher(inputs))
 
     def _teacher_outputs(self, inputs: dict[str, Any]) -> Any:
         if self.teacher is None:
             return ModelOutput(logits=inputs["teacher_logits"]) if "teacher_logits" in inputs else None
-        teacher_inputs = {name: value for name, value in inputs.items() if name not in ("labels", "teacher_logits")}
         with torch.no_grad(), self.accelerator.autocast():
-            return self.teacher(**teacher_inputs)
+            if hasattr(self.objective, "run"):
+                return self.objective.run(self.teacher, inputs)
+            return self.teacher(**{k: v for k, v in _without_teacher(inputs).items() if k != "labels"})
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
+        if not batch_samples or not hasattr(self.objective, "num_items"):
+            return None
+        counted = torch.stack([self.objective.num_items(batch) for batch in batch_samples]).sum().to(device)
+        # The mean over processes, as the gradient is one too.
+        mean: Tensor = self.accelerator.reduce(counted.float(), reduction="mean")
+        return mean
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of each term since the last log event to the Trainer's training log."""
-        if "loss" in logs and self._term_batches:
+        if "loss" in logs and self._term_steps:
             for name, total in self._term_sums.items():
-                mean = self.accelerator.reduce(total / self._term_batches, reduction="mean")
+                mean = self.accelerator.reduce(total / self._term_steps, reduction="mean")
                 logs[name] = round(mean.item(), 6)
-            self._term_sums, self._term_batches = {}, 0
+            self._term_sums, self._term_steps = {}, 0.0
         super().log(logs, start_time)
 
     def _set_signature_columns_if_needed(self) -> None:
         # The Trainer drops columns that the model's forward does not name.
-        super()._set_signature_columns_if_needed()
-        if "teacher_logits" not in self._signature_columns:
-            self._signature_columns.append("teacher_logits")
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            first = self.train_dataset[0] if hasattr(self.train_dataset, "__getitem__") else {}
+            of_teacher = ["teacher_logits", *(name for name in first if name.startswith(PREFIX))]
+            self._signature_columns = [*(self._signature_columns or ()), *of_teacher]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset

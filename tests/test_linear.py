@@ -77,6 +77,23 @@ def test_same_result_for_every_budget(dtype: torch.dtype) -> None:
     assert all(map(torch.equal, (again, *torch.autograd.grad(again, (h, w))), found[2]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gap", [1.0, 0.1, 0.05])
+def test_as_exact_as_float32_logits(gap: float, dtype: torch.dtype) -> None:
+    """The closer student and teacher are, the more a rounded logit costs; none is rounded."""
+    generator = torch.Generator().manual_seed(0)
+    th, tw = torch.randn(64, 48, generator=generator), torch.randn(9000, 48, generator=generator) / 2
+    student = [(x + gap * torch.randn(x.shape, generator=generator) / 2).to(dtype).requires_grad_() for x in (th, tw)]
+    teacher = [x.to(dtype) for x in (th, tw)]
+    double = [x.detach().double().requires_grad_() for x in student]
+    exact = torch.autograd.grad(reference(*double, *(x.double() for x in teacher), alpha=1.0), double)
+    eager = torch.autograd.grad(reference(*student, *teacher, alpha=1.0), student)
+    budget = LEAST + 20 * 2 * 4 * 9000
+    ours = torch.autograd.grad(kdfast.linear_kd_loss(*student, *teacher, alpha=1.0, memory_budget=budget), student)
+    for got, usual, true in zip(ours, eager, exact, strict=True):
+        assert 0 < relative(got, true) <= 2 * relative(usual, true)
+
+
 def test_memory_budget_holds() -> None:
     """Peak memory beyond the inputs: the gradients, the budget, and little else."""
     generator = torch.Generator().manual_seed(0)

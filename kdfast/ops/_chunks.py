@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 # Rows of a slab from which on larger ones gain little: the weight gradient's traffic is 2 % of its products' time.
-SATURATED = {False: 1024, True: 8192}  # on the CPU, on the GPU
+SATURATED = {False: 512, True: 8192}  # on the CPU, on the GPU
 LEAST_CHUNK = 256  # rows of a product, on the GPU
 
 

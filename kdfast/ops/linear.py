@@ -126,7 +126,7 @@ def linear_kd_loss(
         student_softcap, teacher_softcap: cap of z (Gemma: `config.final_logit_softcapping`); None: none.
         memory_budget: bytes for logits and their gradients, or `"auto"`: a tenth of the device's memory, and no more
             than helps. Not in it are the gradients of hidden states, weight and bias, nor the float32 sum of a 16-bit
-            weight's gradient, which is there where the budget holds fewer rows than there are (at most 1,024 on
+            weight's gradient, which is there where the budget holds fewer rows than there are (at most 512 on
             the CPU, 8,192 on the GPU). The results for all budgets are the same to a rounding of the output.
         divergence, beta, skew, alpha, temperature, label_smoothing, ignore_index, return_components: as in `kd_loss`.
         mask, weight, temperature, reduction, num_items: as in `kl_div`, over the leading dimensions `[...]`.

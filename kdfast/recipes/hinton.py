@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -158,25 +157,7 @@ class HintonRun:
         self.settings = settings
         self.folder = folder
         self.console = console
-        self.marker = folder / "settings.json"
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"output {folder} is not a folder")
-        if folder.is_dir() and any(folder.iterdir()):
-            if not self.marker.is_file():
-                raise ValueError(f"output folder {folder} is not empty and holds no run; choose another")
-            if fresh:
-                shutil.rmtree(folder)
-            else:
-                self._check_same_settings()
-
-    def _check_same_settings(self) -> None:
-        stored = json.loads(self.marker.read_text())
-        for name, value in json.loads(json.dumps(asdict(self.settings))).items():
-            if stored.get(name) != value:
-                raise ValueError(
-                    f"output folder {self.folder} holds a run with {name} {stored.get(name)}, not {value}; "
-                    "choose another, or --fresh to start over"
-                )
+        self.marker = stages.check_run_folder(folder, asdict(settings), fresh)
 
     def execute(self) -> dict[str, report.Metrics]:
         """Trains, measures and shows; returns the metrics of the three models, named as in `MODELS`.

@@ -24,8 +24,9 @@
             mask=batch["teacher_token_mask"],
         )
 
-In `transformers.Trainer`, dataset and collator are the same two; `remove_unused_columns=False` keeps it from dropping the
-teacher's columns (`kdfast.DistillationTrainer` keeps `teacher_logits` anyway).
+In `kdfast.DistillationTrainer` dataset and collator are the same two, without a teacher; the objective
+`kdfast.objective.LanguageModel` takes the top-k from the rows. `transformers.Trainer` itself would drop the teacher's
+columns: `remove_unused_columns=False`.
 
 A cache is a folder: `shard-00000.safetensors` and so on, with the rows packed one after another in the dataset's order,
 and `manifest.json`, which says what they hold, of which teacher and tokenizer. It is rewritten after each shard, so a

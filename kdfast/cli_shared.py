@@ -1,0 +1,20 @@
+"""What the commands share."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import typer
+
+
+def layer_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of layer numbers such as 0,2,4") from None
+
+
+def fail(message: str, code: int) -> NoReturn:
+    print(f"kdfast: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,183 @@
+"""The recipe of causal language models from end to end, on a tiny random Llama and made-up texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from language_models import PAD, VOCABULARY, llama, plain_loss
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+from kdfast import data, stages, text
+from kdfast.objective import LanguageModel
+from kdfast.recipes import causal_lm
+
+SETTINGS = causal_lm.Settings(
+    student_layers=(0, 2), steps=12, learning_rate=1e-2, max_length=16, max_new_tokens=6, batch_size=4, test_rows=10
+)
+WORDS = [f"w{i}" for i in range(40)]
+
+
+def _sentence(i: int) -> str:
+    return " ".join(WORDS[(i * k + k) % 40] for k in range(1, 8))
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    model, texts = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("texts")
+    llama(0, 4).save_pretrained(model)
+    known = {"<unk>": 0, "<pad>": 1, "<end>": PAD} | {word: 3 + i for i, word in enumerate(WORDS)}
+    words = Tokenizer(models.WordLevel(known | {f"x{i}": i for i in range(len(known), VOCABULARY)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>").save_pretrained(model)
+    lines = [f"{i // 2}_{i % 2}\t0.5\t{_sentence(i)}" for i in range(240)]  # 120 texts of two sentences
+    (texts / "news.tsv").write_text("\r\n".join(lines[:120]) + "\r\n")
+    (texts / "products.tsv").write_text("\n".join(lines[120:]))
+    return {data.SMOLLM2.folder: model, data.ARTICLES.folder: texts}
+
+
+@pytest.fixture(autouse=True)
+def _no_download(assets: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "fetch", lambda package: assets[package.folder])
+
+
+def _run(folder: Path, settings: causal_lm.Settings = SETTINGS, fresh: bool = False) -> tuple[dict[str, Any], str]:
+    shown = io.StringIO()
+    run = causal_lm.CausalLMRun(settings, folder, Console(file=shown, width=120), fresh)
+    run.prepare()
+    return run.execute(), shown.getvalue()
+
+
+@pytest.mark.parametrize("on_policy", [0.0, 0.5], ids=["text", "on-policy"])
+def test_student_comes_closer_to_the_teacher(tmp_path: Path, on_policy: float) -> None:
+    results, shown = _run(tmp_path / "run", dataclasses.replace(SETTINGS, on_policy=on_policy))
+    assert list(results) == ["teacher", "start", "student"]
+    assert results["teacher"]["kl_to_teacher"] == pytest.approx(0, abs=1e-6)
+    assert results["student"]["kl_to_teacher"] < results["start"]["kl_to_teacher"]
+    assert results["student"]["perplexity"] < results["start"]["perplexity"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "student",
+        "settings.json",
+        "metrics.json",
+        "learning_curve.png",
+    }
+    stored = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert stored["models"] == results
+    assert stored["training"]["tokens_per_second"] > 0
+    assert stored["training"]["peak_memory_mb"] > 0
+    assert (tmp_path / "run" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert f" {results['student']['perplexity']:.2f} " in shown
+    assert _run(tmp_path / "run", dataclasses.replace(SETTINGS, on_policy=on_policy)) == (results, shown)
+
+
+def test_measured_as_plain_torch_does(tmp_path: Path) -> None:
+    run = causal_lm.CausalLMRun(SETTINGS, tmp_path, Console(file=io.StringIO()))
+    run.prepare()
+    models = {"teacher": run.teacher, "start": run.start}
+    measured = causal_lm.quality(models, run.test[:6], run.collate)
+    batch = run.collate(run.test[:6])
+    for name, model in models.items():
+        hard, soft = (
+            plain_loss(model, run.teacher, batch, LanguageModel(alpha=alpha, temperature=1.0)).item()
+            for alpha in (0.0, 1.0)
+        )
+        assert measured[name]["perplexity"] == pytest.approx(torch.tensor(hard).exp().item(), rel=1e-5)
+        assert measured[name]["kl_to_teacher"] == pytest.approx(soft, rel=1e-5, abs=1e-6)
+
+
+class _Signal(TrainerCallback):
+    """Sends Ctrl-C to this process in the middle of a step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_stopped_run_continues_to_the_same_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = dataclasses.replace(SETTINGS, on_policy=0.5)
+    expected, _ = _run(tmp_path / "through", settings)
+    train_stage = stages.train_stage
+
+    def stopped(trainer: Any, folder: Path, title: str) -> Any:
+        trainer.add_callback(_Signal())
+        return train_stage(trainer, folder, title)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "train_stage", stopped)
+        with pytest.raises(stages.StageInterrupted):
+            _run(tmp_path / "run", settings)
+    results, _ = _run(tmp_path / "run", settings)
+    assert results["student"]["kl_to_teacher"] == expected["student"]["kl_to_teacher"]
+    students = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "student") for name in ("through", "run")]
+    for a, b in zip(*(student.parameters() for student in students), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_student_is_made_of_the_chosen_layers() -> None:
+    for tied in (True, False):
+        teacher = llama(0, 4, tied)
+        student = causal_lm.student_from(teacher, (0, 3))
+        assert student.config.num_hidden_layers == 2
+        assert teacher.config.num_hidden_layers == 4
+        for mine, its in ((0, 0), (1, 3)):
+            a, b = student.model.layers[mine].state_dict(), teacher.model.layers[its].state_dict()
+            assert all(torch.equal(a[name], b[name]) for name in b)
+            assert student.model.layers[mine].self_attn.layer_idx == mine  # of the cache, when it samples
+        assert torch.equal(student.model.norm.weight, teacher.model.norm.weight)
+        assert torch.equal(student.lm_head.weight, teacher.lm_head.weight)
+        assert (student.lm_head.weight is student.model.embed_tokens.weight) == tied
+        with torch.no_grad():
+            student.lm_head.weight.zero_()
+        assert teacher.lm_head.weight.abs().max() > 0
+        for wrong in ((), (0, 4), (-1,)):
+            with pytest.raises(ValueError, match="student_layers must be numbers from 0 to 3"):
+                causal_lm.student_from(teacher, wrong)
+
+
+def test_rows_of_files(tmp_path: Path) -> None:
+    def rows_of(settings: causal_lm.Settings) -> list[text.Row]:
+        run = causal_lm.CausalLMRun(settings, tmp_path / "run", Console())
+        run.prepare()
+        assert len(run.test) == 2  # a tenth
+        return run.train
+
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": f"w{i} w1 ", "completion": f"w{i + 1}"}) for i in range(20))
+    )
+    rows = rows_of(dataclasses.replace(SETTINGS, data=str(tmp_path / "rows.jsonl")))
+    assert len(rows) == 18
+    assert all(row["labels"] == [-100, -100, *row["input_ids"][2:]] and row["input_ids"][-1] == PAD for row in rows)
+    (tmp_path / "texts.txt").write_text("\n\n".join(_sentence(i) for i in range(40)))
+    settings = dataclasses.replace(SETTINGS, data=str(tmp_path / "texts.txt"))
+    assert all(row["labels"] == row["input_ids"] and len(row["labels"]) == 16 for row in rows_of(settings))
+    rows = rows_of(dataclasses.replace(settings, on_policy=1.0))
+    assert all(row["labels"] == [-100] * 4 + row["input_ids"][4:] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"learning_rate": 2.0}, "learning_rate must be between 0 and 1"),
+        ({"on_policy": -1.0}, "on_policy must be between 0 and 1"),
+        ({"divergence": "kl"}, "divergence must be one of"),
+        ({"student_layers": (7,)}, "student_layers must be numbers from 0 to 3"),
+        ({"data": "no-such.jsonl"}, "data no-such.jsonl is not a file"),
+        ({"teacher": "/no/such/model"}, "teacher /no/such/model: "),
+        ({"max_length": 5000}, "too little text for rows of 5000 tokens"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistakes(wrong: dict[str, Any], match: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=match):
+        causal_lm.CausalLMRun(dataclasses.replace(SETTINGS, **wrong), tmp_path, Console()).prepare()
+    assert not any(tmp_path.iterdir())
