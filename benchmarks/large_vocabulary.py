@@ -32,8 +32,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 WIDTH, BUDGET = (4096, "auto") if DEVICE == "cuda" else (512, 256 << 20)
 VOCABULARIES = (32000, 49152, 128256, 151936)
-ROWS = (1024, 4096, 8192) if DEVICE == "cuda" else (256, 512, 1024, 2048)
-USUAL = (ROWS[-2], VOCABULARIES[-1])
+ROWS = (1024, 4096, 8192) if DEVICE == "cuda" else (256, 512, 1024)
+USUAL = (ROWS[-1], VOCABULARIES[-1])
 CASES = [(USUAL[0], vocabulary) for vocabulary in VOCABULARIES] + [(n, USUAL[1]) for n in ROWS if n != USUAL[0]]
 WAYS = ("kdfast", "plain torch", "products alone", "linear_cross_entropy")
 
@@ -57,7 +57,7 @@ class Case:
     def ways(self) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
         calls = (self.kdfast, self.plain, self.products, self.cross_entropy)
         ways = dict(zip(WAYS, calls, strict=True))
-        if not hasattr(F, "linear_cross_entropy"):
+        if not hasattr(F, "linear_cross_entropy") or self.labels.shape[0] != USUAL[0]:  # minutes, on two cores
             del ways["linear_cross_entropy"]
         return ways
 

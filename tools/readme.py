@@ -10,21 +10,23 @@ import re
 from pathlib import Path
 
 from kdfast import bench
-from kdfast.registry.divergences import DIVERGENCES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 HINTON = {"teacher": "teacher, 6 layers", "labels_only": "student, labels alone", "student": "student, distilled"}
 
 
-def in_readme(case: bench.Case) -> bool:
-    """Of `kl_div` a few widths, of the other divergences the large vocabulary; all cases are in the JSON."""
-    if case.operator not in DIVERGENCES:
-        return case.gradient
-    wide = case.shape == (64, 152064)
-    if case.operator != "kl_div":
-        return wide and case.gradient
-    return wide or case.shape[0] == 128 or (case.dtype == "float32" and case.shape != (1, 152064))
+# Something of every kind; all cases are in the committed files.
+SHOWN = (
+    *("kl_div-64x152064-float32-grad", "kl_div-64x152064-float32-loss", "kl_div-128x128256-bfloat16-grad"),
+    *("kl_div-8192x1000-float32-grad", "kl_div-100000x2-float32-grad", "js_div-64x152064-float32-grad"),
+    *("kd_loss-64x152064-float32-grad", "topk_kl_div-64x152064-float32-grad"),
+    *("linear_kd_loss-512x576x49152-bfloat16-grad", "attention_mse-4x8x12x128x128-float32-grad"),
+    *("attention_kl-4x2x12x512x512-float32-grad", "qk_attention_mse-8x12x16x32-float32-grad"),
+    *("qk_attention_mse-2x12x2048x64-float32-grad", "qk_relation_kl-2x12x512x64-float32-grad"),
+    *("hidden_mse-5x32x128x384-float32-grad", "cosine_distance-5x32x128x768-bfloat16-grad"),
+    "cls_distance-12x4x64x384-float32-grad",
+)
 
 
 def operators() -> str:
@@ -37,9 +39,17 @@ def operators() -> str:
         results, facts = bench.load(path)
         threads = f", {facts['threads']} threads, {facts['cpu_variant']}" if "threads" in facts else ""
         parts.append(
-            f"{device}{threads}, torch {facts['torch']}, {facts['date']}:\n\n{bench.markdown([r for r in results if in_readme(r.case)])}"
+            f"{device}{threads}, torch {facts['torch']}, {facts['date']} (all cases: `{path.with_suffix('.md').relative_to(ROOT)}`):\n\n"
+            + bench.markdown([r for name in SHOWN for r in results if r.case.name == name])
         )
     return "\n\n".join(parts)
+
+
+def vocabulary() -> str:
+    """The table that benchmarks/large_vocabulary.py has left beside its latest results."""
+    path = max(RESULTS.glob("large-vocabulary-*.md"))
+    facts = json.loads(path.with_suffix(".json").read_text())["environment"]
+    return f"{facts['device']}, torch {facts['torch']}, {facts['date']}, {facts['dtype']}:\n\n{path.read_text().strip()}"
 
 
 def hinton() -> str:
@@ -59,7 +69,7 @@ def hinton() -> str:
 
 def filled(text: str) -> str:
     """README text with the blocks between `<!-- name -->` and `<!-- end -->` made anew."""
-    for name, make in (("operators", operators), ("hinton", hinton)):
+    for name, make in (("operators", operators), ("vocabulary", vocabulary), ("hinton", hinton)):
         block = f"<!-- {name} -->\n{make()}\n<!-- end -->"
         text, found = re.subn(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
         if found != 1:

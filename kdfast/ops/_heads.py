@@ -22,6 +22,29 @@ def on_gpu(x: Tensor) -> bool:
     return x.device.type == "cuda"
 
 
+class Widening:
+    """Weights in a wider dtype, a piece at a time, all in one place: memory of their own would be new each time."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._place: Tensor | None = None
+
+    def room(self, weight: Tensor) -> Tensor:
+        """For as many rows of a weight as are taken at a time."""
+        if self._place is None:
+            self._place = weight.new_empty(WIDENED // self.dtype.itemsize, dtype=self.dtype)
+        width = weight.shape[1]
+        rows = max(1, min(weight.shape[0], self._place.numel() // width))
+        return self._place[: rows * width].view(rows, width)
+
+    def pieces(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Each with its columns of the logits."""
+        room = self.room(weight)
+        for begin in range(0, weight.shape[0], room.shape[0]):
+            columns = slice(begin, min(begin + room.shape[0], weight.shape[0]))
+            yield columns, room[: columns.stop - begin].copy_(weight[columns])
+
+
 class Head(NamedTuple):
     """hidden [N, H] · weight [V, H]ᵀ + bias [V], soft-capped: cap · tanh(z / cap); a cap of 0 is none."""
 
@@ -46,7 +69,7 @@ class Head(NamedTuple):
         bias = None if self.bias is None else self.bias[:columns]
         return self._replace(weight=self.weight[:columns], bias=bias)
 
-    def logits(self, rows: slice, out: Tensor) -> None:
+    def logits(self, rows: slice, out: Tensor, widening: Widening) -> None:
         """Of some rows, into `out`, float32 (float64)."""
         hidden = self.hidden[rows]
         if hidden.dtype == out.dtype:
@@ -55,7 +78,7 @@ class Head(NamedTuple):
             torch.mm(hidden, self.weight.t(), out_dtype=out.dtype, out=out)
         else:
             hidden = hidden.to(out.dtype)
-            for columns, piece in widened(self.weight, out.dtype):
+            for columns, piece in widening.pieces(self.weight):
                 torch.mm(hidden, piece.t(), out=out[:, columns])
         if self.bias is not None:
             out += self.bias
@@ -67,18 +90,6 @@ class Head(NamedTuple):
         g.mul_(logits.div_(self.softcap).square_().neg_().add_(1))
 
 
-def widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in pieces of `dtype`, each with its columns of the logits."""
-    each = weight.shape[0] if weight.dtype == dtype else _rows_at_a_time(weight.shape[1], dtype)
-    for begin in range(0, weight.shape[0], each):
-        columns = slice(begin, min(begin + each, weight.shape[0]))
-        yield columns, weight[columns].to(dtype)
-
-
-def _rows_at_a_time(width: int, dtype: torch.dtype) -> int:
-    return max(1, WIDENED // (width * dtype.itemsize))
-
-
 class Gradients:
     """Of hidden states, weight and bias (where `wanted`), from the gradients of the logits, slab by slab.
 
@@ -87,8 +98,10 @@ class Gradients:
     those of other shards are still to come.
     """
 
-    def __init__(self, head: Head, padding: int, wanted: list[bool], slabs: int, sharded: bool) -> None:
-        self.head, self.wanted = head, wanted
+    def __init__(
+        self, head: Head, widening: Widening, padding: int, wanted: list[bool], slabs: int, sharded: bool
+    ) -> None:
+        self.head, self.widening, self.wanted = head, widening, wanted
         of, exact = head.weight, torch.promote_types(head.weight.dtype, torch.float32)
         columns = of.shape[0] + padding
         self.dtype = exact if of.dtype == torch.float16 else of.dtype
@@ -116,7 +129,7 @@ class Gradients:
             torch.mm(g, weight, out_dtype=out.dtype, out=out)
         else:
             total = g.new_zeros(out.shape)
-            for columns, piece in widened(weight, g.dtype):
+            for columns, piece in self.widening.pieces(weight):
                 total.addmm_(g[:, columns], piece)
             out.copy_(total)
 
@@ -126,9 +139,10 @@ class Gradients:
         elif on_gpu(out):
             torch.addmm(out, g.t(), hidden, out_dtype=out.dtype, beta=0 if first else 1, out=out)
         else:  # a single slab
-            each = _rows_at_a_time(out.shape[1], g.dtype)
+            room = self.widening.room(out)
+            each = room.shape[0]
             for piece, columns in zip(out.split(each), g.split(each, 1), strict=True):
-                piece.copy_(columns.t() @ hidden)
+                piece.copy_(torch.mm(columns.t(), hidden, out=room[: piece.shape[0]]))
 
 
 def checked(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdfast.ops import _checks, _chunks, _divergence, _heads
 from kdfast.ops._divergence import KNOWN_EVERYTHING, KNOWN_NOTHING, SAVE_NOTHING, Call
-from kdfast.ops._heads import WORKSPACE, Gradients, Head
+from kdfast.ops._heads import WORKSPACE, Gradients, Head, Widening
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,6 +42,7 @@ class Loop:
         self.call, self.group, self.wanted = call, group, wanted
         dtype, self.on_gpu, self.gradient = student.weight.dtype, _heads.on_gpu(student.weight), any(wanted)
         self.logits_dtype = torch.promote_types(dtype, torch.float32)
+        self.widening = Widening(self.logits_dtype)
         # Products of gradients take the inputs' dtype on the GPU; without gradients the logits are alone.
         self.dtype = dtype if self.on_gpu and self.gradient else self.logits_dtype
         # On the CPU gradients take the place of the student's logits, but for a soft-cap's, which needs both.
@@ -70,7 +71,8 @@ class Loop:
         """Loss and components, of every row in turn or of all; and the gradients, `padding` rows of weight more."""
         plan = self.plan(budget) if self.student.hidden.shape[0] else _chunks.Plan([], 0)
         memory = self.student.weight.new_empty(plan.memory, self.width, dtype=self.dtype)
-        gradients = Gradients(self.student, padding, self.wanted, len(plan.slabs), self.group is not None)
+        sharded = self.group is not None
+        gradients = Gradients(self.student, self.widening, padding, self.wanted, len(plan.slabs), sharded)
         results = []
         for slab in plan.slabs:
             rows = slice(slab[0].begin, slab[-1].end)
@@ -84,10 +86,10 @@ class Loop:
         g = memory[rows.start - begin : rows.stop - begin]
         tail = self.tail(memory, rows.stop - rows.start)
         s = next(tail) if self.apart else g
-        self.student.logits(rows, s[:, : self.call.columns])
+        self.student.logits(rows, s[:, : self.call.columns], self.widening)
         if self.teacher is not None:
             t = next(tail)
-            self.teacher.logits(rows, t[:, : self.call.columns])
+            self.teacher.logits(rows, t[:, : self.call.columns], self.widening)
         else:
             assert self.given is not None
             t = rows_of(self.given, rows if self.places is None else self.places[rows])
