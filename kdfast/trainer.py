@@ -121,11 +121,12 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         # The Trainer drops columns that the model's forward does not name.
-        if self._signature_columns is None:  # type: ignore[has-type]
-            super()._set_signature_columns_if_needed()
-            first = self.train_dataset[0] if hasattr(self.train_dataset, "__getitem__") else {}
-            of_teacher = ["teacher_logits", *(name for name in first if name.startswith(PREFIX))]
-            self._signature_columns += of_teacher
+        first_time = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if first_time:
+            row = self.train_dataset[0] if hasattr(self.train_dataset, "__getitem__") else {}
+            of_teacher = (name for name in row if name.startswith(PREFIX))
+            self._signature_columns.extend(dict.fromkeys(("teacher_logits", *of_teacher)))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
