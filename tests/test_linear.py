@@ -31,7 +31,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected.double()).norm() / expected.double().norm())
+    return float((got.detach().double() - expected.detach().double()).norm() / expected.detach().double().norm())
 
 
 # ---- chunks ----
@@ -209,6 +209,23 @@ def test_given_logits_of_the_teacher() -> None:
             torch.autograd.grad(loss.sum(), (h, w)), torch.autograd.grad(expected.sum(), (h, w)), strict=True
         ):
             assert relative(got, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("side", ["student", "teacher", "logits"])
+def test_one_side_in_float64(side: str) -> None:
+    h, w, th, tw, labels = inputs()
+    if side == "student":
+        h, w = (x.detach().double().requires_grad_() for x in (h, w))
+    else:
+        th, tw = th.double(), tw.double()
+    teacher: Any = {"teacher_logits": th @ tw.T} if side == "logits" else {"teacher_hidden": th, "teacher_weight": tw}
+    loss = kdfast.linear_kd_loss(h, w, labels=labels, **teacher)
+    assert loss.dtype == torch.float64
+    exact = [x.detach().double().requires_grad_() for x in (h, w)]
+    expected = reference(*exact, th.double(), tw.double(), labels)
+    assert abs(float((loss - expected).detach())) < 1e-12
+    for got, wanted in zip(torch.autograd.grad(loss, (h, w)), torch.autograd.grad(expected, exact), strict=True):
+        assert relative(got, wanted) < (1e-12 if side == "student" else 1e-7)
 
 
 def test_masked_rows_are_not_read() -> None:

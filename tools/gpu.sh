@@ -41,5 +41,6 @@ if command -v compute-sanitizer >/dev/null; then
   done
 fi
 stage benchmarks "$python" -m kdfast bench --seconds 1 --only "*$only*" --output "$out"
+[ "$only" ] || stage vocabulary "$python" benchmarks/large_vocabulary.py --seconds 1 --output "$out"
 cat "$out/benchmarks.log"
 exit $status

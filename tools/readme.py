@@ -49,7 +49,9 @@ def vocabulary() -> str:
     """The table that benchmarks/large_vocabulary.py has left beside its latest results."""
     path = max(RESULTS.glob("large-vocabulary-*.md"))
     facts = json.loads(path.with_suffix(".json").read_text())["environment"]
-    return f"{facts['device']}, torch {facts['torch']}, {facts['date']}, {facts['dtype']}:\n\n{path.read_text().strip()}"
+    return (
+        f"{facts['device']}, torch {facts['torch']}, {facts['date']}, {facts['dtype']}:\n\n{path.read_text().strip()}"
+    )
 
 
 def hinton() -> str:

@@ -279,9 +279,9 @@ def _run(
         given, indices = given.flatten(0, -2), indices.flatten(0, -2)
     budget = _check_budget(op, memory_budget, like)
     if torch.float64 in (like.dtype, t.dtype):
-        like, student = like.double(), student.double()
-        teacher, given = teacher and teacher.double(), None if given is None else given.double()
-    call = _divergence.call_of(op, kind, like, shard, options, mixing, labels, indices)
+        student, teacher = student.double(), teacher and teacher.double()
+        given = None if given is None else given.double()
+    call = _divergence.call_of(op, kind, student.hidden, shard, options, mixing, labels, indices)
     call = call.rows(lambda x: x if x is indices else x.flatten())
     if options.reduction == "batchmean":
         call = call._replace(reduction=_checks.REDUCTIONS["sum"], scale=call.scale / max(leading[0], 1))
