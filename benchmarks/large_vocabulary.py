@@ -163,14 +163,15 @@ def plot(results: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> No
         for axes, (x, fixed, of) in zip(
             grid[row], (("vocabulary", "rows", USUAL[0]), ("rows", "vocabulary", USUAL[1])), strict=True
         ):
-            for way in WAYS:
+            for way, colour in zip(WAYS, ("C0", "C1", "C7", "C3"), strict=True):
                 chosen = [r for r in results if r[fixed] == of and r["way"] == way]
                 line = sorted((r[x], r[measured] / unit) for r in chosen)
                 if line and not (measured == "megabytes" and way == "products alone"):
-                    axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=way)
+                    axes.plot(*zip(*line, strict=True), marker="o", markersize=4, color=colour, label=way)
             axes.set(xlabel=f"{x} ({of} {fixed})" if fixed == "rows" else f"{x} (vocabulary {of})")
-            axes.set_ylim(bottom=0)
+            axes.set(yscale="log") if measured == "milliseconds" else axes.set_ylim(bottom=0)
             axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].set_yticks((0.5, 1, 2, 5, 10, 20), ("0.5", "1", "2", "5", "10", "20"))
     grid[0][0].set_ylabel("seconds")
     grid[1][0].set_ylabel("peak memory, GB, gradients included")
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from kdfast import bench
 
@@ -30,18 +31,20 @@ SHOWN = (
 
 
 def operators() -> str:
-    """A table per device; of a device's files the latest."""
-    latest: dict[str, Path] = {}
+    """A table per device; of a device's files the latest that has a case."""
+    devices: dict[str, tuple[dict[str, bench.Result], list[dict[str, Any]]]] = {}
     for path in sorted(RESULTS.glob("operators-*.json")):
-        latest[bench.load(path)[1]["device"]] = path
-    parts = []
-    for device, path in latest.items():
         results, facts = bench.load(path)
+        latest, environments = devices.setdefault(facts["device"], ({}, []))
+        latest |= {r.case.name: r for r in results}
+        environments.append(facts)
+    parts = []
+    for device, (latest, environments) in devices.items():
+        facts = environments[-1]
         threads = f", {facts['threads']} threads, {facts['cpu_variant']}" if "threads" in facts else ""
-        parts.append(
-            f"{device}{threads}, torch {facts['torch']}, {facts['date']} (all cases: `{path.with_suffix('.md').relative_to(ROOT)}`):\n\n"
-            + bench.markdown([r for name in SHOWN for r in results if r.case.name == name])
-        )
+        dates = " and ".join(dict.fromkeys(facts["date"] for facts in environments))
+        title = f"{device}{threads}, torch {facts['torch']}, {dates} (all cases: `benchmarks/results/operators-*.md`):"
+        parts.append(f"{title}\n\n{bench.markdown([latest[name] for name in SHOWN if name in latest])}")
     return "\n\n".join(parts)
 
 
