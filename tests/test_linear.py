@@ -299,6 +299,25 @@ def test_a_column_that_comes_twice() -> None:
     assert torch.autograd.grad(loss.sum(), z)[0].isnan().any(-1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"reduction": "none", "mask": True}, {"student_softcap": 5.0, "return_components": True}]
+)
+def test_compiles_without_graph_breaks(settings: dict[str, Any]) -> None:
+    h, w, th, tw, labels = inputs()
+    more = settings | ({"mask": torch.arange(ROWS) % 3 != 0} if "mask" in settings else {})
+
+    def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
+        loss = kdfast.linear_kd_loss(hidden, weight, th, tw, labels, **more)
+        return loss.loss if isinstance(loss, tuple) else loss
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (loss_of, compiled):
+        loss = function(h, w)
+        results.append((loss, *torch.autograd.grad(loss.sum(), (h, w))))
+    assert all(map(torch.equal, *results))
+
+
 # ---- on the GPU ----
 def test_the_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its memory, logits in the place of gradients that are not written yet, with products that widen."""

@@ -51,11 +51,13 @@ class Loop:
         self.width = -(-call.columns // 64) * 64 if self.on_gpu else call.columns
 
     def plan(self, budget: int) -> _chunks.Plan:
+        """`budget`: bytes; 0: whatever suits the device."""
         row_bytes = self.width * self.dtype.itemsize
         if self.given is not None and self.places is not None:  # its rows are copied
             row_bytes += self.given.shape[-1] * self.given.element_size()
         tail = (self.apart + (self.teacher is not None)) * self.logits_dtype.itemsize // self.dtype.itemsize
         workspace = 0 if self.on_gpu else WORKSPACE
+        budget = budget or _chunks.automatic(self.student.weight.device)
         fits = (budget - workspace) // max(row_bytes, 1)  # a shard may have no columns
         if self.group is not None:  # the ranks' chunks are the same
             least = torch.tensor(fits, device=self.student.weight.device)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from kdfast.ops import _checks, _chunks, _divergence, _dtensors, _heads, _linear, _shards
+from kdfast.ops import _checks, _divergence, _dtensors, _heads, _linear, _shards
 from kdfast.ops._divergence import Labels, Options
 from kdfast.ops._heads import Head
 from kdfast.ops.kd_loss import KDLossComponents, hard_part, soft_part
@@ -277,7 +277,7 @@ def _run(
     if indices is not None and given is not None:
         given, indices = _checks.check_topk(op, like, given, indices, shard.vocabulary)
         given, indices = given.flatten(0, -2), indices.flatten(0, -2)
-    budget = _check_budget(op, memory_budget, like)
+    budget = _check_budget(op, memory_budget)
     if torch.float64 in (like.dtype, t.dtype):
         student, teacher = student.double(), teacher and teacher.double()
         given = None if given is None else given.double()
@@ -308,9 +308,9 @@ def _check_pair(op: str, student: Head, teacher: Head, options: Options) -> None
         _checks.wrong_value(op, "teacher_weight", expected, widths[1])
 
 
-def _check_budget(op: str, budget: int | str, like: Tensor) -> int:
+def _check_budget(op: str, budget: int | str) -> int:
     if budget == "auto":
-        return _chunks.automatic(like.device)
+        return 0  # what it comes to cannot be traced
     if isinstance(budget, bool) or not isinstance(budget, int):
         _checks.wrong_type(op, "memory_budget", "a number of bytes or 'auto'", repr(budget))
     if budget < 1:
