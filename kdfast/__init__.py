@@ -7,6 +7,7 @@ the trainer in `kdfast.DistillationTrainer`
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from kdfast import _native
@@ -63,8 +64,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "DistillationTrainer":  # transformers takes seconds to import, and the operators do not need it
+    # transformers takes seconds to import, and the operators do not need it
+    if name == "DistillationTrainer":
         from kdfast.trainer import DistillationTrainer
 
         return DistillationTrainer
+    if name in ("hf", "teacher_cache"):
+        return importlib.import_module(f"kdfast.{name}")
     raise AttributeError(f"module 'kdfast' has no attribute '{name}'")

@@ -109,7 +109,7 @@ class LanguageModel:
         tail: of `kdfast.topk_kl_div`.
         memory_budget: of `kdfast.linear_kd_loss`.
 
-    Returns the weighted terms `kd`, which carries the gradient of both, and `ce`.
+    Returns the weighted terms `kd`, which carries the gradient of both, and `ce`: their sum is the loss.
 
     Raises:
         ValueError: alpha outside [0, 1], a temperature that is not positive, a batch without a teacher or, with
@@ -150,6 +150,8 @@ class LanguageModel:
     ) -> dict[str, Tensor]:
         if teacher_outputs is None and "teacher_topk_logprobs" not in inputs:
             raise ValueError("LanguageModel: needs a teacher, or rows with its top-k (kdfast.teacher_cache)")
+        if teacher_outputs is not None and "teacher_topk_logprobs" in inputs:
+            raise ValueError("LanguageModel: expected a teacher or rows with its top-k, got both")
         if self.alpha < 1 and "labels" not in inputs:
             raise ValueError("LanguageModel: alpha < 1 needs rows with labels")
         student = student_outputs.hidden[:, :-1], student_outputs.weight
@@ -166,8 +168,7 @@ class LanguageModel:
         }
         parts: KDLossComponents
         if teacher_outputs is None:
-            if self.divergence != "kl_div":
-                raise ValueError(f"LanguageModel: a teacher's top-k has kl_div alone, got {self.divergence!r}")
+            self._check_cached(inputs, student_outputs)
             teacher = inputs["teacher_topk_logprobs"][:, :-1], inputs["teacher_topk_indices"][:, :-1]
             parts = linear_topk_kd_loss(*student, *teacher, labels, tail=self.tail, return_components=True, **settings)
         else:
@@ -178,6 +179,19 @@ class LanguageModel:
         # The parts carry no gradient: the loss has that of both.
         hard = (1 - self.alpha) * parts.cross_entropy
         return {"kd": parts.loss - hard} | ({"ce": hard} if self.alpha < 1 else {})
+
+    def _check_cached(self, inputs: Mapping[str, Any], student: LastHidden) -> None:
+        if self.divergence != "kl_div":
+            raise ValueError(f"LanguageModel: a teacher's top-k has kl_div alone, got {self.divergence!r}")
+        temperature = inputs.get("teacher_temperature", self.temperature)
+        if temperature != self.temperature:
+            raise ValueError(f"LanguageModel: temperature: expected {temperature}, the cache's, got {self.temperature}")
+        known = inputs.get("teacher_vocab_size", student.weight.shape[0])
+        if self.vocab_size is None and known != student.weight.shape[0]:
+            raise ValueError(
+                f"LanguageModel: expected a student of the cache's {known} tokens (for padded vocabularies pass "
+                f"vocab_size=, the tokens that count), got {student.weight.shape[0]}"
+            )
 
     def _counted(self, inputs: Mapping[str, Any]) -> Tensor:
         """[B, L - 1], True where the next token counts."""

@@ -64,7 +64,7 @@ class Loop:
             dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group)
             fits = int(least)
         if fits < 1 + tail:
-            expected = f"{row_bytes * (1 + tail) + workspace} bytes or more, for a row of logits"
+            expected = f"{row_bytes * (1 + tail) + workspace} bytes or more, for a row of logits and {workspace} bytes of workspace"
             _checks.wrong_value(self.op, "memory_budget", expected, budget)
         several = self.on_gpu and self.wanted[1]
         return _chunks.plan(self.student.hidden.shape[0], fits, tail, self.on_gpu, several)

@@ -120,7 +120,8 @@ def linear_kd_loss(
         student_weight: `[V, H]`, the output embeddings (`model.get_output_embeddings().weight`), of the hidden states'
             dtype; under autocast both are cast. Tied embeddings get the sum of their gradients, as everywhere.
         teacher_hidden, teacher_weight: `[..., Ht]`, `[V, Ht]`; their size and dtype may differ from the student's.
-        labels: `[...]`, int64, or None with alpha = 1.
+        labels: `[...]`, int64, or None with alpha = 1. A label of -100 leaves out the cross-entropy alone: to leave out
+            the divergence too, of prompts and padding, pass mask=labels != -100.
         student_bias, teacher_bias: `[V]`.
         teacher_logits: `[..., V]`, instead of hidden states and weight (before no soft-cap: as they are).
         student_softcap, teacher_softcap: cap of z (Gemma: `config.final_logit_softcapping`); None: none.
@@ -150,7 +151,8 @@ def linear_kd_loss(
     teacher = None
     if teacher_logits is None:
         if teacher_hidden is None or teacher_weight is None:
-            _checks.wrong_value(op, "teacher_hidden", "teacher_hidden and teacher_weight, or teacher_logits", "neither")
+            got = "neither" if teacher_hidden is None and teacher_weight is None else "one of the two"
+            _checks.wrong_value(op, "teacher_hidden", "teacher_hidden and teacher_weight, or teacher_logits", got)
         teacher = _heads.checked(op, "teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)
     elif any(x is not None for x in (teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)):
         _checks.wrong_value(op, "teacher_logits", "no other argument of the teacher beside it", "some")

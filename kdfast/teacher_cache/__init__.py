@@ -25,7 +25,8 @@
         )
 
 In `kdfast.DistillationTrainer` dataset and collator are the same two, without a teacher; the objective
-`kdfast.objective.LanguageModel` takes the top-k from the rows. `transformers.Trainer` itself would drop the teacher's
+`kdfast.objective.LanguageModel(temperature=2.0)` takes the top-k from the rows, at the cache's temperature. With alpha < 1 it
+needs labels: `cache.collator(DataCollatorForLanguageModeling(tokenizer, mlm=False))`. `transformers.Trainer` itself would drop the teacher's
 columns: `remove_unused_columns=False`.
 
 A cache is a folder: `shard-00000.safetensors` and so on, with the rows packed one after another in the dataset's order,

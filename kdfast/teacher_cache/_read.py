@@ -171,13 +171,15 @@ class TeacherCache(Dataset[dict[str, Tensor]]):
             raise mismatch("dataset", f"{len(self)} rows, as in {self.folder / NAME}", len(dataset))
         return BesideDataset(self, dataset)
 
-    @staticmethod
-    def collator(inner: Callable[[list[dict[str, Any]]], Any]) -> Collator:
+    def collator(self, inner: Callable[[list[dict[str, Any]]], Any]) -> Collator:
         """A collator for the items of `beside`: `inner` makes the batch, to which the teacher's columns are added.
 
         They are padded to the width of its input_ids, on the padding side of `inner.tokenizer` (without one, right).
+        With a top-k come two numbers that objectives check: `teacher_temperature` and `teacher_vocab_size`.
         """
-        return Collator(inner)
+        temperature, vocabulary = self.manifest.settings.temperature, self.manifest.vocab_size
+        numbers = {} if temperature is None else {"temperature": temperature, "vocab_size": vocabulary}
+        return Collator(inner, {PREFIX + name: value for name, value in numbers.items()})
 
 
 class BesideDataset(Dataset[dict[str, Any]]):
@@ -202,10 +204,11 @@ class BesideDataset(Dataset[dict[str, Any]]):
 
 
 class Collator:
-    """See `TeacherCache.collator`."""
+    """`numbers` go into every batch. See `TeacherCache.collator`."""
 
-    def __init__(self, inner: Callable[[list[dict[str, Any]]], Any]) -> None:
+    def __init__(self, inner: Callable[[list[dict[str, Any]]], Any], numbers: Mapping[str, Any]) -> None:
         self.inner = inner
+        self.numbers = numbers
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         own = [{name: value for name, value in row.items() if not name.startswith(PREFIX)} for row in features]
@@ -215,4 +218,4 @@ class Collator:
         batch = dict(self.inner(own))
         side = getattr(getattr(self.inner, "tokenizer", None), "padding_side", "right")
         padded = TeacherCache.collate(cached, batch["input_ids"].shape[1], side)
-        return batch | {PREFIX + name: value for name, value in padded.items()}
+        return {**batch, **{PREFIX + name: value for name, value in padded.items()}, **self.numbers}

@@ -42,6 +42,11 @@ def text_rows(data: str | Path, tokenizer: Any, *, text_column: str = "text", ma
     except (OSError, ValueError, DatasetsError) as error:
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise mismatch("data", f"rows that `datasets` can read in {data}", reason[0]) from None
+    if {"prompt", "completion"} <= set(rows.column_names) and text_column in ("prompt", "completion", "text"):
+        expected = "a column of whole texts (prompts with completions: kdfast.text.read_completions reads them, and "
+        raise mismatch(
+            "text_column", expected + 'write(..., positions="next_labels") stores the completions)', text_column
+        )
     if text_column not in rows.column_names:
         raise mismatch("text_column", f"one of {', '.join(rows.column_names)} in {data}", text_column)
     rows = rows.filter(lambda text: bool(text and text.strip()), input_columns=text_column)
