@@ -24,7 +24,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["ADAPTERS", "Adapter", "Features", "Reader", "record", "register", "through_interface"]
+from kdfast.objective._protocol import unwrapped
+
+__all__ = ["ADAPTERS", "Adapter", "Features", "Reader", "read_hidden", "record", "register", "through_interface"]
 
 
 @dataclass(repr=False)
@@ -50,7 +52,12 @@ class Features:
     causal: bool
 
     def __repr__(self) -> str:
-        return f"Features({len(self.q)} layers, hidden {list(self.hidden[-1].shape)}, q {list(self.q[-1].shape)})"
+        return f"Features({len(self.hidden) - 1} layers, hidden {list(self.hidden[-1].shape)})"
+
+    @property
+    def logits(self) -> Any:
+        """Of the model's own outputs, where it has any."""
+        return getattr(self.outputs, "logits", None)
 
     @property
     def scores(self) -> list[Tensor]:
@@ -208,6 +215,47 @@ def register(model_type: str, adapter: Adapter) -> None:
     ADAPTERS[model_type] = adapter
 
 
+def _transformers_model(model: nn.Module) -> Any:
+    inner: Any = unwrapped(model)
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"kdfast.hf.Reader: model: expected a transformers model, got {type(inner).__name__}")
+    return inner
+
+
+def _cls_index(adapter: Adapter, mask: Tensor | None) -> int | Tensor:
+    if adapter.cls_index is not None:
+        return adapter.cls_index
+    if mask is None:
+        return -1
+    places = torch.arange(mask.shape[-1], device=mask.device)
+    return torch.where(mask.bool(), places, 0).amax(-1)
+
+
+def _features(adapter: Adapter, outputs: Any, read: _Record, mask: Tensor | None) -> Features:
+    return Features(
+        outputs=outputs,
+        hidden=tuple(outputs.hidden_states),
+        q=read.q,
+        k=read.k,
+        v=read.v,
+        scale=float(read.scale or 0),
+        bias=read.bias,
+        mask=None if mask is None else mask.bool(),
+        cls_index=_cls_index(adapter, mask),
+        causal=adapter.causal,
+    )
+
+
+def read_hidden(model: nn.Module, **inputs: Any) -> Features:
+    """Runs a model of any architecture on its keyword arguments; `Features` without queries, keys and values.
+
+    The first token stands for a sequence where `ADAPTERS` says nothing else.
+    """
+    config = getattr(unwrapped(model), "config", None)
+    adapter = ADAPTERS.get(getattr(config, "model_type", ""), Adapter(through_interface))
+    return _features(adapter, model(**inputs, output_hidden_states=True), _Record(), inputs.get("attention_mask"))
+
+
 class Reader:
     """A model whose forward passes give `Features`. Plain, compiled and DDP-wrapped models, with gradient checkpointing
     that is not reentrant.
@@ -222,12 +270,7 @@ class Reader:
 
     def __init__(self, model: nn.Module, *, bias: bool = False) -> None:
         self.model, self.bias = model, bias
-        inner: Any = model
-        while not isinstance(inner, PreTrainedModel):
-            wrapped = getattr(inner, "_orig_mod", getattr(inner, "module", None))
-            if wrapped is None:
-                raise TypeError(f"kdfast.hf.Reader: model: expected a transformers model, got {type(inner).__name__}")
-            inner = wrapped
+        inner = _transformers_model(model)
         self.config = inner.config
         adapter = ADAPTERS.get(self.config.model_type)
         if adapter is None:
@@ -267,27 +310,13 @@ class Reader:
                 "kdfast.hf.Reader: gradient checkpointing: expected use_reentrant=False; reentrant checkpoints cut queries "
                 "and keys off from their gradients"
             )
-        mask = inputs.get("attention_mask")
-        return Features(
-            outputs=outputs,
-            hidden=tuple(outputs.hidden_states),
-            q=mine.q,
-            k=mine.k,
-            v=mine.v,
-            scale=float(mine.scale),
-            bias=mine.bias,
-            mask=None if mask is None else mask.bool(),
-            cls_index=self._cls_index(mask),
-            causal=self.adapter.causal,
-        )
+        return _features(self.adapter, outputs, mine, inputs.get("attention_mask"))
 
-    def _cls_index(self, mask: Tensor | None) -> int | Tensor:
-        if self.adapter.cls_index is not None:
-            return self.adapter.cls_index
-        if mask is None:
-            return -1
-        places = torch.arange(mask.shape[-1], device=mask.device)
-        return torch.where(mask.bool(), places, 0).amax(-1)
+    @classmethod
+    def of(cls, model: nn.Module) -> Reader:
+        """The open Reader of this model, or a new one."""
+        found = _readers.get(_transformers_model(model))
+        return found if found is not None and found.model is model and found._undo is not None else cls(model)
 
     def close(self) -> None:
         """Leaves the model as it was. Another Reader of the same model does so too."""

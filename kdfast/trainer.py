@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kdfast._step import Means, agreement, inside_forward
 from kdfast.data import LengthGroupedSampler
-from kdfast.objective import Objective
+from kdfast.objective import Objective, model_inputs
+from kdfast.objective._protocol import SAMPLE, TEACHER
 
 try:
     import accelerate  # noqa: F401  (transformers asks for it only when training starts)
+    from safetensors.torch import load_file, save_file
     from transformers import Trainer, TrainingArguments
     from transformers.utils import ModelOutput
 except ModuleNotFoundError as error:
@@ -20,11 +27,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 
-PREFIX = "teacher_"  # of columns that hold a teacher's outputs
-
-
-def _without_teacher(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if not name.startswith(PREFIX)}
+OBJECTIVE = "distillation"  # the student's name for the objective while it is trained, and of its file in a checkpoint
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
@@ -37,11 +40,16 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         teacher: a module that is run on every batch, without gradient. It is frozen, put into eval mode and moved to
             the student's device, in place. With None, rows may carry its outputs as columns whose names begin with
             `teacher_`, as those of `kdfast.teacher_cache` do; neither model gets them.
-        objective: a `kdfast.objective.Objective`. Its terms are averaged between two log events and logged by name.
+        objective: a `kdfast.objective.Objective`. Its terms are averaged between two log events and logged by name. Where it
+            is a module, its parameters are trained too; checkpoints keep them in a file of their own, the student has none.
         **kwargs: as for `transformers.Trainer`, except `compute_loss_func`: the objective is the loss.
 
-    Terms are means over rows, so gradient accumulation divides their sum by the number of micro-batches: as exact as
-    one large batch where these are equally large. An objective that counts its items (`LanguageModel`) is exact always.
+    Evaluation reports the mean of every term (`eval_kl`), and of classifiers whose teacher's logits are there, how often the
+    two agree and how far they are apart: `eval_agreement`, a share of rows, and `eval_kl_to_teacher`, KL(teacher ‖ student)
+    at temperature 1 in nats.
+
+    Gradient accumulation and several processes give what one large batch would where the objective counts its items, as
+    `Terms` and `LanguageModel` do. Others are averaged over micro-batches: exact where these are equally large.
 
     Raises:
         ValueError: teacher and student are the same module, or a setting that the objective replaces
@@ -68,9 +76,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         # Whether the Trainer takes the loss as already divided by the number of items of the accumulated batch.
         self.model_accepts_loss_kwargs = hasattr(objective, "num_items")
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
-        self.objective = objective
-        self._term_sums: dict[str, Tensor] = {}
-        self._term_steps = 0.0
+        self.objective: Any = objective.to(self.args.device) if isinstance(objective, nn.Module) else objective
+        self._trained, self._evaluated = Means(), Means()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -78,55 +85,117 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """The sum of the objective's terms for one micro-batch; with `return_outputs`, also the student's outputs."""
         if num_items_in_batch is not None:
             inputs = {**inputs, "num_items": num_items_in_batch}
-        outputs = self._student_outputs(model, inputs)
-        terms = self.objective(outputs, self._teacher_outputs(inputs), inputs)
-        if model.training:
-            part = 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # there is one once training starts
-            for name, value in terms.items():
-                value = value.detach() * (part if num_items_in_batch is None else 1.0)
-                self._term_sums[name] = self._term_sums.get(name, 0) + value
-            self._term_steps += part
-        loss = torch.stack(list(terms.values())).sum()
-        return (loss, outputs) if return_outputs else loss
+        teacher_outputs, outputs = self._teacher_outputs(inputs), None
 
-    def _student_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        def step(student: nn.Module) -> dict[str, Tensor]:
+            nonlocal outputs
+            outputs = self._run(student, inputs)
+            terms: dict[str, Tensor] = self.objective(outputs, teacher_outputs, inputs)
+            return terms
+
+        if model.training:
+            if hasattr(self.objective, "progress"):
+                self.objective.progress = self.state.global_step / max(self.state.max_steps, 1)
+            terms = inside_forward(model, step)
+            part = 1 / getattr(self, "current_gradient_accumulation_steps", 1)  # there is one once training starts
+            self._trained.add(terms, part, summed=num_items_in_batch is not None)
+        else:
+            terms = step(model)
+            against = getattr(outputs, "logits", None), getattr(teacher_outputs, "logits", None)
+            self._evaluated.add(terms | agreement(*against), len(next(iter(inputs.values()))))
+        loss = torch.stack(list(terms.values())).sum()
+        if not return_outputs:
+            return loss
+        logits = getattr(outputs, "logits", None)
+        return loss, outputs if logits is None else ModelOutput(logits=logits)
+
+    def _run(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         if hasattr(self.objective, "run"):
             return self.objective.run(model, inputs)
-        return model(**_without_teacher(inputs))
+        return model(**model_inputs(model, inputs))
 
     def _teacher_outputs(self, inputs: dict[str, Any]) -> Any:
         if self.teacher is None:
             return ModelOutput(logits=inputs["teacher_logits"]) if "teacher_logits" in inputs else None
         with torch.no_grad(), self.accelerator.autocast():
-            if hasattr(self.objective, "run"):
-                return self.objective.run(self.teacher, inputs)
-            return self.teacher(**{k: v for k, v in _without_teacher(inputs).items() if k != "labels"})
+            return self._run(self.teacher, inputs)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         if not batch_samples or not hasattr(self.objective, "num_items"):
             return None
-        counted = torch.stack([self.objective.num_items(batch) for batch in batch_samples]).sum().to(device)
+        counted = torch.stack([self.objective.num_items(batch) for batch in batch_samples]).sum(0).to(device)
         # The mean over processes, as the gradient is one too.
         mean: Tensor = self.accelerator.reduce(counted.float(), reduction="mean")
         return mean
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of each term since the last log event to the Trainer's training log."""
-        if "loss" in logs and self._term_steps:
-            for name, total in self._term_sums.items():
-                mean = self.accelerator.reduce(total / self._term_steps, reduction="mean")
-                logs[name] = round(mean.item(), 6)
-            self._term_sums, self._term_steps = {}, 0.0
+        if "loss" in logs and self._trained.weight:
+            logs |= self._trained.take(self.accelerator)
         super().log(logs, start_time)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, with the means of the terms and of the comparison with the teacher among its metrics."""
+        self._evaluated = Means()
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._evaluated.weight:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            means = {f"{prefix}_{name}": mean for name, mean in self._evaluated.take(self.accelerator).items()}
+            output.metrics.update({name: mean for name, mean in means.items() if name not in output.metrics})
+        return output
+
+    # ---- an objective with parameters is a part of the student while that is trained, and of no file of its weights ----
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self.objective, nn.Module) or not any(True for _ in self.objective.parameters()):
+            return super().train(*args, **kwargs)
+        self.model.add_module(OBJECTIVE, self.objective)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            delattr(self.model, OBJECTIVE)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if OBJECTIVE not in self.model._modules:
+            super()._save(output_dir, state_dict)
+            return
+        every = self.model.state_dict() if state_dict is None else state_dict
+        super()._save(
+            output_dir, {name: value for name, value in every.items() if not name.startswith(f"{OBJECTIVE}.")}
+        )
+        # Not those of state_dict: projections that terms share would be there twice.
+        own = {name: value.detach().contiguous() for name, value in self.objective.named_parameters()}
+        save_file(own, Path(output_dir or self.args.output_dir) / f"{OBJECTIVE}.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with self._without_objective():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if OBJECTIVE in self.model._modules:
+            own = load_file(Path(resume_from_checkpoint) / f"{OBJECTIVE}.safetensors")
+            self.objective.load_state_dict(own, strict=False)
+
+    def _load_best_model(self) -> None:
+        with self._without_objective():
+            super()._load_best_model()
+
+    @contextmanager
+    def _without_objective(self) -> Iterator[None]:
+        attached = self.model._modules.pop(OBJECTIVE, None)
+        try:
+            yield
+        finally:
+            if attached is not None:
+                self.model.add_module(OBJECTIVE, attached)
+
+    # ---- rows ----
     def _set_signature_columns_if_needed(self) -> None:
         # The Trainer drops columns that the model's forward does not name.
         first_time = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if first_time:
             row = self.train_dataset[0] if hasattr(self.train_dataset, "__getitem__") else {}
-            of_teacher = (name for name in row if name.startswith(PREFIX))
-            self._signature_columns.extend(dict.fromkeys(("teacher_logits", *of_teacher)))
+            own = [name for name in row if name.startswith((TEACHER, SAMPLE))]
+            of_teacher = [] if self.teacher is None else inspect.signature(self.teacher.forward).parameters
+            self._signature_columns.extend(dict.fromkeys(("teacher_logits", *own, *of_teacher)))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset

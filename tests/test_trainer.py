@@ -312,5 +312,5 @@ def test_refuses_settings_that_the_objective_replaces(tmp_path: Path) -> None:
 
 def test_hinton_refuses_token_logits() -> None:
     outputs = SimpleNamespace(logits=torch.zeros(2, 5, 7))
-    with pytest.raises(ValueError, match=r"Hinton: expected logits \[batch, classes\], got shape \[2, 5, 7\]"):
+    with pytest.raises(ValueError, match=r"logits: expected \[batch, classes\] with tokens=None, got \[2, 5, 7\]"):
         Hinton()(outputs, outputs, {"labels": torch.zeros(2, 5, dtype=torch.long)})

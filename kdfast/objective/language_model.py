@@ -1,89 +1,20 @@
-"""What a distilled student is trained on: callables that return the weighted terms of its loss."""
+"""The objective of causal language models, which makes no logits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast import kl_div, linear_kd_loss, linear_topk_kd_loss
+from kdfast import linear_kd_loss, linear_topk_kd_loss
 from kdfast.last_hidden import LastHidden, last_hidden
+from kdfast.objective._protocol import model_inputs
 from kdfast.ops._divergence import KINDS, TAILS
 from kdfast.ops.kd_loss import KDLossComponents
-
-
-class Objective(Protocol):
-    """A callable that returns named loss terms; the loss is their sum, so each term already carries its weight.
-
-    Args:
-        student_outputs: what the student's forward returned, with `.logits`.
-        teacher_outputs: the teacher's outputs without gradient (`.logits` only, where they were stored with the
-            rows), or None where there is neither a teacher nor a `teacher_logits` column.
-        inputs: the batch as the collator made it, labels included.
-
-    Every term is a mean over the rows it was given, so that gradient accumulation averages equal micro-batches to the
-    same result as one large batch. Two more methods an objective may have, and `LanguageModel` has:
-
-    `run(model, inputs)` calls the student or the teacher; what it returns is then the objective's student_outputs or
-    teacher_outputs. Without it the trainer calls the student with all inputs, the teacher with all but the labels.
-
-    `num_items(inputs)` counts what a term is a mean of, as a tensor. The trainer adds up the counts of a step's
-    micro-batches, averages over processes, and the objective finds the result as `inputs["num_items"]`, to divide by that
-    instead of its own count: exact for micro-batches that are not equal.
-    """
-
-    def __call__(self, student_outputs: Any, teacher_outputs: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Hinton:
-    """Hinton, Vinyals and Dean (2015): soft targets of the teacher beside the labels.
-
-        loss = alpha · T² · KL(softmax(z_t/T) ‖ softmax(z_s/T)) + (1 - alpha) · CE(z_s, label)
-
-    `alpha` weighs the **soft** term (some implementations weigh the hard one with it). T² stands here, on the soft
-    term, and keeps its gradient comparable when T changes; `kdfast.kl_div` itself never multiplies by T². A term of
-    weight 0 is left out: alpha = 0 is plain training on the labels and needs no teacher, alpha = 1 needs no labels.
-
-    For classification: logits `[B, C]`, labels `[B]`. Losses over tokens need a mask and, for causal models, a shift:
-    write an `Objective` with `kdfast.kl_div(..., mask=labels != -100)`.
-
-    Returns the weighted terms `kl` and `ce`, each a mean over rows.
-
-    Raises:
-        ValueError: alpha outside [0, 1], a temperature that is not positive, logits that are not
-            `[batch, classes]`, or a batch that lacks what a term needs.
-    """
-
-    alpha: float = 0.9
-    temperature: float = 2.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"Hinton: alpha must be between 0 and 1, got {self.alpha}")
-        if not self.temperature > 0:
-            raise ValueError(f"Hinton: temperature must be positive, got {self.temperature}")
-
-    def __call__(self, student_outputs: Any, teacher_outputs: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        if student_outputs.logits.dim() != 2:
-            raise ValueError(
-                f"Hinton: expected logits [batch, classes], got shape {list(student_outputs.logits.shape)}"
-            )
-        terms = {}
-        if self.alpha > 0:
-            if teacher_outputs is None:
-                raise ValueError("Hinton: alpha > 0 needs a teacher, or rows with a teacher_logits column")
-            divergence = kl_div(student_outputs.logits, teacher_outputs.logits, temperature=self.temperature)
-            terms["kl"] = self.alpha * self.temperature**2 * divergence
-        if self.alpha < 1:
-            if "labels" not in inputs:
-                raise ValueError("Hinton: alpha < 1 needs rows with labels")
-            terms["ce"] = (1 - self.alpha) * F.cross_entropy(student_outputs.logits.float(), inputs["labels"])
-        return terms
+from kdfast.text import OFF
 
 
 @dataclass(frozen=True)
@@ -93,9 +24,9 @@ class LanguageModel:
         loss = alpha · T² · D(student, teacher) + (1 - alpha) · CE(student, next token)
 
     A teacher is run beside the student, or was run before: rows of `kdfast.teacher_cache` bring its top-k, of which D is
-    `kdfast.topk_kl_div`, `kl_div` alone. The mean is over the tokens that count: those of `labels` that are not -100 (completions only, where the collator leaves
-    the prompts out), or where there are no labels every token but the first, padding aside. Labels are the inputs as they
-    are: the shift is made here. `kdfast.linear_kd_loss` goes from the last hidden states to the loss in chunks; the logits
+    `kdfast.topk_kl_div`, `kl_div` alone. The mean is over the tokens that count: those of `labels` that are not -100
+    (completions only, where the collator leaves the prompts out), or where there are no labels every token but the first,
+    padding aside. Labels are the inputs as they are: the shift is made here. `kdfast.linear_kd_loss` goes from the last hidden states to the loss in chunks; the logits
     are never there as a whole, and the hidden states of other tokens are dropped before.
 
     D is a divergence of kdfast: `kl_div` is KL(teacher ‖ student), as Hinton et al. have it; `reverse_kl_div`, as in MiniLLM
@@ -138,8 +69,7 @@ class LanguageModel:
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> LastHidden:
         """`model` on the inputs, up to its last hidden states."""
-        own = {k: v for k, v in inputs.items() if k not in ("labels", "num_items") and not k.startswith("teacher_")}
-        return last_hidden(model, **own)
+        return last_hidden(model, **model_inputs(model, inputs))
 
     def num_items(self, inputs: Mapping[str, Any]) -> Tensor:
         """The number of tokens that count, an int64 scalar."""
@@ -196,7 +126,7 @@ class LanguageModel:
     def _counted(self, inputs: Mapping[str, Any]) -> Tensor:
         """[B, L - 1], True where the next token counts."""
         if "labels" in inputs:
-            counted: Tensor = inputs["labels"][:, 1:] != -100
+            counted: Tensor = inputs["labels"][:, 1:] != OFF
         elif "attention_mask" in inputs:
             counted = inputs["attention_mask"][:, 1:].bool()
         else:

@@ -1,0 +1,69 @@
+"""What `DistillationTrainer` does within a step: the loss inside DDP's forward, and means of what it logs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdfast import kl_div
+
+
+class Means:
+    """Weighted means of named numbers, over batches and processes."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.weight = 0.0
+
+    def add(self, values: dict[str, Tensor], weight: float, summed: bool = False) -> None:
+        """`summed`: the values carry the weight already."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float() * (1.0 if summed else weight)
+        self.weight += weight
+
+    def take(self, accelerator: Any) -> dict[str, float]:
+        """The means, and starts anew."""
+        names, device = list(self.sums), accelerator.device
+        totals = torch.stack([*self.sums.values(), torch.tensor(self.weight, device=device)])
+        *sums, weight = accelerator.reduce(totals, reduction="sum").tolist()
+        self.__init__()  # type: ignore[misc]
+        return {name: round(value / weight, 6) for name, value in zip(names, sums, strict=True)}
+
+
+def inside_forward(model: nn.Module, step: Callable[[nn.Module], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """step(model), inside the forward of DistributedDataParallel where that wraps the model.
+
+    What DDP's forward returns tells it which parameters will have gradients. That must be the loss itself: a model's
+    outputs come from heads that no term may reach, and lack the queries and keys that some do.
+    """
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return step(model)
+    inner: Any = model.module
+    own = vars(inner).get("forward")  # accelerate's, under mixed precision
+
+    def restore() -> None:
+        vars(inner).pop("forward", None)
+        if own is not None:
+            inner.forward = own
+
+    def forward() -> dict[str, Tensor]:
+        restore()
+        return step(inner)
+
+    inner.forward = forward
+    try:
+        terms: dict[str, Tensor] = model()
+        return terms
+    finally:
+        restore()
+
+
+def agreement(student: Any, teacher: Any) -> dict[str, Tensor]:
+    """Of the logits [B, C] of two classifiers, C at least 2."""
+    if student is None or teacher is None or student.dim() != 2 or student.shape[-1] < 2:
+        return {}
+    same = (student.argmax(-1) == teacher.argmax(-1)).float().mean()
+    return {"agreement": same, "kl_to_teacher": kl_div(student, teacher)}

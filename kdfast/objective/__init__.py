@@ -1,0 +1,35 @@
+"""What a distilled student is trained on: callables that return the weighted terms of its loss.
+
+`Terms` puts an objective together from terms: `Logits`, `Labels`, `Hidden`, `Embedding`, `Cosine`, `CLS`, `Attention` and
+`Relations`, each with a weight that is constant or follows a schedule. `LanguageModel` is for causal language models.
+"""
+
+from kdfast.objective._protocol import Objective, model_inputs
+from kdfast.objective.language_model import LanguageModel
+from kdfast.objective.layer_maps import layer_map
+from kdfast.objective.of_layers import CLS, Attention, Cosine, Embedding, Hidden, Relations
+from kdfast.objective.of_logits import Labels, Logits
+from kdfast.objective.schedules import ExponentialSchedule, LinearSchedule, StageSchedule
+from kdfast.objective.term import Term
+from kdfast.objective.terms import Hinton, Terms
+
+__all__ = [
+    "CLS",
+    "Attention",
+    "Cosine",
+    "Embedding",
+    "ExponentialSchedule",
+    "Hidden",
+    "Hinton",
+    "Labels",
+    "LanguageModel",
+    "LinearSchedule",
+    "Logits",
+    "Objective",
+    "Relations",
+    "StageSchedule",
+    "Term",
+    "Terms",
+    "layer_map",
+    "model_inputs",
+]

@@ -1,0 +1,304 @@
+"""Terms of layers: hidden states, their first token, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdfast import cls_distance, cosine_distance, hidden_mse, qk_attention_mse, qk_relation_kl
+from kdfast.objective.layer_maps import LayerMap, layer_map
+from kdfast.objective.schedules import Weight
+from kdfast.objective.term import Inputs, Stored, Term, token_mask
+
+Projection = nn.Linear | Sequence[nn.Linear] | None
+
+
+class _OfLayers(Term):
+    """Pairs of hidden states by a layer map; sums over layers, or their mean."""
+
+    needs = "hidden"
+
+    def __init__(self, layers: LayerMap, weight: Weight, mean_over_layers: bool) -> None:
+        super().__init__(weight)
+        layer_map(layers, *(2, 2) if isinstance(layers, str) else (10**6, 10**6), type(self).__name__)  # checks it
+        self.layers, self.mean_over_layers = layers, mean_over_layers
+
+    def pairs(self, student: Any, teacher: Any) -> dict[int, int]:
+        """States of the student to states of the teacher."""
+        name, count = type(self).__name__, len(student.hidden) - 1
+        if not isinstance(teacher, Stored):
+            return layer_map(self.layers, count, len(teacher.hidden) - 1, name)
+        if isinstance(self.layers, str) or min(self.layers.values()) < 0:
+            self.refuse(
+                "layers", "a dict of numbers from 0 where the teacher's states are columns of the batch", self.layers
+            )
+        return layer_map(self.layers, count, max(self.layers.values()), name)
+
+    def state(self, side: Any, kind: str, number: int) -> Tensor:
+        """A hidden state [B, L, D], or (`kind` "cls") its token that stands for the sequence, [B, D]."""
+        if isinstance(side, Stored):
+            found: Tensor | None = side.state(kind, number)
+            if found is None:
+                raise ValueError(
+                    f"{type(self).__name__}: needs a teacher, or rows with a teacher_{kind}_{number} column"
+                )
+            return found
+        hidden: Tensor = side.hidden[number]
+        if kind == "hidden":
+            return hidden
+        place = torch.as_tensor(side.cls_index, device=hidden.device).expand(len(hidden))
+        first: Tensor = hidden[torch.arange(len(hidden), device=hidden.device), place]
+        return first
+
+    def reduced(self, loss: Callable[..., Tensor], layers: int, inputs: Inputs, divisor: Tensor | int) -> Tensor:
+        """The mean of a loss, with the weights of the batch's `sample_weight` [B] where it has them.
+
+        loss(reduction=...) is an operator with its arguments; its values under "none" are [layers, B, ...].
+        """
+        part = 1 / layers if self.mean_over_layers else 1.0
+        weight = inputs.get("sample_weight")
+        if weight is None:
+            return part * loss(reduction="mean")
+        values = loss(reduction="none").sum(0)
+        return part * (weight.float().view(-1, *[1] * (values.dim() - 1)) * values).sum() / divisor
+
+
+class Hidden(_OfLayers):
+    """Σ_layers mean (H_s Wᵀ + b − H_t)² over tokens and width: TinyBERT, DynaBERT (`kdfast.hidden_mse`).
+
+    Args:
+        layers: which state of the student learns from which of the teacher's (`kdfast.objective.layer_map`).
+        projection: an `nn.Linear` of the student's width to the teacher's, shared by all layers (TinyBERT's code), or one
+            per layer; several terms may share one too. None where the widths are equal. It is trained with the student
+            and is no part of it.
+        weight: a number or a schedule.
+        masked: leave out padding; False counts it, as the code of TinyBERT and DynaBERT does.
+        mean_over_layers: divide by the number of layers.
+    """
+
+    def __init__(
+        self,
+        layers: LayerMap = "uniform",
+        *,
+        projection: Projection = None,
+        weight: Weight = 1.0,
+        masked: bool = True,
+        mean_over_layers: bool = False,
+    ) -> None:
+        super().__init__(layers, weight, mean_over_layers)
+        alone = projection is None or isinstance(projection, nn.Linear)
+        self.projection = projection if alone else nn.ModuleList(projection)  # type: ignore[arg-type]
+        self.masked = masked
+
+    def count(self, inputs: Inputs) -> Tensor:
+        mask = token_mask(inputs)
+        return mask.sum() if self.masked else torch.tensor(mask.numel())
+
+    def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
+        pairs = self.pairs(student, teacher)
+        s = [self.state(student, "hidden", i) for i in pairs]
+        t = [self.state(teacher, "hidden", i) for i in pairs.values()]
+
+        def loss(reduction: str) -> Tensor:
+            mask = token_mask(inputs) if self.masked else None
+            return hidden_mse(s, t, mask=mask, reduction=reduction, **self._projected(len(pairs)))
+
+        return self.reduced(loss, len(pairs), inputs, self.count(inputs).clamp(min=1))
+
+    def _projected(self, layers: int) -> dict[str, Any]:
+        if self.projection is None:
+            return {}
+        if isinstance(self.projection, nn.Linear):
+            return {"projection": self.projection.weight, "bias": self.projection.bias}
+        linears: Any = list(self.projection)  # type: ignore[arg-type]
+        if len(linears) != layers:
+            self.refuse("projection", f"one nn.Linear, or {layers}, one per layer", len(linears))
+        bias = None if linears[0].bias is None else [linear.bias for linear in linears]
+        return {"projection": [linear.weight for linear in linears], "bias": bias}
+
+
+class Embedding(Hidden):
+    """mean (E_s Wᵀ + b − E_t)² of the embeddings' outputs: TinyBERT. Arguments as of `Hidden`."""
+
+    def __init__(self, *, projection: nn.Linear | None = None, weight: Weight = 1.0, masked: bool = True) -> None:
+        super().__init__({0: 0}, projection=projection, weight=weight, masked=masked)
+
+
+class Cosine(_OfLayers):
+    """mean over tokens that are no padding of 1 − cos(h_s, h_t), of the last hidden states: DistilBERT.
+
+    Args:
+        layers: another map than last to last. Equal widths.
+        weight: a number or a schedule.
+        mean_over_layers: divide by the number of layers.
+    """
+
+    def __init__(self, layers: LayerMap | None = None, *, weight: Weight = 1.0, mean_over_layers: bool = False) -> None:
+        super().__init__({-1: -1} if layers is None else layers, weight, mean_over_layers)
+
+    def count(self, inputs: Inputs) -> Tensor:
+        return token_mask(inputs).sum()
+
+    def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
+        pairs = self.pairs(student, teacher)
+        s = [self.state(student, "hidden", i) for i in pairs]
+        t = [self.state(teacher, "hidden", i) for i in pairs.values()]
+
+        def loss(reduction: str) -> Tensor:
+            return cosine_distance(s, t, mask=token_mask(inputs), reduction=reduction)
+
+        return self.reduced(loss, len(pairs), inputs, self.count(inputs).clamp(min=1))
+
+
+class CLS(_OfLayers):
+    """Mean over rows, layers and width of (h_s/‖h_s‖ − h_t/‖h_t‖)², h the token that stands for the sequence: Patient-KD.
+
+    Args:
+        layers: "skip", "last" or another map. Equal widths.
+        normalize: False compares the vectors themselves, as Patient-KD's selected runs for MNLI, QNLI, QQP and RACE do.
+        weight: a number or a schedule.
+        mean_over_layers: False adds the layers up.
+    """
+
+    def __init__(
+        self,
+        layers: LayerMap = "skip",
+        *,
+        normalize: bool = True,
+        weight: Weight = 1.0,
+        mean_over_layers: bool = True,
+    ) -> None:
+        super().__init__(layers, weight, mean_over_layers)
+        self.normalize = normalize
+
+    def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
+        pairs = self.pairs(student, teacher)
+        s = [self.state(student, "cls", i) for i in pairs]
+        t = [self.state(teacher, "cls", i) for i in pairs.values()]
+
+        def loss(reduction: str) -> Tensor:
+            return cls_distance(s, t, normalize=self.normalize, reduction=reduction)
+
+        return self.reduced(loss, len(pairs), inputs, len(s[0]))
+
+
+class _OfHeads(_OfLayers):
+    """Pairs of layers whose queries, keys and values are read."""
+
+    needs = "attention"
+
+    def heads(self, student: Any, teacher: Any) -> tuple[list[int], list[int]]:
+        """Layers, numbered from 0."""
+        if isinstance(teacher, Stored):
+            raise ValueError(f"{type(self).__name__}: needs a teacher: attention is not stored")
+        pairs = self.pairs(student, teacher)
+        if 0 in pairs or 0 in pairs.values():
+            self.refuse("layers", "layers from 1, as the embeddings have no attention", pairs)
+        return [i - 1 for i in pairs], [i - 1 for i in pairs.values()]
+
+
+class Attention(_OfHeads):
+    """Σ_layers mean (Q_s K_sᵀ/√d_s − Q_t K_tᵀ/√d_t)² over heads and pairs of tokens: TinyBERT (`kdfast.qk_attention_mse`).
+
+    Padding is left out, queries and keys alike (TinyBERT's code counts the queries, and everything in the divisor).
+
+    Args:
+        layers: which layer of the student learns from which of the teacher's.
+        head_map: the teacher's head of every student head; needed where the counts differ.
+        weight: a number or a schedule.
+        mean_over_layers: divide by the number of layers.
+
+    With `sample_weight`, the mean of every row is weighted (and rows of any length count alike).
+    """
+
+    def __init__(
+        self,
+        layers: LayerMap = "uniform",
+        *,
+        head_map: Sequence[int] | None = None,
+        weight: Weight = 1.0,
+        mean_over_layers: bool = False,
+    ) -> None:
+        super().__init__(layers, weight, mean_over_layers)
+        self.head_map = head_map
+
+    def count(self, inputs: Inputs) -> Tensor:
+        return (token_mask(inputs).sum(-1) ** 2).sum()
+
+    def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
+        mine, its = self.heads(student, teacher)
+        if self.head_map is not None and min(self.head_map) < 0 and "sample_weight" in inputs:
+            self.refuse("head_map", "no heads to skip beside sample_weight", list(self.head_map))
+
+        def loss(reduction: str) -> Tensor:
+            value = qk_attention_mse(
+                [student.q[i] for i in mine],
+                [student.k[i] for i in mine],
+                [teacher.q[i] for i in its],
+                [teacher.k[i] for i in its],
+                student_scale=student.scale,
+                teacher_scale=teacher.scale,
+                key_mask=token_mask(inputs),
+                query_mask=token_mask(inputs),
+                is_causal=student.causal,
+                head_map=self.head_map,
+                reduction=reduction,
+            )
+            return value.mean(-1) if reduction == "none" else value
+
+        return self.reduced(loss, len(mine), inputs, len(student.q[0]))
+
+
+class Relations(_OfHeads):
+    """Σ_relations mean over heads and tokens of KL(softmax(A_t B_tᵀ/√d) ‖ softmax(A_s B_sᵀ/√d)): MiniLM (`qk_relation_kl`).
+
+    Args:
+        layers: another map than last to last.
+        relations: pairs of "q", "k" and "v": ("qk", "vv") is MiniLM, ("qq", "kk", "vv") MiniLMv2.
+        relation_heads: into how many heads queries, keys and values are split anew (MiniLMv2: 48 for base-size teachers);
+            needed where the numbers of heads differ.
+        weight: a number or a schedule.
+        mean_over_layers: divide by the number of layers.
+
+    With `sample_weight`, the mean of every row is weighted (and rows of any length count alike).
+    """
+
+    def __init__(
+        self,
+        layers: LayerMap | None = None,
+        *,
+        relations: Sequence[str] = ("qk", "vv"),
+        relation_heads: int | None = None,
+        weight: Weight = 1.0,
+        mean_over_layers: bool = False,
+    ) -> None:
+        super().__init__({-1: -1} if layers is None else layers, weight, mean_over_layers)
+        if not relations or any(len(pair) != 2 or not set(pair) <= set("qkv") for pair in relations):
+            self.refuse("relations", "pairs of q, k and v such as 'qk'", relations)
+        self.relations, self.relation_heads = tuple(relations), relation_heads
+
+    def count(self, inputs: Inputs) -> Tensor:
+        return token_mask(inputs).sum()
+
+    def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
+        mine, its = self.heads(student, teacher)
+
+        def loss(reduction: str) -> Tensor:
+            values = [
+                qk_relation_kl(
+                    *([getattr(student, name)[i] for i in mine] for name in pair),
+                    *([getattr(teacher, name)[i] for i in its] for name in pair),
+                    relation_heads=self.relation_heads,
+                    key_mask=token_mask(inputs),
+                    query_mask=token_mask(inputs),
+                    reduction=reduction,
+                )
+                for pair in self.relations
+            ]
+            total = torch.stack(values).sum(0)
+            return total.mean(-1) if reduction == "none" else total
+
+        return self.reduced(loss, len(mine), inputs, len(student.q[0]))

@@ -1,0 +1,143 @@
+"""Terms of logits: the teacher's, and the labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+import kdfast
+from kdfast.objective.schedules import Weight
+from kdfast.objective.term import Inputs, Term, token_mask
+from kdfast.ops._divergence import KINDS
+
+TASKS = ("classification", "multi_label", "regression", "tokens")
+
+
+class Logits(Term):
+    """T² · D(student, teacher): a divergence of kdfast between softened logits [B, C], or [B, L, V] of tokens.
+
+    Args:
+        divergence: "kl_div" (teacher ‖ student) or another of kdfast's.
+        weight: a number or a schedule.
+        temperature: T. A column `sample_temperature` [B] of the batch takes its place row by row.
+        t_squared: multiply by T², which keeps the gradient's size when T changes (Hinton et al., 2015; TinyBERT's and
+            TextBrewer's code do not).
+        per_class: divide by the number of classes too, as torch's `KLDivLoss(reduction="mean")` in Patient-KD's code and
+            the prediction loss of TinyBERT's do.
+        tokens: None for logits [B, C]; "all" for tokens that are no padding, "labels" for those whose label is not -100.
+        **settings: of the divergence: `beta`, `skew`, `vocab_size`.
+
+    A column `sample_weight` [B] of the batch multiplies every row's loss; it stays out of the divisor.
+
+    Raises:
+        ValueError: a setting out of range, a batch without a teacher's logits, or logits of another form than `tokens` says.
+    """
+
+    def __init__(
+        self,
+        divergence: str = "kl_div",
+        *,
+        weight: Weight = 1.0,
+        temperature: float = 1.0,
+        t_squared: bool = True,
+        per_class: bool = False,
+        tokens: str | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(weight)
+        if divergence not in KINDS:
+            self.refuse("divergence", f"one of {', '.join(KINDS)}", divergence)
+        if not temperature > 0:
+            self.refuse("temperature", "a positive number", temperature)
+        if tokens not in (None, "all", "labels"):
+            self.refuse("tokens", "None, 'all' or 'labels'", tokens)
+        self.divergence, self.temperature, self.t_squared = divergence, temperature, t_squared
+        self.per_class, self.tokens, self.settings = per_class, tokens, settings
+
+    def count(self, inputs: Inputs) -> Tensor:
+        mask = self._mask(inputs)
+        return super().count(inputs) if mask is None else mask.sum()
+
+    def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
+        if teacher.logits is None:
+            raise ValueError("Logits: needs a teacher, or rows with a teacher_logits column")
+        dims = 2 if self.tokens is None else 3
+        if student.logits.dim() != dims:
+            expected = "[batch, classes]" if dims == 2 else "[batch, length, vocabulary]"
+            self.refuse("logits", f"{expected} with tokens={self.tokens!r}", list(student.logits.shape))
+        temperature, weight = self.temperature, inputs.get("sample_weight")
+        factor = temperature**2 if self.t_squared else 1.0
+        if "sample_temperature" in inputs:
+            temperature = inputs["sample_temperature"].float()
+            weight, factor = (temperature**2 if self.t_squared else 1.0) * (1.0 if weight is None else weight), 1.0
+        rows = (-1, *[1] * (dims - 2))
+        loss: Tensor = getattr(kdfast, self.divergence)(
+            student.logits,
+            teacher.logits,
+            temperature=temperature.view(rows) if isinstance(temperature, Tensor) else temperature,
+            mask=self._mask(inputs),
+            weight=weight.float().view(rows) if isinstance(weight, Tensor) else weight,
+            **self.settings,
+        )
+        return loss * (factor / student.logits.shape[-1] if self.per_class else factor)
+
+    def _mask(self, inputs: Inputs) -> Tensor | None:
+        if self.tokens is None:
+            return None
+        return token_mask(inputs) if self.tokens == "all" else inputs["labels"] != -100
+
+
+class Labels(Term):
+    """The loss of the student against the labels of the batch.
+
+    Args:
+        task: "classification": cross-entropy of logits [B, C] with class numbers [B]; "multi_label": binary cross-entropy
+            with labels [B, C], mean over classes; "regression": squared error of logits [B] or [B, 1] with numbers [B];
+            "tokens": cross-entropy of logits [B, L, V] with labels [B, L], of masked language models: nothing is shifted.
+        weight: a number or a schedule.
+        label_smoothing: of the cross-entropies.
+
+    Rows or tokens with the label -100 do not count. A column `sample_weight` [B] of the batch multiplies every row's loss; it
+    stays out of the divisor.
+
+    Raises:
+        ValueError: a setting out of range, or a batch without labels.
+    """
+
+    def __init__(self, task: str = "classification", *, weight: Weight = 1.0, label_smoothing: float = 0.0) -> None:
+        super().__init__(weight)
+        if task not in TASKS:
+            self.refuse("task", f"one of {', '.join(TASKS)}", task)
+        if not 0 <= label_smoothing <= 1:
+            self.refuse("label_smoothing", "a number from 0 to 1", label_smoothing)
+        self.task, self.label_smoothing = task, label_smoothing
+
+    def count(self, inputs: Inputs) -> Tensor:
+        if self.task in ("classification", "tokens") and "labels" in inputs:
+            counted: Tensor = (inputs["labels"] != -100).sum()
+            return counted
+        return super().count(inputs)
+
+    def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
+        if "labels" not in inputs:
+            raise ValueError("Labels: needs rows with labels")
+        labels, logits, weight = inputs["labels"], student.logits, inputs.get("sample_weight")
+        if self.task in ("classification", "tokens"):
+            if logits.shape[:-1] != labels.shape:
+                expected = f"labels of shape {list(logits.shape[:-1])} for task {self.task!r}"
+                self.refuse("labels", expected, list(labels.shape))
+            counted = labels != -100
+            if weight is not None:
+                weight = weight.view(-1, *[1] * (labels.dim() - 1)).expand_as(labels)[counted]
+            # Of the logits of a vocabulary, only the rows that count.
+            losses = F.cross_entropy(
+                logits[counted].float(), labels[counted], reduction="none", label_smoothing=self.label_smoothing
+            )
+        elif self.task == "multi_label":
+            losses = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none").mean(-1)
+        else:
+            losses = (logits.float().view(labels.shape) - labels.float()) ** 2
+        total = losses.sum() if weight is None else (weight * losses).sum()
+        return total / max(losses.numel(), 1)

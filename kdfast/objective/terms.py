@@ -1,0 +1,100 @@
+"""`Terms`: an objective put together from named terms; and `Hinton`, the first of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.objective._protocol import model_inputs
+from kdfast.objective.of_logits import Labels, Logits
+from kdfast.objective.term import Inputs, Stored, Term
+
+
+class Terms(nn.Module):
+    """A weighted sum of terms, by the names that they are logged by.
+
+        Terms(kl=Logits(temperature=10, weight=0.7), ce=Labels(weight=0.3), pt=CLS("skip", weight=500))
+
+    Terms of weight 0 are left out, and need neither teacher nor labels then. The trainer sets `progress`, the share of the
+    training that is done, which schedules of weights go by.
+
+    Gradient accumulation and several processes give what one large batch would, whatever the sizes of the micro-batches:
+    each term's mean is taken over all that it counts (rows or tokens) in all of them (`num_items`).
+
+    A teacher that was run before is read from columns of the batch: `teacher_logits`, `teacher_cls_3`, `teacher_hidden_3` (of
+    hidden state 3), as `kdfast.teacher_cache` gives them. The columns `sample_weight` and `sample_temperature`, both [B], weigh
+    rows and give them temperatures of their own. None of these goes into a model.
+
+    Raises:
+        ValueError: no terms, or none whose weight is not 0; what a term needs is not there.
+    """
+
+    def __init__(self, **terms: Term) -> None:
+        super().__init__()
+        if not terms:
+            raise ValueError(f"{type(self).__name__}: expected at least one term, got none")
+        self.terms = nn.ModuleDict(terms)
+        self.progress = 0.0
+
+    def run(self, model: nn.Module, inputs: Inputs) -> Any:
+        """The student or the teacher on a batch: its outputs, or where a term needs more, `kdfast.hf.Features`."""
+        own = model_inputs(model, inputs)
+        needs = {term.needs for term in self.terms.values()}
+        if not needs & {"hidden", "attention"}:
+            return model(**own)
+        from kdfast import hf  # imports transformers, which logits do not need
+
+        return hf.Reader.of(model)(**own) if "attention" in needs else hf.read_hidden(model, **own)
+
+    def num_items(self, inputs: Inputs) -> Tensor:
+        """What each term is a mean of, [terms]."""
+        terms: Any = self.terms.values()
+        return torch.stack([term.count(inputs).cpu() for term in terms])
+
+    def forward(self, student_outputs: Any, teacher_outputs: Any, inputs: Inputs) -> dict[str, Tensor]:
+        """The terms, weighted."""
+        teacher = teacher_outputs if hasattr(teacher_outputs, "hidden") else Stored(teacher_outputs, inputs)
+        totals = inputs.get("num_items")
+        values: dict[str, Tensor] = {}
+        for number, (name, term) in enumerate(self.terms.items()):
+            weight = term.weight_at(self.progress)  # type: ignore[operator]
+            if weight == 0:
+                continue
+            value = weight * term(student_outputs, teacher, inputs)
+            if totals is not None:
+                count = term.count(inputs).to(value.device)  # type: ignore[operator]
+                value = value * (count / totals[number].clamp(min=1e-6))  # both 0 where nothing counts
+            values[name] = value
+        if not values:
+            raise ValueError(
+                f"{type(self).__name__}: expected a term whose weight is not 0 at {self.progress:.0%}, got none"
+            )
+        return values
+
+
+class Hinton(Terms):
+    """Hinton, Vinyals and Dean (2015): soft targets of the teacher beside the labels.
+
+        loss = alpha · T² · KL(softmax(z_t/T) ‖ softmax(z_s/T)) + (1 - alpha) · CE(z_s, label)
+
+    `alpha` weighs the **soft** term (some implementations weigh the hard one with it). T² stands here, on the soft
+    term, and keeps its gradient comparable when T changes; `kdfast.kl_div` itself never multiplies by T². A term of
+    weight 0 is left out: alpha = 0 is plain training on the labels and needs no teacher, alpha = 1 needs no labels.
+
+    For classification: logits `[B, C]`, labels `[B]`. Language models: `LanguageModel`.
+
+    Its terms are `kl` and `ce`.
+
+    Raises:
+        ValueError: alpha outside [0, 1], a temperature that is not positive, logits that are not
+            `[batch, classes]`, or a batch that lacks what a term needs.
+    """
+
+    def __init__(self, alpha: float = 0.9, temperature: float = 2.0) -> None:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"Hinton: alpha must be between 0 and 1, got {alpha}")
+        if not temperature > 0:
+            raise ValueError(f"Hinton: temperature must be positive, got {temperature}")
+        super().__init__(kl=Logits(weight=alpha, temperature=temperature), ce=Labels(weight=1 - alpha))
