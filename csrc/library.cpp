@@ -18,10 +18,9 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "-> (Tensor loss, Tensor components, Tensor saved)");
   m.def(
       "divergence_backward(Tensor grad_loss, Tensor state, Tensor student, Tensor teacher, Tensor? indices, "
-      "Tensor? labels, Tensor? row_temperature, Tensor? mask, Tensor? weight, Tensor? num_items, int kind, float "
-      "mixing, "
-      "float temperature, SymInt columns, SymInt vocabulary, SymInt vocab_start, int reduction, float scale, "
-      "bool distillation, float alpha, float smoothing, int ignore_index) -> Tensor");
+      "Tensor? labels, Tensor? row_temperature, Tensor? mask, Tensor? weight, Tensor? num_items, int kind, "
+      "float mixing, float temperature, SymInt columns, SymInt vocabulary, SymInt vocab_start, int reduction, "
+      "float scale, bool distillation, float alpha, float smoothing, int ignore_index) -> Tensor");
   // The same with the gradient into given memory, whose dtype may differ from the student's. On the CPU this may be the
   // student's own.
   m.def(

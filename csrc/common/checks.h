@@ -24,6 +24,11 @@ inline void check_dtype(const char* op, const char* argument, const Tensor& t, S
                   torch::headeronly::toString(expected), ", got ", torch::headeronly::toString(t.scalar_type()));
 }
 
+// float64 has kernels of its own, and is no partner of these.
+inline bool is_short_float(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half;
+}
+
 // `t` has the leading dimensions of `logits` (`leading` of them) and nothing after.
 inline void check_leading(const char* op, const char* argument, const Tensor& t, const Tensor& logits,
                           int64_t leading) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
+#include <tuple>
 #include <vector>
 
 #include "common/checks.h"
@@ -121,9 +122,6 @@ struct DivergenceCall {
   }
 
  private:
-  static bool is_short_float(ScalarType t) {
-    return t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half;
-  }
   // One number, or one for the divergence and one for the cross-entropy.
   void check_num_items() const {
     if (!num_items) return;
@@ -167,5 +165,28 @@ struct DivergenceCall {
     check_leading(op(), argument, *t, student, leading());
   }
 };
+
+// The raw operators on a backend, `Part` being a DivergenceCall's. `forward` takes the memory of the gradient last,
+// null for memory of its own.
+template <auto forward, auto backward, class... Part>
+struct DivergenceOpsOf {
+  static std::tuple<Tensor, Tensor, Tensor> divergence(Part... part, std::optional<Tensor> state, int64_t known,
+                                                       int64_t save) {
+    return forward({part...}, state, Known(known), Save(save), nullptr);
+  }
+  static std::tuple<Tensor, Tensor> divergence_into(Tensor gradient, Part... part, std::optional<Tensor> state,
+                                                    int64_t known) {
+    const auto [loss, components, saved] = forward({part...}, state, Known(known), Save::gradient, &gradient);
+    return {loss, components};
+  }
+  static Tensor divergence_backward(Tensor grad_loss, Tensor state, Part... part) {
+    return backward({part...}, grad_loss, state);
+  }
+};
+template <auto forward, auto backward>
+using DivergenceOps =
+    DivergenceOpsOf<forward, backward, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>,
+                    std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, int64_t,
+                    double, double, int64_t, int64_t, int64_t, int64_t, double, bool, double, double, int64_t>;
 
 }  // namespace kdfast

@@ -46,6 +46,13 @@ struct Settings {
   V mixing, per_vocabulary, kept{}, rest{};
 };
 
+// Of a top-k teacher, as it counts: probabilities below 1e-17 change no result, but would vanish among the columns that
+// the teacher does not have where they underflow.
+template <class Real>
+KDFAST_HD Real counted_log_probability(Real x) {
+  return x < Real(-40) ? Real(-40) : x;
+}
+
 // What a divergence has unless it says otherwise.
 struct TermsBase {
   static constexpr bool kOfTeacher = false, kOfStudent = false;  // a, b are made by the first look

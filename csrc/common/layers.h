@@ -60,14 +60,12 @@ struct LayerCall {
  private:
   void check_layer(const Tensor& s, const Tensor& t) const {
     const ScalarType other = teacher[0].scalar_type();
-    auto is_float = [](ScalarType x) {
-      return x == ScalarType::Float || x == ScalarType::BFloat16 || x == ScalarType::Half;
-    };
     check_dtype(op(), "student", s, student[0].scalar_type());
     check_dtype(op(), "teacher", t, other);
-    STD_TORCH_CHECK((is_float(s.scalar_type()) && is_float(other)) || (is_double() && other == ScalarType::Double),
-                    op(), ": student, teacher: expected float32, bfloat16 or float16 each, or float64 both, got ",
-                    torch::headeronly::toString(s.scalar_type()), " and ", torch::headeronly::toString(other));
+    STD_TORCH_CHECK(
+        (is_short_float(s.scalar_type()) && is_short_float(other)) || (is_double() && other == ScalarType::Double),
+        op(), ": student, teacher: expected float32, bfloat16 or float16 each, or float64 both, got ",
+        torch::headeronly::toString(s.scalar_type()), " and ", torch::headeronly::toString(other));
     check_device(op(), "student", s, student[0]);
     check_device(op(), "teacher", t, student[0]);
     for (const Tensor* x : {&s, &t}) {

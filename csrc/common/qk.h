@@ -67,10 +67,8 @@ struct QkCall {
   void check_side(const char* q_name, const char* k_name, const std::vector<Tensor>& q, const std::vector<Tensor>& k,
                   ScalarType dtype) const {
     STD_TORCH_CHECK(k.size() == q.size(), op(), ": ", k_name, ": expected ", q.size(), " layers, got ", k.size());
-    STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
-                        dtype == ScalarType::Half,
-                    op(), ": ", q_name, ": expected float32, bfloat16, float16 or float64, got ",
-                    torch::headeronly::toString(dtype));
+    STD_TORCH_CHECK(dtype == ScalarType::Double || is_short_float(dtype), op(), ": ", q_name,
+                    ": expected float32, bfloat16, float16 or float64, got ", torch::headeronly::toString(dtype));
     for (size_t i = 0; i < q.size(); ++i) {
       for (const auto& [name, x, like] : {std::tuple{q_name, q[i], q[0]}, std::tuple{k_name, k[i], k[0]}}) {
         check_dtype(op(), name, x, dtype);

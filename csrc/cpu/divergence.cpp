@@ -169,7 +169,7 @@ RowState<double> read_state(const Reals& from, int64_t row) {
 
 // `into`: where the gradient goes, if not into memory of its own.
 std::tuple<Tensor, Tensor, Tensor> forward(const DivergenceCall& call, const std::optional<Tensor>& given, Known known,
-                                           Save save, const Tensor* into = nullptr) {
+                                           Save save, const Tensor* into) {
   call.check();
   call.check_given(given, known);
   if (into) call.check_gradient(*into);
@@ -230,51 +230,14 @@ Tensor backward(const DivergenceCall& call, const Tensor& grad_loss, const Tenso
   return gradient;
 }
 
+using Ops = DivergenceOps<forward, backward>;
+
 }  // namespace
 
-using MaybeTensor = std::optional<Tensor>;
-
-std::tuple<Tensor, Tensor, Tensor> divergence_cpu(
-    Tensor student, Tensor teacher, MaybeTensor indices, MaybeTensor labels, MaybeTensor row_temperature,
-    MaybeTensor mask, MaybeTensor weight, MaybeTensor num_items, int64_t kind, double mixing, double temperature,
-    int64_t columns, int64_t vocabulary, int64_t vocab_start, int64_t reduction, double scale, bool distillation,
-    double alpha, double smoothing, int64_t ignore_index, MaybeTensor state, int64_t known, int64_t save) {
-  return forward({student,   teacher, indices,      labels,      row_temperature, mask,        weight,
-                  num_items, kind,    mixing,       temperature, columns,         vocabulary,  vocab_start,
-                  reduction, scale,   distillation, alpha,       smoothing,       ignore_index},
-                 state, Known(known), Save(save));
-}
-
-std::tuple<Tensor, Tensor> divergence_into_cpu(Tensor gradient, Tensor student, Tensor teacher, MaybeTensor indices,
-                                               MaybeTensor labels, MaybeTensor row_temperature, MaybeTensor mask,
-                                               MaybeTensor weight, MaybeTensor num_items, int64_t kind, double mixing,
-                                               double temperature, int64_t columns, int64_t vocabulary,
-                                               int64_t vocab_start, int64_t reduction, double scale, bool distillation,
-                                               double alpha, double smoothing, int64_t ignore_index, MaybeTensor state,
-                                               int64_t known) {
-  const auto [loss, components, saved] =
-      forward({student,   teacher, indices,      labels,      row_temperature, mask,        weight,
-               num_items, kind,    mixing,       temperature, columns,         vocabulary,  vocab_start,
-               reduction, scale,   distillation, alpha,       smoothing,       ignore_index},
-              state, Known(known), Save::gradient, &gradient);
-  return {loss, components};
-}
-
-Tensor divergence_backward_cpu(Tensor grad_loss, Tensor state, Tensor student, Tensor teacher, MaybeTensor indices,
-                               MaybeTensor labels, MaybeTensor row_temperature, MaybeTensor mask, MaybeTensor weight,
-                               MaybeTensor num_items, int64_t kind, double mixing, double temperature, int64_t columns,
-                               int64_t vocabulary, int64_t vocab_start, int64_t reduction, double scale,
-                               bool distillation, double alpha, double smoothing, int64_t ignore_index) {
-  return backward({student,   teacher, indices,      labels,      row_temperature, mask,        weight,
-                   num_items, kind,    mixing,       temperature, columns,         vocabulary,  vocab_start,
-                   reduction, scale,   distillation, alpha,       smoothing,       ignore_index},
-                  grad_loss, state);
-}
-
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
-  m.impl("divergence", TORCH_BOX(&divergence_cpu));
-  m.impl("divergence_into", TORCH_BOX(&divergence_into_cpu));
-  m.impl("divergence_backward", TORCH_BOX(&divergence_backward_cpu));
+  m.impl("divergence", TORCH_BOX(&Ops::divergence));
+  m.impl("divergence_into", TORCH_BOX(&Ops::divergence_into));
+  m.impl("divergence_backward", TORCH_BOX(&Ops::divergence_backward));
 }
 
 }  // namespace kdfast

@@ -142,7 +142,7 @@ class Rows {
   }
 
   // The teacher's columns of these logits. Log-probabilities of -inf are no columns; a column that comes twice makes
-  // the row NaN; probabilities below 1e-17 change no result, but would vanish among the absent where they underflow.
+  // the row NaN.
   void find_entries(int64_t row, DivergenceRow& r, TopkEntry* room) const {
     const int64_t* indices = (const int64_t*)indices_.data + indices_.offsets(row);
     const int64_t stride = call_.indices->stride(call_.leading());
@@ -151,7 +151,7 @@ class Rows {
       const double log_probability = teacher_.at(r.teacher, e * shape.teacher_stride);
       const int64_t column = indices[e * stride] - call_.vocab_start;
       if (log_probability == -INFINITY || column < 0 || column >= shape.columns) continue;
-      room[n++] = {column, log_probability < -40 ? -40 : log_probability};
+      room[n++] = {column, counted_log_probability(log_probability)};
     }
     std::sort(room, room + n, [](const TopkEntry& a, const TopkEntry& b) { return a.column < b.column; });
     for (int64_t e = 1; e < n; ++e) {

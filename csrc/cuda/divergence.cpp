@@ -178,7 +178,7 @@ Results new_results(const DivergenceCall& call, Save save, const Tensor* into) {
 
 // `into`: where the gradient goes, if not into memory of its own.
 Results forward(const DivergenceCall& call, const std::optional<Tensor>& state, Known known, Save save,
-                const Tensor* into = nullptr) {
+                const Tensor* into) {
   check(call);
   call.check_given(state, known);
   if (into) call.check_gradient(*into);
@@ -230,48 +230,12 @@ Tensor backward(const DivergenceCall& call, const Tensor& grad_loss, const Tenso
   return gradient;
 }
 
-using MaybeTensor = std::optional<Tensor>;
-
-Results divergence(Tensor student, Tensor teacher, MaybeTensor indices, MaybeTensor labels, MaybeTensor row_temperature,
-                   MaybeTensor mask, MaybeTensor weight, MaybeTensor num_items, int64_t kind, double mixing,
-                   double temperature, int64_t columns, int64_t vocabulary, int64_t vocab_start, int64_t reduction,
-                   double scale, bool distillation, double alpha, double smoothing, int64_t ignore_index,
-                   MaybeTensor state, int64_t known, int64_t save) {
-  return forward({student,   teacher, indices,      labels,      row_temperature, mask,        weight,
-                  num_items, kind,    mixing,       temperature, columns,         vocabulary,  vocab_start,
-                  reduction, scale,   distillation, alpha,       smoothing,       ignore_index},
-                 state, Known(known), Save(save));
-}
-
-std::tuple<Tensor, Tensor> divergence_into(Tensor gradient, Tensor student, Tensor teacher, MaybeTensor indices,
-                                           MaybeTensor labels, MaybeTensor row_temperature, MaybeTensor mask,
-                                           MaybeTensor weight, MaybeTensor num_items, int64_t kind, double mixing,
-                                           double temperature, int64_t columns, int64_t vocabulary, int64_t vocab_start,
-                                           int64_t reduction, double scale, bool distillation, double alpha,
-                                           double smoothing, int64_t ignore_index, MaybeTensor state, int64_t known) {
-  const auto [loss, components, saved] =
-      forward({student,   teacher, indices,      labels,      row_temperature, mask,        weight,
-               num_items, kind,    mixing,       temperature, columns,         vocabulary,  vocab_start,
-               reduction, scale,   distillation, alpha,       smoothing,       ignore_index},
-              state, Known(known), Save::gradient, &gradient);
-  return {loss, components};
-}
-
-Tensor divergence_backward(Tensor grad_loss, Tensor state, Tensor student, Tensor teacher, MaybeTensor indices,
-                           MaybeTensor labels, MaybeTensor row_temperature, MaybeTensor mask, MaybeTensor weight,
-                           MaybeTensor num_items, int64_t kind, double mixing, double temperature, int64_t columns,
-                           int64_t vocabulary, int64_t vocab_start, int64_t reduction, double scale, bool distillation,
-                           double alpha, double smoothing, int64_t ignore_index) {
-  return backward({student,   teacher, indices,      labels,      row_temperature, mask,        weight,
-                   num_items, kind,    mixing,       temperature, columns,         vocabulary,  vocab_start,
-                   reduction, scale,   distillation, alpha,       smoothing,       ignore_index},
-                  grad_loss, state);
-}
+using Ops = DivergenceOps<forward, backward>;
 
 STABLE_TORCH_LIBRARY_IMPL(KDFAST_CUDA_NAMESPACE, KDFAST_CUDA_KEY, m) {
-  m.impl("divergence", TORCH_BOX(&divergence));
-  m.impl("divergence_into", TORCH_BOX(&divergence_into));
-  m.impl("divergence_backward", TORCH_BOX(&divergence_backward));
+  m.impl("divergence", TORCH_BOX(&Ops::divergence));
+  m.impl("divergence_into", TORCH_BOX(&Ops::divergence_into));
+  m.impl("divergence_backward", TORCH_BOX(&Ops::divergence_backward));
 }
 
 }  // namespace

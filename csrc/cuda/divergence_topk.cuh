@@ -40,8 +40,7 @@ struct TopkColumns {
   }
   KDFAST_DEVICE bool has(int64_t column) const { return bits[column / 32] >> column % 32 & 1; }
 
-  // f(column, student's logit, teacher's) of those of the teacher's columns that are this thread's. Probabilities below
-  // 1e-17 change no result, but would vanish among the absent where they underflow.
+  // f(column, student's logit, teacher's) of those of the teacher's columns that are this thread's.
   template <class F>
   KDFAST_DEVICE void each_entry(F f) const {
     const TopkIndices& all = any.args.indices;
@@ -49,7 +48,7 @@ struct TopkColumns {
       const float log_probability = any.teacher_at(e);
       const int column = log_probability == -INFINITY ? -1 : here(indices[e * all.stride]);
       if (column < 0) continue;
-      const float t = temperature * (log_probability < -40.f ? -40.f : log_probability);
+      const float t = temperature * counted_log_probability(log_probability);
       f(column, any.student_at(column), wrong ? NAN : t);
     }
   }

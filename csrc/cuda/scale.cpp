@@ -12,9 +12,9 @@ namespace {
 void scale_(Tensor x, Tensor factor) {
   constexpr const char* op = "scale_";
   const ScalarType dtype = x.scalar_type();
-  const bool is_float = dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-  STD_TORCH_CHECK(is_float && x.is_contiguous(), op, ": x: expected contiguous float32, bfloat16 or float16, got ",
-                  torch::headeronly::toString(dtype), " of shape ", shape_of(x));
+  STD_TORCH_CHECK(is_short_float(dtype) && x.is_contiguous(), op,
+                  ": x: expected contiguous float32, bfloat16 or float16, got ", torch::headeronly::toString(dtype),
+                  " of shape ", shape_of(x));
   check_device(op, "factor", factor, x);
   check_dtype(op, "factor", factor, ScalarType::Float);
   STD_TORCH_CHECK(factor.numel() == 1, op, ": factor: expected one number, got ", shape_of(factor));

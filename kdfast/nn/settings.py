@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdfast.ops import _checks
-from kdfast.ops._divergence import KINDS, TAILS
+from kdfast.ops import _checks, _divergence
 
 
 class Settings(nn.Module):
@@ -21,10 +20,10 @@ class Settings(nn.Module):
             _checks.wrong_value(name, "reduction", "'none', 'mean', 'sum' or 'batchmean'", repr(settings["reduction"]))
         if not isinstance(settings.get("temperature", 1.0), Tensor):
             _checks.check_temperature_number(name, settings.get("temperature", 1.0))
-        if settings.get("divergence", KINDS[0]) not in KINDS:
-            _checks.wrong_value(name, "divergence", f"one of {', '.join(KINDS)}", repr(settings["divergence"]))
-        if settings.get("tail", TAILS[0]) not in TAILS:
-            _checks.wrong_value(name, "tail", "'bucket', 'renormalize' or 'drop'", repr(settings["tail"]))
+        if "divergence" in settings:
+            _divergence.check_divergence(name, settings["divergence"])
+        if "tail" in settings:
+            _divergence.check_tail(name, settings["tail"])
         for argument in ("beta", "skew", "alpha", "label_smoothing"):
             if argument in settings:
                 _checks.check_fraction(name, argument, settings[argument], below_one=argument == "skew")

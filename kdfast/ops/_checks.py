@@ -24,17 +24,21 @@ def kind(x: object) -> str:
     return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
 
 
+def check_float(op: str, argument: str, x: Tensor) -> None:
+    if x.dtype not in FLOATS:
+        wrong_type(op, argument, "float32, bfloat16, float16 or float64", x.dtype)
+    if x.dtype == torch.float64 and x.device.type != "cpu":
+        wrong_type(op, argument, "float32, bfloat16 or float16 (float64 only on the CPU)", x.dtype)
+
+
 def check_logits(op: str, student: Tensor, teacher: Tensor) -> None:
     """Checks a pair of logits `[..., V]`, but for their widths."""
     for argument, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if not isinstance(logits, Tensor):
             wrong_type(op, argument, "a tensor", kind(logits))
-        if logits.dtype not in FLOATS:
-            wrong_type(op, argument, "float32, bfloat16, float16 or float64", logits.dtype)
+        check_float(op, argument, logits)
         if logits.dim() == 0:
             wrong_value(op, argument, "at least one dimension, the vocabulary last", "a scalar")
-        if logits.dtype == torch.float64 and logits.device.type != "cpu":
-            wrong_type(op, argument, "float32, bfloat16 or float16 (float64 only on the CPU)", logits.dtype)
     if student.device != teacher.device:
         wrong_value(op, "teacher_logits", f"the student's device {student.device}", teacher.device)
     if student.shape[:-1] != teacher.shape[:-1]:

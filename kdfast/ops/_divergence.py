@@ -95,6 +95,16 @@ _PER_ROW = Call._fields[:5]
 TENSORS = 6  # of a Call, its first
 
 
+def check_divergence(op: str, divergence: str) -> None:
+    if divergence not in KINDS:
+        _checks.wrong_value(op, "divergence", f"one of {', '.join(KINDS)}", repr(divergence))
+
+
+def check_tail(op: str, tail: str) -> None:
+    if tail not in TAILS:
+        _checks.wrong_value(op, "tail", "'bucket', 'renormalize' or 'drop'", repr(tail))
+
+
 def at_its_ends(kind: str, beta: float = 0.0, skew: float = 0.0) -> tuple[str, float]:
     """The divergence to compute and its beta or skew: at 0, and js_div at 1, the mixtures are other divergences."""
     if kind == "js_div":

@@ -14,6 +14,7 @@ from kdfast.ops._divergence import Options
 from kdfast.ops._heads import Head
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
 Sides = tuple[Head, Head | None, Tensor | None]
@@ -30,38 +31,26 @@ def local(
         return options, (_whole(student), None if teacher is None else _whole(teacher), given)
     if options.process_group is not None or options.vocab_start is not None:
         _checks.wrong_value(op, "process_group", "neither it nor vocab_start beside DTensors, which know both", "one")
-    weight = _split(op, "student_weight", student.weight)
-    mesh, dim = weight.device_mesh, weight.placements.index(_shard(0))
-    each = -(-weight.shape[0] // mesh.size(dim))  # as torch.chunk splits
-    start = min(mesh.get_local_rank(dim) * each, weight.shape[0])
+    weight, group, start = _split(op, "student_weight", student.weight)
     columns = weight.shape[0] if options.vocab_size is None else options.vocab_size
-    options = replace(options, process_group=mesh.get_group(dim), vocab_start=start, vocab_size=columns)
+    options = replace(options, process_group=group, vocab_start=start, vocab_size=columns)
     sides = _part(op, "student", student, weight), None if teacher is None else _part(op, "teacher", teacher, weight)
     if given is not None and _shards.is_dtensor(given):
         given = given.to_local()  # type: ignore[attr-defined]
     return options, (*sides, given)
 
 
-def _shard(dim: int) -> Any:
-    from torch.distributed.tensor import Shard
-
-    return Shard(dim)
-
-
-def _split(op: str, argument: str, weight: Tensor) -> DTensor:
+def _split(op: str, argument: str, weight: Tensor) -> tuple[DTensor, ProcessGroup, int]:
     from torch.distributed.tensor import DTensor
 
     expected = "a DTensor sharded on dimension 0 by one dimension of its mesh, replicated else"
     if not isinstance(weight, DTensor):
         _checks.wrong_type(op, argument, expected + ", as the hidden states are DTensors", _checks.kind(weight))
-    others = [p for p in weight.placements if p != _shard(0)]
-    if len(others) != weight.device_mesh.ndim - 1 or not all(p.is_replicate() for p in others):
-        _checks.wrong_value(op, argument, expected, weight.placements)
-    return weight
+    return weight, *_shards.split_of(op, argument, weight, 0, expected)
 
 
 def _part(op: str, side: str, head: Head, like: DTensor) -> Head:
-    weight = _split(op, f"{side}_weight", head.weight)
+    weight, *_ = _split(op, f"{side}_weight", head.weight)
     if weight.device_mesh != like.device_mesh or weight.placements != like.placements:
         _checks.wrong_value(op, f"{side}_weight", f"the student's placements {like.placements}", weight.placements)
     hidden: Any = head.hidden
@@ -70,7 +59,7 @@ def _part(op: str, side: str, head: Head, like: DTensor) -> Head:
         _checks.wrong_value(op, f"{side}_hidden", "a replicated DTensor beside weights that are split", got)
     bias: Any = head.bias
     if bias is not None:
-        bias = _split(op, f"{side}_bias", bias).to_local()
+        bias = _split(op, f"{side}_bias", bias)[0].to_local()
     return Head(hidden.to_local(), weight.to_local(), bias, head.softcap)
 
 

@@ -90,12 +90,17 @@ class Head(NamedTuple):
         g.mul_(logits.div_(self.softcap).square_().neg_().add_(1))
 
 
+def gradient_dtype(weight: Tensor) -> torch.dtype:
+    """The student's, but for float16 float32: a gradient divided by the number of rows would underflow before a
+    GradScaler's factor can save it."""
+    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
+
+
 class Gradients:
     """Of hidden states, weight and bias (where `wanted`), from the gradients of the logits, slab by slab.
 
-    In the student's dtype, but for float16 in float32: a gradient divided by the number of rows would underflow before
-    a GradScaler's factor can save it. Sums over several slabs are float32, and so are hidden states' gradients where
-    those of other shards are still to come.
+    Sums over several slabs are float32, and so are hidden states' gradients where those of other shards are still to
+    come.
     """
 
     def __init__(
@@ -104,7 +109,7 @@ class Gradients:
         self.head, self.widening, self.wanted = head, widening, wanted
         of, exact = head.weight, torch.promote_types(head.weight.dtype, torch.float32)
         columns = of.shape[0] + padding
-        self.dtype = exact if of.dtype == torch.float16 else of.dtype
+        self.dtype = gradient_dtype(of)
         self.hidden = of.new_empty(head.hidden.shape if wanted[0] else (0,), dtype=exact if sharded else self.dtype)
         weight_shape = (columns, of.shape[1]) if wanted[1] else (0,)
         self.weight = of.new_empty(weight_shape, dtype=exact if slabs > 1 else self.dtype)
@@ -155,10 +160,7 @@ def checked(
         argument = f"{side}_{argument}"
         if not isinstance(x, Tensor):
             _checks.wrong_type(op, argument, "a tensor", _checks.kind(x))
-        if x.dtype not in _checks.FLOATS:
-            _checks.wrong_type(op, argument, "float32, bfloat16, float16 or float64", x.dtype)
-        if x.dtype == torch.float64 and x.device.type != "cpu":
-            _checks.wrong_type(op, argument, "float32, bfloat16 or float16 (float64 only on the CPU)", x.dtype)
+        _checks.check_float(op, argument, x)
         if x.dim() < dims or (x.dim() > dims and dims == 2):
             _checks.wrong_value(op, argument, "[V, H]" if dims == 2 else "a dimension or more", list(x.shape))
     assert hidden is not None

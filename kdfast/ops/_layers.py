@@ -64,10 +64,7 @@ def as_list(op: str, argument: str, x: Layers) -> list[Tensor]:
             continue
         if not isinstance(layer, Tensor):
             _checks.wrong_type(op, argument, "a tensor or a sequence of tensors", _checks.kind(layer))
-        if layer.dtype not in _checks.FLOATS:
-            _checks.wrong_type(op, argument, "float32, bfloat16, float16 or float64", layer.dtype)
-        if layer.dtype == torch.float64 and layer.device.type != "cpu":
-            _checks.wrong_type(op, argument, "float32, bfloat16 or float16 (float64 only on the CPU)", layer.dtype)
+        _checks.check_float(op, argument, layer)
         if layer.dtype != layers[0].dtype:
             _checks.wrong_type(op, argument, f"layers of one dtype, the first's {layers[0].dtype}", layer.dtype)
         if layer.shape != layers[0].shape:

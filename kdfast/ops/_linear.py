@@ -64,7 +64,8 @@ class Loop:
             dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group)
             fits = int(least)
         if fits < 1 + tail:
-            expected = f"{row_bytes * (1 + tail) + workspace} bytes or more, for a row of logits and {workspace} bytes of workspace"
+            needed = row_bytes * (1 + tail) + workspace
+            expected = f"{needed} bytes or more, for a row of logits and {workspace} bytes of workspace"
             _checks.wrong_value(self.op, "memory_budget", expected, budget)
         several = self.on_gpu and self.wanted[1]
         return _chunks.plan(self.student.hidden.shape[0], fits, tail, self.on_gpu, several)
@@ -198,11 +199,8 @@ def _spread(x: Tensor, places: Tensor, rows: int) -> Tensor:
     return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, places, x)
 
 
-_CALL = (
-    "Tensor? indices, Tensor? labels, Tensor? row_temperature, Tensor? mask, Tensor? weight, Tensor? num_items, "
-    "int kind, float mixing, float temperature, SymInt columns, SymInt vocabulary, SymInt vocab_start, int reduction, "
-    "float scale, bool distillation, float alpha, float smoothing, int ignore_index"
-)
+# A Call's part of the native schema, after student and teacher.
+_CALL = ", ".join(str(torch.ops.kdfast.divergence.default._schema).split(", ")[2 : 2 + len(Call._fields)])
 torch.library.define(
     "kdfast::linear_divergence",
     "(str op, Tensor student_hidden, Tensor student_weight, Tensor? student_bias, float student_softcap, "
@@ -216,7 +214,7 @@ torch.library.impl("kdfast::linear_divergence", ("cpu", "cuda"), linear_divergen
 def _(op: str, hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     call, wanted = Call(*args[-len(Call._fields) :]), args[-len(Call._fields) - 1]
     loss, components = _divergence.new_results(hidden, hidden.shape[:1], call)
-    dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+    dtype = _heads.gradient_dtype(weight)
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     return (
         loss,

@@ -18,6 +18,7 @@ from kdfast.ops import _checks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
 
 LOG2_E = 1.4426950408889634
 LEAST = torch.finfo(torch.float32).min  # the maximum of no columns: csrc/common/rowmath.h, kNoMaximum
@@ -91,7 +92,6 @@ def _clipped(student: Tensor, teacher: Tensor, width: int, vocabulary: int, star
 
 def _of_dtensors(op: str, student: Tensor, teacher: Tensor, vocab_size: int | None) -> Shard:
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor import Shard as Split
 
     for argument, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if not isinstance(logits, DTensor):
@@ -100,20 +100,26 @@ def _of_dtensors(op: str, student: Tensor, teacher: Tensor, vocab_size: int | No
     assert isinstance(teacher, DTensor)
     if student.device_mesh != teacher.device_mesh or student.placements != teacher.placements:
         _checks.wrong_value(op, "teacher_logits", f"the student's placements {student.placements}", teacher.placements)
-    last = student.dim() - 1
-    split = [i for i, p in enumerate(student.placements) if p in (Split(last), Split(-1))]
-    if len(split) != 1 or any(not p.is_replicate() for i, p in enumerate(student.placements) if i not in split):
-        _checks.wrong_value(
-            op, "student_logits", "a DTensor sharded on its last dimension, replicated else", student.placements
-        )
+    expected = "a DTensor sharded on its last dimension, replicated else"
+    group, start = split_of(op, "student_logits", student, student.dim() - 1, expected)
     _checks.check_logits(op, student, teacher)
     if student.shape[-1] != teacher.shape[-1]:
         _checks.wrong_value(op, "teacher_logits", f"the student's width {student.shape[-1]}", teacher.shape[-1])
     columns = _checks.check_vocab_size(op, student, teacher, vocab_size)
-    group, ranks = student.device_mesh.get_group(split[0]), student.device_mesh.size(split[0])
-    each = -(-student.shape[-1] // ranks)  # as torch.chunk splits
     local = student.to_local(), teacher.to_local()
-    return _clipped(*local, local[0].shape[-1], columns, dist.get_rank(group) * each, group)
+    return _clipped(*local, local[0].shape[-1], columns, start, group)
+
+
+def split_of(op: str, argument: str, x: DTensor, dim: int, expected: str) -> tuple[ProcessGroup, int]:
+    """The ranks that dimension `dim` of `x`, and nothing else of it, is split over, and where this rank's part begins."""
+    from torch.distributed.tensor import Shard as Split
+
+    mesh, split = x.device_mesh, [p in (Split(dim), Split(dim - x.dim())) for p in x.placements]
+    if sum(split) != 1 or not all(here or p.is_replicate() for here, p in zip(split, x.placements, strict=True)):
+        _checks.wrong_value(op, argument, expected, x.placements)
+    at = split.index(True)
+    each = -(-x.shape[dim] // mesh.size(at))  # as torch.chunk splits
+    return mesh.get_group(at), mesh.get_local_rank(at) * each
 
 
 def merged(state: Tensor, kind: str, temperature: float | Tensor, group: ProcessGroup) -> Tensor:

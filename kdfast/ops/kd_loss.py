@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 from torch import Tensor
 
 from kdfast.ops import _checks, _divergence
-from kdfast.ops._divergence import KINDS, Labels, Options
+from kdfast.ops._divergence import Labels, Options
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -115,8 +115,7 @@ def kd_loss(
 
 def soft_part(op: str, divergence: str, beta: float, skew: float) -> tuple[str, float]:
     """The divergence to compute and its beta or skew."""
-    if divergence not in KINDS:
-        _checks.wrong_value(op, "divergence", f"one of {', '.join(KINDS)}", repr(divergence))
+    _divergence.check_divergence(op, divergence)
     _checks.check_fraction(op, "beta", beta)
     _checks.check_fraction(op, "skew", skew, below_one=True)
     return _divergence.at_its_ends(divergence, beta, skew)

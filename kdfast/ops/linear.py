@@ -11,7 +11,6 @@ from kdfast.ops import _checks, _divergence, _dtensors, _heads, _linear, _shards
 from kdfast.ops._divergence import Labels, Options
 from kdfast.ops._heads import Head
 from kdfast.ops.kd_loss import KDLossComponents, hard_part, soft_part
-from kdfast.ops.topk import check_tail
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -243,7 +242,7 @@ def linear_topk_kd_loss(
     Arguments, results and errors as in these.
     """
     op = "linear_topk_kd_loss"
-    check_tail(op, tail)
+    _divergence.check_tail(op, tail)
     hard = hard_part(op, labels, alpha, label_smoothing, ignore_index)
     options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
     student = _heads.checked(op, "student", student_hidden, student_weight, student_bias, student_softcap)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kdfast.ops import _checks, _divergence
-from kdfast.ops._divergence import TAILS, Options
+from kdfast.ops import _divergence
+from kdfast.ops._divergence import Options
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,12 +52,7 @@ def topk_kl_div(
     Other arguments, reductions, dtypes and errors as in `kl_div`.
     """
     op = "topk_kl_div"
-    check_tail(op, tail)
+    _divergence.check_tail(op, tail)
     options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
     kind, indices = f"topk_{tail}", teacher_topk_indices
     return _divergence.run(op, kind, student_logits, teacher_topk_logprobs, options, 0.0, None, indices)[0]
-
-
-def check_tail(op: str, tail: str) -> None:
-    if tail not in TAILS:
-        _checks.wrong_value(op, "tail", "'bucket', 'renormalize' or 'drop'", repr(tail))
