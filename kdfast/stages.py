@@ -19,12 +19,17 @@ from types import FrameType
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from kdfast.objective import model_inputs
+
 History = list[dict[str, float]]
+
+CONFIG = "config.yaml"  # a run folder's settings
 
 
 class StageInterrupted(KeyboardInterrupt):
@@ -115,32 +120,36 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
-def check_run_folder(folder: Path, settings: Mapping[str, Any], fresh: bool) -> Path:
-    """The path of the settings stored in a run's folder, which may be new, or hold a run with the same settings.
-
-    With `fresh`, an earlier run is removed.
+def check_run_folder(folder: Path, settings: Mapping[str, Any], fresh: bool) -> None:
+    """A run's folder may be new, or hold a run with the same settings. With `fresh`, an earlier run is removed.
 
     Raises:
         ValueError: the folder holds a run with other settings, or something that is not a run.
     """
-    marker = folder / "settings.json"
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output {folder} is not a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
-        return marker
-    if not marker.is_file():
+        return
+    if not (folder / CONFIG).is_file():
         raise ValueError(f"output folder {folder} is not empty and holds no run; choose another")
     if fresh:
         shutil.rmtree(folder)
-        return marker
-    stored = json.loads(marker.read_text())
-    for name, value in json.loads(json.dumps(settings)).items():
+        return
+    stored = yaml.safe_load((folder / CONFIG).read_text())
+    for name, value in settings.items():
         if stored.get(name) != value:
             raise ValueError(
                 f"output folder {folder} holds a run with {name} {stored.get(name)}, not {value}; "
                 "choose another, or --fresh to start over"
             )
-    return marker
+
+
+def write_config(folder: Path, settings: Mapping[str, Any]) -> None:
+    """The settings of a run, of which `kdfast distill --config` makes another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{CONFIG}.partial"
+    partial.write_text(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+    partial.replace(folder / CONFIG)
 
 
 def finished(folder: Path) -> History | None:
@@ -185,10 +194,11 @@ def predict_logits(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # similar lengths: little padding
     logits: list[Tensor] = []
     model.eval()
+    device = next(model.parameters()).device
     with torch.inference_mode(), bar(title, len(rows)) as shown:
         for start in range(0, len(rows), batch_size):
-            batch = [{"input_ids": rows[i]["input_ids"]} for i in order[start : start + batch_size]]
-            logits.append(model(**collate(batch)).logits.float())
+            batch = [{k: v for k, v in rows[i].items() if k != "labels"} for i in order[start : start + batch_size]]
+            logits.append(model(**model_inputs(model, collate(batch).to(device))).logits.float().cpu())
             shown.update(len(batch))
     in_length_order = torch.cat(logits)
     result = torch.empty(in_length_order.shape)

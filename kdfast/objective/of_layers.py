@@ -226,7 +226,7 @@ class Attention(_OfHeads):
         self.head_map = head_map
 
     def count(self, inputs: Inputs) -> Tensor:
-        return (token_mask(inputs).sum(-1) ** 2).sum()
+        return super().count(inputs) if "sample_weight" in inputs else (token_mask(inputs).sum(-1) ** 2).sum()
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
         mine, its = self.heads(student, teacher)
@@ -281,7 +281,7 @@ class Relations(_OfHeads):
         self.relations, self.relation_heads = tuple(relations), relation_heads
 
     def count(self, inputs: Inputs) -> Tensor:
-        return token_mask(inputs).sum()
+        return super().count(inputs) if "sample_weight" in inputs else token_mask(inputs).sum()
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
         mine, its = self.heads(student, teacher)

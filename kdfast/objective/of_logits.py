@@ -10,6 +10,7 @@ from torch import Tensor
 import kdfast
 from kdfast.objective.schedules import Weight
 from kdfast.objective.term import Inputs, Term, token_mask
+from kdfast.ops._checks import loss_dtype
 from kdfast.ops._divergence import KINDS
 
 TASKS = ("classification", "multi_label", "regression", "tokens")
@@ -57,6 +58,8 @@ class Logits(Term):
         self.per_class, self.tokens, self.settings = per_class, tokens, settings
 
     def count(self, inputs: Inputs) -> Tensor:
+        if self.tokens == "labels" and "labels" not in inputs:
+            return super().count(inputs)
         mask = self._mask(inputs)
         return super().count(inputs) if mask is None else mask.sum()
 
@@ -67,26 +70,31 @@ class Logits(Term):
         if student.logits.dim() != dims:
             expected = "[batch, classes]" if dims == 2 else "[batch, length, vocabulary]"
             self.refuse("logits", f"{expected} with tokens={self.tokens!r}", list(student.logits.shape))
-        temperature, weight = self.temperature, inputs.get("sample_weight")
+        temperature, weight = inputs.get("sample_temperature", self.temperature), inputs.get("sample_weight")
         factor = temperature**2 if self.t_squared else 1.0
-        if "sample_temperature" in inputs:
-            temperature = inputs["sample_temperature"].float()
-            weight, factor = (temperature**2 if self.t_squared else 1.0) * (1.0 if weight is None else weight), 1.0
+        if isinstance(factor, Tensor):
+            weight, factor = factor if weight is None else factor * weight, 1.0
         rows = (-1, *[1] * (dims - 2))
         loss: Tensor = getattr(kdfast, self.divergence)(
             student.logits,
             teacher.logits,
-            temperature=temperature.view(rows) if isinstance(temperature, Tensor) else temperature,
+            temperature=temperature.float().view(rows) if isinstance(temperature, Tensor) else temperature,
             mask=self._mask(inputs),
-            weight=weight.float().view(rows) if isinstance(weight, Tensor) else weight,
+            weight=None if weight is None else weight.float().view(rows),
             **self.settings,
         )
-        return loss * (factor / student.logits.shape[-1] if self.per_class else factor)
+        classes = self.settings.get("vocab_size") or student.logits.shape[-1]
+        return loss * (factor / classes if self.per_class else factor)
 
     def _mask(self, inputs: Inputs) -> Tensor | None:
         if self.tokens is None:
             return None
-        return token_mask(inputs) if self.tokens == "all" else inputs["labels"] != -100
+        if self.tokens == "all":
+            return token_mask(inputs)
+        if "labels" not in inputs:
+            raise ValueError("Logits: needs rows with labels with tokens='labels'")
+        counted: Tensor = inputs["labels"] != -100
+        return counted
 
 
 class Labels(Term):
@@ -124,6 +132,7 @@ class Labels(Term):
         if "labels" not in inputs:
             raise ValueError("Labels: needs rows with labels")
         labels, logits, weight = inputs["labels"], student.logits, inputs.get("sample_weight")
+        dtype = loss_dtype(logits)
         if self.task in ("classification", "tokens"):
             if logits.shape[:-1] != labels.shape:
                 expected = f"labels of shape {list(logits.shape[:-1])} for task {self.task!r}"
@@ -133,11 +142,11 @@ class Labels(Term):
                 weight = weight.view(-1, *[1] * (labels.dim() - 1)).expand_as(labels)[counted]
             # Of the logits of a vocabulary, only the rows that count.
             losses = F.cross_entropy(
-                logits[counted].float(), labels[counted], reduction="none", label_smoothing=self.label_smoothing
+                logits[counted].to(dtype), labels[counted], reduction="none", label_smoothing=self.label_smoothing
             )
         elif self.task == "multi_label":
-            losses = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none").mean(-1)
+            losses = F.binary_cross_entropy_with_logits(logits.to(dtype), labels.to(dtype), reduction="none").mean(-1)
         else:
-            losses = (logits.float().view(labels.shape) - labels.float()) ** 2
+            losses = (logits.to(dtype).view(labels.shape) - labels.to(dtype)) ** 2
         total = losses.sum() if weight is None else (weight * losses).sum()
         return total / max(losses.numel(), 1)

@@ -28,7 +28,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
 import kdfast
-from kdfast import data, report, stages, text
+from kdfast import data, report, stages, students, text
 from kdfast.objective import LanguageModel
 from kdfast.on_policy import OnPolicyTrainer
 
@@ -91,32 +91,6 @@ class Settings:
 
     def objective(self) -> LanguageModel:
         return LanguageModel(self.alpha, self.temperature, self.divergence, self.beta, self.skew)
-
-
-def student_from(teacher: Any, layers: Sequence[int]) -> Any:
-    """A new model of the teacher's kind with copies of the given layers (numbered from 0) and of all that is no layer.
-
-    Raises:
-        ValueError: no layers, or numbers that the teacher does not have.
-    """
-    count = teacher.config.num_hidden_layers
-    if not layers or any(layer not in range(count) for layer in layers):
-        raise ValueError(f"student_layers must be numbers from 0 to {count - 1}, got {list(layers)}")
-    config = copy.deepcopy(teacher.config)
-    config.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in layers]
-    student = type(teacher)(config).to(teacher.device, teacher.dtype)
-    student.generation_config = copy.deepcopy(teacher.generation_config)
-    prefix = f"{teacher.base_model_prefix}.layers."
-    of_teacher = teacher.state_dict()
-    weights = {name: weight for name, weight in of_teacher.items() if not name.startswith(prefix)}
-    for mine, its in enumerate(layers):
-        start = f"{prefix}{its}."
-        layer = {name: weight for name, weight in of_teacher.items() if name.startswith(start)}
-        weights |= {f"{prefix}{mine}.{name.removeprefix(start)}": weight for name, weight in layer.items()}
-    student.load_state_dict(weights)
-    return student
 
 
 class _PeakMemory(TrainerCallback):  # type: ignore[misc]
@@ -191,7 +165,7 @@ class CausalLMRun:
             raise ValueError(f"teacher {source}: {str(error).splitlines()[0]}") from None
         self.teacher = teacher.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         layers = range(0, teacher.config.num_hidden_layers, 3) if s.student_layers is None else s.student_layers
-        self.start = student_from(self.teacher, layers)
+        self.start = students.from_layers(self.teacher, layers)
         pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         self.collate = text.Collator(pad)
         train, test = self._rows()

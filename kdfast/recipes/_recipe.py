@@ -1,0 +1,103 @@
+"""What all recipes share: settings with their help, YAML, and a run folder. Light, so that `kdfast --help` is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+
+R = TypeVar("R", bound="Recipe")
+
+
+def setting(default: Any, help: str) -> Any:
+    """A field of a recipe, with the text that `kdfast distill` shows for it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The settings of a published system. Stored in a run's folder, and compared when the run is continued.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    name: ClassVar[str]
+    quick: ClassVar[Mapping[str, Any]] = {}  # settings of a short run, to see everything work
+
+    seed: int = setting(0, "Seed of initialisation, order of rows and dropout.")
+
+    def __post_init__(self) -> None:
+        self.at_least(0, "seed")
+
+    def at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+
+    def between(self, low: float, high: float, *names: str) -> None:
+        for name in names:
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be between {low:g} and {high:g}, got {getattr(self, name)}")
+
+    def one_of(self, values: tuple[Any, ...], *names: str) -> None:
+        for name in names:
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, values))}, got {getattr(self, name)}")
+
+    def positive(self, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """As YAML and JSON have it: the recipe's name first, lists for tuples."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {"recipe": self.name, **values}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def read_yaml(cls, path: Path) -> dict[str, Any]:
+        """The settings in a file, such as config.yaml of a run's folder.
+
+        Raises:
+            ValueError: no such file, no settings in it, another recipe's, or names that this one does not have.
+        """
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"config {path}: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise ValueError(f"config {path} is no YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"config {path} holds no settings")
+        if (recipe := values.pop("recipe", cls.name)) != cls.name:
+            raise ValueError(f"config {path} is of the recipe {recipe}, not {cls.name}")
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - fields):
+            raise ValueError(
+                f"config {path}: {cls.name} has no setting {', '.join(unknown)}; it has {', '.join(sorted(fields))}"
+            )
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+    def run(self, folder: Path, console: Any, fresh: bool = False) -> dict[str, Any]:
+        """Does what is not done yet in a run's folder; returns the metrics of its models.
+
+        Args:
+            folder: where everything is kept.
+            console: of `rich`; receives the table.
+            fresh: remove an earlier run in that folder first instead of continuing it.
+
+        Raises:
+            ValueError: the folder holds a run with other settings, or something that is not a run; data or models cannot
+                be used.
+            kdfast.data.AssetError: model or data cannot be fetched.
+            kdfast.stages.StageInterrupted: stopped by a signal, with the state saved.
+        """
+        raise NotImplementedError
