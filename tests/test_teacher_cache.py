@@ -297,7 +297,8 @@ def test_classifier_logits_cls_and_hidden_states(tmp_path: Path) -> None:
         )
         expected = {
             "logits": answer.logits[0],
-            "cls": answer.hidden_states[-1][0, 0],
+            "cls_0": answer.hidden_states[0][0, 0],
+            "cls_2": answer.hidden_states[2][0, 0],
             "hidden_0": answer.hidden_states[0][0],
             "hidden_2": answer.hidden_states[2][0],
         }
@@ -306,7 +307,8 @@ def test_classifier_logits_cls_and_hidden_states(tmp_path: Path) -> None:
     batch = cache.collate([cache[0], cache[1]], 15)
     assert {name: list(value.shape) for name, value in batch.items()} == {
         "logits": [2, 3],
-        "cls": [2, 16],
+        "cls_0": [2, 16],
+        "cls_2": [2, 16],
         "token_mask": [2, 15],
         "hidden_0": [2, 15, 16],
         "hidden_2": [2, 15, 16],
@@ -320,3 +322,38 @@ def test_classifier_logits_cls_and_hidden_states(tmp_path: Path) -> None:
     torch.testing.assert_close(
         alone[4]["cls"], tiny_teacher.alone(tiny_teacher.bert(BertModel), ROWS[4]).last_hidden_state[0, 0], **CLOSE
     )
+
+
+def test_states_of_the_first_token_come_with_the_rows(tmp_path: Path) -> None:
+    """Patient-KD: logits and first states of some layers, and nothing per token, beside shuffled rows with labels."""
+    model = tiny_teacher.bert(BertForSequenceClassification, num_labels=3)
+    rows = [{**row, "labels": number % 3} for number, row in enumerate(ROWS)]
+    tiny_teacher.write(tmp_path, model, rows, outputs=("logits", "cls"), layers=(2, 1))
+    cache = TeacherCache(tmp_path, tokenizer=TOKENIZER, teacher=model, verify=True)
+    assert sorted(cache[0]) == ["cls_1", "cls_2", "logits"]
+    loader = DataLoader(
+        cache.beside(rows), batch_size=4, shuffle=True, collate_fn=cache.collator(DataCollatorWithPadding(TOKENIZER))
+    )
+    labels = []
+    for batch in loader:
+        with torch.no_grad():
+            answer = model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
+            )
+        torch.testing.assert_close(batch["teacher_logits"], answer.logits, **CLOSE)
+        for layer in (1, 2):
+            torch.testing.assert_close(batch[f"teacher_cls_{layer}"], answer.hidden_states[layer][:, 0], **CLOSE)
+        assert sorted(batch) == [
+            *("attention_mask", "input_ids", "labels"),
+            *("teacher_cls_1", "teacher_cls_2", "teacher_logits"),
+        ]
+        labels += batch["labels"].tolist()
+    assert sorted(labels) == sorted(row["labels"] for row in rows)
+
+
+def test_first_token_behind_padding_on_the_left(tmp_path: Path) -> None:
+    padded = {"input_ids": [1, 1, *range(2, 8)], "attention_mask": [0, 0] + [1] * 6}
+    cache = tiny_teacher.write(tmp_path, rows=[padded, *ROWS], outputs=("cls",), layers=(0, 2))
+    states = tiny_teacher.alone(LLAMA, {"input_ids": [*range(2, 8)]}, output_hidden_states=True).hidden_states
+    for layer in (0, 2):
+        torch.testing.assert_close(cache[0][f"cls_{layer}"], states[layer][0, 0], **CLOSE)

@@ -171,8 +171,9 @@ class _Broken(nn.Module):
         ({"outputs": ()}, "outputs: expected some of topk, logits, cls, hidden, got ()"),
         ({"outputs": ["attention"]}, "outputs: expected some of topk, logits, cls, hidden, got ['attention']"),
         ({"outputs": ("topk", "logits")}, "outputs: expected 'topk', of a language model, or 'logits', of a classifier, got"),
-        ({"outputs": ("hidden",)}, "layers: expected layer numbers with output 'hidden', and none without, got none"),
-        ({"layers": (1,)}, "layers: expected layer numbers with output 'hidden', and none without, got [1]"),
+        ({"outputs": ("hidden",)}, "layers: expected layer numbers with output 'hidden', got none"),
+        ({"layers": (1,)}, "layers: expected none without output 'hidden' or 'cls', got [1]"),
+        ({"outputs": ("cls",), "layers": (3,)}, "layers: expected numbers from 0 to 2, got [3]"),
         ({"outputs": ("hidden",), "layers": (3,)}, "layers: expected numbers from 0 to 2, got [3]"),
         ({"outputs": ("hidden",), "layers": (-1,)}, "layers: expected numbers from 0 to 2, got [-1]"),
         ({"positions": "masked"}, "positions: expected one of all, labels, next_labels, got 'masked'"),
@@ -280,6 +281,13 @@ def test_text_becomes_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         text_rows(tmp_path / "a.jsonl", TOKENIZER)
     with pytest.raises(CacheError, match=r"data: expected a file that ends in \.txt, .*, or a name on the Hub, got"):
         text_rows(__file__, TOKENIZER)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "train.tsv").write_text('body\tlabels\nw2 "w3\t1\nw4\t2\n')
+    rows = text_rows(tmp_path / "texts", TOKENIZER, text_column="body")
+    assert (rows["input_ids"], rows["labels"]) == ([[2, 0], [4]], [1, 2])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CacheError, match=r"data: expected .*, which needs a network or .* 'org/name' and no answer"):
+        text_rows("org/name", TOKENIZER)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"reading .*a.txt needs datasets.*: pip install kdfast\[train\]"):
         text_rows(tmp_path / "a.txt", TOKENIZER)

@@ -186,8 +186,12 @@ class Manifest:
         if "topk" in settings.outputs:
             heads["topk_logprobs"] = (dtype, shard.tokens, settings.k)
             heads["topk_indices"] = ("I32", shard.tokens, settings.k)
-        heads |= {name: (dtype, shard.rows) for name in ("logits", "cls") if name in settings.outputs}
-        heads |= {f"hidden_{layer}": (dtype, shard.tokens) for layer in settings.layers}
+        if "logits" in settings.outputs:
+            heads["logits"] = (dtype, shard.rows)
+        if "cls" in settings.outputs:
+            heads |= dict.fromkeys([f"cls_{layer}" for layer in settings.layers] or ["cls"], (dtype, shard.rows))
+        if "hidden" in settings.outputs:
+            heads |= {f"hidden_{layer}": (dtype, shard.tokens) for layer in settings.layers}
         return heads
 
 

@@ -26,7 +26,8 @@ class TeacherCache(Dataset[dict[str, Tensor]]):
 
         topk_logprobs [n, k], topk_indices [n, k] int32     by falling probability, at `temperature`
         hidden_3 [n, D]                                     for every stored layer, here the fourth of `hidden_states`
-        logits [C], cls [D]                                 of the whole row
+        logits [C]                                          of the whole row
+        cls_3 [D], or cls [D]                               first token's state of every stored layer, or the last layer's
         positions [n] int32, length [] int64                with outputs per token: where these stand, in how many input_ids
 
     Only the bytes of a row are read. The cache can be pickled; files are opened by the process that reads them.
@@ -92,7 +93,7 @@ class TeacherCache(Dataset[dict[str, Tensor]]):
         item: dict[str, Tensor] = {}
         start, stop = file["row_offsets"][local : local + 2].tolist() if "row_offsets" in file else (0, 0)
         for name, stored in file.items():
-            if name in ("logits", "cls"):
+            if _of_row(name):
                 part = stored[local]
             elif name.startswith("topk"):
                 part = stored[start:stop, : self.k]
@@ -131,13 +132,13 @@ class TeacherCache(Dataset[dict[str, Tensor]]):
 
         Returns:
             topk_logprobs [B, L, k] (-inf where nothing is stored) and topk_indices [B, L, k] int64 (0 there), as
-            `kdfast.topk_kl_div` takes them; hidden_3 [B, L, D] (0 there), logits [B, C], cls [B, D]; token_mask [B, L]
-            bool, True where outputs per token are stored. Dtypes but that of the indices are the stored ones.
+            `kdfast.topk_kl_div` takes them; hidden_3 [B, L, D] (0 there), logits [B, C], cls_3 or cls [B, D]; token_mask
+            [B, L] bool, True where outputs per token are stored. Dtypes but that of the indices are the stored ones.
 
         Raises:
             CacheError: a row is longer than `length`.
         """
-        batch = {name: torch.stack([item[name] for item in items]) for name in ("logits", "cls") if name in items[0]}
+        batch = {name: torch.stack([item[name] for item in items]) for name in items[0] if _of_row(name)}
         if "positions" not in items[0]:
             return batch
         longest = max(int(item["length"]) for item in items)
@@ -180,6 +181,11 @@ class TeacherCache(Dataset[dict[str, Tensor]]):
         temperature, vocabulary = self.manifest.settings.temperature, self.manifest.vocab_size
         numbers = {} if temperature is None else {"temperature": temperature, "vocab_size": vocabulary}
         return Collator(inner, {PREFIX + name: value for name, value in numbers.items()})
+
+
+def _of_row(name: str) -> bool:
+    """Whether an output has one value per row, not one per token."""
+    return name in ("logits", "cls") or name.startswith("cls_")
 
 
 class BesideDataset(Dataset[dict[str, Any]]):

