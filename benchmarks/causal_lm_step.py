@@ -28,9 +28,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from kdfast import bench, data, text
+from kdfast import bench, data, students, text
 from kdfast.objective import LanguageModel
-from kdfast.recipes.causal_lm import student_from
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OBJECTIVE = LanguageModel(alpha=0.5, temperature=2.0, memory_budget=128 * 10**6)  # "auto" is three times that here
@@ -79,7 +78,7 @@ def runs() -> dict[str, Run]:
     logging.disable_progress_bar()
     folder = data.fetch(data.SMOLLM2)
     teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval().to(DEVICE)
-    student = student_from(teacher, range(0, teacher.config.num_hidden_layers, 3))
+    student = students.from_layers(teacher, range(0, teacher.config.num_hidden_layers, 3))
     return {way: Run(way, copy.deepcopy(student), teacher) for way in WAYS}
 
 

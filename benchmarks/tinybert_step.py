@@ -25,8 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, 
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import kdfast
-from kdfast import bench, data, hf
-from kdfast.recipes.hinton import student_from
+from kdfast import bench, data, hf, students
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 8
@@ -109,7 +108,7 @@ class Step:
     def __init__(self, way: str, teacher: Any) -> None:
         reader, self.loss_of = WAYS[way]
         teacher = copy.deepcopy(teacher).eval()
-        student = student_from(teacher, (0, 2, 4)).train()
+        student = students.from_layers(teacher, (0, 2, 4), dropout=0).train()
         torch.manual_seed(0)
         width = teacher.config.hidden_size
         self.projection = nn.Linear(width, width).to(teacher.device, teacher.dtype)
