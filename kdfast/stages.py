@@ -92,7 +92,7 @@ def bar(title: str, total: int, steps: Iterable[Any] | None = None) -> tqdm[Any]
 
 
 class StageProgress(ProgressCallback):  # type: ignore[misc]
-    """One titled progress bar per stage with the time left, and the loss beside it instead of a line per log event."""
+    """One titled progress bar per stage, with the time left and the loss and its terms, instead of a line per log event."""
 
     def __init__(self, title: str) -> None:
         super().__init__()
@@ -110,7 +110,9 @@ class StageProgress(ProgressCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+            others = ("grad_norm", "learning_rate", "epoch", "num_input_tokens_seen")
+            terms = {name: f"{value:.3f}" for name, value in logs.items() if name not in others}
+            self.training_bar.set_postfix(terms, refresh=False)
 
 
 def write_json(path: Path, value: Any) -> None:

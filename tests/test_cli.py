@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 
 import kdfast
 from kdfast import cli, data
+from kdfast.cli_distill import RECIPES
 from kdfast.recipes import hinton
+from kdfast.recipes._classifier_run import ClassifierRun
 from kdfast.stages import StageInterrupted
 from kdfast.teacher_cache import TeacherCache, text_rows, write
 from kdfast.teacher_cache._teacher import Teacher
@@ -37,7 +40,7 @@ def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["distill", "hinton", "--alpha", "1.5"], "alpha must be between 0 and 1, got 1.5"),
         (["distill", "hinton", "--temperature", "0"], "temperature must be positive, got 0"),
         (["distill", "hinton", "--student-layers", "0;2"], "'0;2' is not a list of layer numbers such as 0,2,4"),
-        (["distill", "hinton", "--student-layers", "0,6"], "student_layers must be numbers from 0 to 5, got [0, 6]"),
+        (["distill", "hinton", "--student-layers=-1,2"], "student_layers must be numbers from 0 on, got [-1, 2]"),
         (["distill", "hinton", "--learning-rate", "-1"], "learning_rate"),
         (["cache-teacher"], "Missing argument"),
         (["cache-teacher", "/none", "a.txt", "out"], "model: expected a folder /none, got none"),
@@ -64,7 +67,7 @@ def test_mistakes_give_one_line_and_exit_code_2(
 def test_other_settings_in_the_same_folder_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "settings.json").write_text('{"epochs": 5}')
+    (tmp_path / "config.yaml").write_text(hinton.Recipe(epochs=5).to_yaml())
     assert _run(monkeypatch, "distill", "hinton", "--output", str(tmp_path)) == 2
     assert "holds a run with epochs 5, not 3" in capsys.readouterr().err
 
@@ -75,7 +78,7 @@ def test_help_names_recipe_and_options(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "hinton" in capsys.readouterr().out
     assert _run(monkeypatch, "distill", "hinton", "--help") == 0
     shown = capsys.readouterr().out
-    for text in ("--output", "--quick", "--fresh", "--temperature", "learning_curves.png", "Ctrl-C"):
+    for text in ("--output", "--quick", "--fresh", "--temperature", "metrics.json", "Ctrl-C"):
         assert text in shown
 
 
@@ -103,7 +106,7 @@ def test_what_can_stop_a_run_gives_one_line(
     def execute(self: Any) -> None:
         raise raised
 
-    monkeypatch.setattr(hinton.HintonRun, "execute", execute)
+    monkeypatch.setattr(ClassifierRun, "execute", execute)
     assert _run(monkeypatch, "distill", "hinton", "--output", str(tmp_path / "run")) == code
     err = capsys.readouterr().err
     assert expected in err
@@ -111,30 +114,64 @@ def test_what_can_stop_a_run_gives_one_line(
 
 
 def test_options_reach_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(hinton.HintonRun, "execute", lambda self: seen.append((self.settings, self.folder)))
+    seen: list[Any] = []
+    monkeypatch.setattr(ClassifierRun, "execute", lambda self: seen.append((self.recipe, self.folder)))
     run = ["distill", "hinton", "--output", str(tmp_path / "run")]
     assert _run(monkeypatch, *run) == 0
-    assert seen.pop() == (hinton.Settings(), tmp_path / "run")
+    assert seen.pop() == (hinton.Recipe(), tmp_path / "run")
     options = [
         "--quick",
-        "--epochs",
-        "5",
-        "--alpha",
-        "0.5",
-        "--temperature",
-        "4",
-        "--student-layers",
-        "1,3",
-        "--seed",
-        "7",
+        "--epochs=5",
+        "--alpha=0.5",
+        "--temperature=4",
+        "--student-layers=1,3",
+        "--seed=7",
+        "--no-baseline",
     ]
     assert _run(monkeypatch, *run, *options) == 0
-    settings, _ = seen.pop()
-    assert settings.train_rows is not None
-    assert settings.train_rows < 8568
-    assert (settings.epochs, settings.alpha, settings.temperature) == (5, 0.5, 4.0)
-    assert (settings.student_layers, settings.seed) == ((1, 3), 7)
+    recipe, _ = seen.pop()
+    assert recipe == hinton.Recipe(
+        epochs=5,
+        alpha=0.5,
+        temperature=4.0,
+        student_layers=(1, 3),
+        seed=7,
+        baseline=False,
+        train_rows=hinton.Recipe.quick["train_rows"],
+        test_rows=hinton.Recipe.quick["test_rows"],
+    )
+
+
+def test_config_is_shown_and_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--relations=qq,kk,vv", "--relation-heads=8", "--text-columns=a,b", "--no-freeze-embeddings"]
+    assert _run(monkeypatch, "distill", "minilm", "--print-config", *options) == 0
+    shown = capsys.readouterr().out
+    assert "relation_heads: 8" in shown
+    assert "seed: 0" in shown
+    (tmp_path / "mine.yaml").write_text(shown)
+    again = ["distill", "minilm", "--print-config", "--config", str(tmp_path / "mine.yaml")]
+    assert _run(monkeypatch, *again) == 0
+    assert capsys.readouterr().out == shown
+    assert _run(monkeypatch, *again, "--relation-heads=4") == 0
+    assert capsys.readouterr().out == shown.replace("relation_heads: 8", "relation_heads: 4")
+    (tmp_path / "mine.yaml").write_text("epochs: many")
+    assert _run(monkeypatch, *again) == 2
+    assert "epochs: expected int, got 'many'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", [recipe.name for recipe in RECIPES])
+def test_every_setting_has_help(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert _run(monkeypatch, "distill", recipe, "--help") == 0
+    shown = capsys.readouterr().out
+    kind = next(one for one in RECIPES if one.name == recipe)
+    for field in dataclasses.fields(kind):
+        assert f"--{field.name.replace('_', '-')}" in shown
+        assert field.metadata["help"].split()[0] in shown
 
 
 def test_missing_extra_is_named() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from types import NoneType, UnionType
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import yaml
-
-R = TypeVar("R", bound="Recipe")
 
 
 def setting(default: Any, help: str) -> Any:
@@ -79,12 +79,13 @@ class Recipe:
             raise ValueError(f"config {path} holds no settings")
         if (recipe := values.pop("recipe", cls.name)) != cls.name:
             raise ValueError(f"config {path} is of the recipe {recipe}, not {cls.name}")
-        fields = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - fields):
+        fields = get_type_hints(cls)
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
             raise ValueError(
-                f"config {path}: {cls.name} has no setting {', '.join(unknown)}; it has {', '.join(sorted(fields))}"
+                f"config {path}: {cls.name} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}"
             )
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return {name: _converted(f"config {path}: {name}", fields[name], value) for name, value in values.items()}
 
     def run(self, folder: Path, console: Any, fresh: bool = False) -> dict[str, Any]:
         """Does what is not done yet in a run's folder; returns the metrics of its models.
@@ -101,3 +102,20 @@ class Recipe:
             kdfast.stages.StageInterrupted: stopped by a signal, with the state saved.
         """
         raise NotImplementedError
+
+
+def _converted(what: str, kind: Any, value: Any) -> Any:
+    """A value of a YAML file as the setting's type has it; 1e-4, without a point, is a text in YAML."""
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if value is None and NoneType in kinds:
+        return None
+    of = next(one for one in kinds if one is not NoneType)
+    if get_origin(of) is tuple and isinstance(value, list):
+        return tuple(value)
+    if of is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        with suppress(ValueError):
+            return float(value)
+    if get_origin(of) is not None or type(value) is not of:
+        name = "list" if get_origin(of) is tuple else of.__name__
+        raise ValueError(f"{what}: expected {name}, got {value!r}")
+    return value

@@ -1,0 +1,61 @@
+"""Recipes on real data, over seeds: accuracy, KL to the teacher, latency and time of every one, on equal terms.
+
+    python benchmarks/recipes.py [--seeds 0,1,2] [--only hinton,minilm] [--runs runs/recipes] [--output benchmarks/results]
+
+Every cell is a run of `kdfast distill` in a folder of its own, and is finished, continued or skipped like one: interrupt this
+whenever you like and start it again. Of each seed there is one teacher. Every student is three layers, trained for three
+epochs at the same rate with batches in the same order; only the objective differs, and, where the name says so, the start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from kdfast.recipes import hinton, minilm, patient_kd
+from kdfast.recipes._recipe import Recipe
+
+EQUAL: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-4, "warmup": 0.06, "student_layers": (0, 2, 4)}
+
+# Of a seed and its teacher's folder. The first trains the teacher, and the student on the labels alone.
+CELLS: dict[str, Callable[[int, str], Recipe]] = {
+    "hinton": lambda seed, teacher: hinton.Recipe(seed=seed, **EQUAL),
+    "patient-kd": lambda seed, teacher: patient_kd.Recipe(seed=seed, teacher=teacher, student_start="teacher", **EQUAL),
+    "minilm": lambda seed, teacher: minilm.Recipe(seed=seed, teacher=teacher, base=base(), **EQUAL),
+    # MiniLM's students start from the pre-trained encoder, those above from the fine-tuned teacher.
+    "labels, pre-trained start": lambda seed, teacher: hinton.Recipe(
+        seed=seed, teacher=teacher, base=base(), student_start="base", alpha=0.0, baseline=False, **EQUAL
+    ),
+}
+
+
+def base() -> str:
+    from kdfast import data
+
+    return str(data.fetch(data.MINILM))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", default=",".join(CELLS), help="cells, with commas")
+    parser.add_argument("--runs", type=Path, default=Path("runs/recipes"))
+    arguments = parser.parse_args()
+    console = Console()
+    for seed in map(int, arguments.seeds.split(",")):
+        teacher = arguments.runs / f"hinton-{seed}" / "teacher"
+        for name in arguments.only.split(","):
+            folder = arguments.runs / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            if not (folder / "metrics.json").is_file():
+                console.rule(f"{name}, seed {seed}")
+            results = CELLS[name](seed, str(teacher)).run(folder, console)
+            console.print(json.dumps({model: row.get("accuracy") for model, row in results.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Every stage of every recipe of classifiers against its paper's loss and a training loop in plain torch."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_reviews
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup
+
+from kdfast import data, stages
+from kdfast.recipes import hinton, minilm, patient_kd
+
+STEPS, BATCH, RATE, WARMUP = 20, 8, 1e-3, 0.1
+SETTINGS: dict[str, Any] = {
+    "epochs": 1,
+    "teacher_epochs": 1,
+    "learning_rate": RATE,
+    "warmup": WARMUP,
+    "batch_size": BATCH,
+    "train_rows": STEPS * BATCH,
+    "test_rows": 8,
+}
+# The gradient of a key bias is zero but for rounding, as softmax ignores it; Adam's default of 1e-8 would turn that
+# rounding into steps of full size.
+EPSILON = 1e-4
+
+Loss = Callable[[Any, Any, dict[str, Tensor]], Tensor]
+
+
+def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
+
+
+def labels_alone(student: Any, teacher: Any, batch: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(student(**inputs(batch)).logits, batch["labels"])
+
+
+def of_hinton(student: Any, teacher: Any, batch: dict[str, Tensor]) -> Tensor:
+    alpha, t = 0.9, 2.0
+    z = student(**inputs(batch)).logits
+    soft = F.softmax(teacher(**inputs(batch)).logits / t, -1)
+    kl = F.kl_div(F.log_softmax(z / t, -1), soft, reduction="batchmean")
+    return alpha * t**2 * kl + (1 - alpha) * F.cross_entropy(z, batch["labels"])
+
+
+def of_patient_kd(normalize: bool, layers: dict[int, int]) -> Loss:
+    def loss(student: Any, teacher: Any, batch: dict[str, Tensor]) -> Tensor:
+        alpha, t, beta = 0.7, 10.0, 50.0
+        s = student(**inputs(batch), output_hidden_states=True)
+        with torch.no_grad():
+            of_teacher = teacher(**inputs(batch), output_hidden_states=True)
+        # As in the code: reduction "mean" is over classes too.
+        kl = F.kl_div(F.log_softmax(s.logits / t, -1), F.softmax(of_teacher.logits / t, -1), reduction="none").mean()
+        mine = torch.stack([s.hidden_states[i][:, 0] for i in layers])
+        its = torch.stack([of_teacher.hidden_states[i][:, 0] for i in layers.values()])
+        if normalize:
+            mine, its = F.normalize(mine, dim=-1), F.normalize(its, dim=-1)
+        hard = F.cross_entropy(s.logits, batch["labels"])
+        return (1 - alpha) * hard + alpha * t**2 * kl + beta * F.mse_loss(mine, its)
+
+    return loss
+
+
+def of_minilm(relations: tuple[str, ...], heads: int, layer: int) -> Loss:
+    def probabilities(model: Any, layer: int, batch: dict[str, Tensor]) -> list[Tensor]:
+        """Logarithms, of the relations of a layer, [B, heads, L, L]."""
+        before = model(**inputs(batch), output_hidden_states=True).hidden_states[layer - 1]
+        attention = model.bert.encoder.layer[layer - 1].attention.self
+        split = {
+            name: getattr(attention, full)(before).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for name, full in (("q", "query"), ("k", "key"), ("v", "value"))
+        }
+        absent = batch["attention_mask"][:, None, None] == 0
+        scores = [split[a] @ split[b].mT / split[a].shape[-1] ** 0.5 for a, b in relations]
+        return [score.masked_fill(absent, -torch.inf).log_softmax(-1) for score in scores]
+
+    def loss(student: Any, teacher: Any, batch: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            its = probabilities(teacher, tiny_reviews.LAYERS + 1 + layer, batch)
+        mine = probabilities(student, len(student.bert.encoder.layer), batch)
+        present = batch["attention_mask"][:, None].bool().expand(-1, heads, -1)
+        total = torch.zeros(())
+        for s, t in zip(mine, its, strict=True):
+            per_row = torch.where(t.isinf(), 0.0, t.exp() * (t - s)).sum(-1)
+            total = total + per_row[present].mean()
+        return total
+
+    return loss
+
+
+V2 = {"relations": ("qq", "kk", "vv"), "relation_heads": 4, "teacher_layer": -2}
+# Recipe, and of each of its stages the loss and what stands for the teacher.
+CASES: dict[str, tuple[Any, dict[str, tuple[Loss, str]]]] = {
+    "hinton": (
+        hinton.Recipe(**SETTINGS),
+        {"labels_only": (labels_alone, "teacher"), "student": (of_hinton, "teacher")},
+    ),
+    "patient-kd": (
+        patient_kd.Recipe(**SETTINGS, beta=50.0),
+        {"student": (of_patient_kd(True, {1: 2, 2: 4}), "teacher")},
+    ),
+    "patient-kd last, raw": (
+        patient_kd.Recipe(**SETTINGS, beta=50.0, layers="last", normalize=False),
+        {"student": (of_patient_kd(False, {1: 4, 2: 5}), "teacher")},
+    ),
+    "minilm": (
+        minilm.Recipe(**SETTINGS, relation_epochs=1, relation_rate=RATE),
+        {"relations": (of_minilm(("qk", "vv"), 2, -1), "base"), "student": (labels_alone, "base")},
+    ),
+    "minilm v2": (
+        minilm.Recipe(**SETTINGS, relation_epochs=1, relation_rate=RATE, **V2),
+        {"relations": (of_minilm(("qq", "kk", "vv"), 4, -2), "base")},
+    ),
+}
+
+
+def by_hand(student: Any, teacher: Any, batches: list[dict[str, Tensor]], loss_of: Loss) -> list[float]:
+    """The Trainer's defaults: AdamW, decay of matrices, linear schedule, clipping at 1."""
+    student.train()
+    trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+    decays = [("bias" not in name and "LayerNorm" not in name, p) for name, p in trained]
+    groups = [{"params": [p for d, p in decays if d is on], "weight_decay": 0.01 * on} for on in (True, False)]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, eps=EPSILON)
+    schedule = get_linear_schedule_with_warmup(optimizer, int(WARMUP * STEPS), STEPS)
+    losses = []
+    for batch in batches:
+        loss = loss_of(student, teacher, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for _, p in trained], 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stages_follow_a_plain_loop(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, expected = CASES[case]
+    assets = tiny_reviews.make(tmp_path)
+    monkeypatch.setattr(data, "fetch", lambda package: assets[package.requirement])
+    train_stage, compared = stages.train_stage, []
+
+    def compare(trainer: Any, folder: Path, title: str) -> Any:
+        trainer.args.logging_steps, trainer.args.adam_epsilon = 1, EPSILON
+        if folder.name not in expected:
+            return train_stage(trainer, folder, title)
+        loss_of, teacher_folder = expected[folder.name]
+        where = {"teacher": tmp_path / "run" / "teacher", "base": assets[data.MINILM.requirement]}[teacher_folder]
+        teacher = AutoModelForSequenceClassification.from_pretrained(where).eval()
+        copied, batches = copy.deepcopy(trainer.model), list(trainer.get_train_dataloader())
+        losses = by_hand(copied, teacher, batches, loss_of)
+        history = train_stage(trainer, folder, title)
+        assert len(batches) == STEPS
+        got = [event["loss"] for event in history if "loss" in event]
+        torch.testing.assert_close(got, losses, rtol=1e-5, atol=1e-5)
+        assert max(losses) > 1.01 * min(losses) > 0
+        for (name, a), b in zip(trainer.model.named_parameters(), copied.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        compared.append(folder.name)
+        return history
+
+    monkeypatch.setattr(stages, "train_stage", compare)
+    recipe.run(tmp_path / "run", Console(file=io.StringIO()))
+    assert compared == list(expected)
