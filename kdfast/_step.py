@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +60,17 @@ def inside_forward(model: nn.Module, step: Callable[[nn.Module], dict[str, Tenso
         return terms
     finally:
         restore()
+
+
+@contextmanager
+def without(model: nn.Module, name: str) -> Iterator[None]:
+    """`model` is for a while without its module of this name, if it has one."""
+    taken = model._modules.pop(name, None)
+    try:
+        yield
+    finally:
+        if taken is not None:
+            model.add_module(name, taken)
 
 
 def agreement(student: Any, teacher: Any) -> dict[str, Tensor]:

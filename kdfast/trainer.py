@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdfast._step import Means, agreement, inside_forward
+from kdfast._step import Means, agreement, inside_forward, without
 from kdfast.data import LengthGroupedSampler
 from kdfast.objective import Objective, model_inputs
 from kdfast.objective._protocol import SAMPLE, TEACHER
@@ -75,6 +73,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         super().__init__(model, args, **kwargs)
         # Whether the Trainer takes the loss as already divided by the number of items of the accumulated batch.
         self.model_accepts_loss_kwargs = hasattr(objective, "num_items")
+        self.can_return_loss = True  # without labels, that is
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
         self.objective: Any = objective.to(self.args.device) if isinstance(objective, nn.Module) else objective
         self._trained, self._evaluated = Means(), Means()
@@ -82,7 +81,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The sum of the objective's terms for one micro-batch; with `return_outputs`, also the student's outputs."""
+        """The sum of the objective's terms for one micro-batch; with `return_outputs`, also the student's logits."""
         if num_items_in_batch is not None:
             inputs = {**inputs, "num_items": num_items_in_batch}
         teacher_outputs, outputs = self._teacher_outputs(inputs), None
@@ -107,7 +106,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if not return_outputs:
             return loss
         logits = getattr(outputs, "logits", None)
-        return loss, outputs if logits is None else ModelOutput(logits=logits)
+        return loss, ModelOutput() if logits is None else ModelOutput(logits=logits)
 
     def _run(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         if hasattr(self.objective, "run"):
@@ -120,19 +119,28 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         with torch.no_grad(), self.accelerator.autocast():
             return self._run(self.teacher, inputs)
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         if not batch_samples or not hasattr(self.objective, "num_items"):
             return None
         counted = torch.stack([self.objective.num_items(batch) for batch in batch_samples]).sum(0).to(device)
         # The mean over processes, as the gradient is one too.
-        mean: Tensor = self.accelerator.reduce(counted.float(), reduction="mean")
-        return mean
+        return self.accelerator.reduce(counted.float(), reduction="mean")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of each term since the last log event to the Trainer's training log."""
         if "loss" in logs and self._trained.weight:
             logs |= self._trained.take(self.accelerator)
         super().log(logs, start_time)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, which would compute no loss where a model's labels are not there."""
+        names: list[str] = vars(self)["label_names"]
+        self.label_names = [name for name in names if inputs.get(name) is not None]
+        try:
+            loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+            return loss, logits, labels if self.label_names else None
+        finally:
+            self.label_names = names
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, with the means of the terms and of the comparison with the teacher among its metrics."""
@@ -159,32 +167,26 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             super()._save(output_dir, state_dict)
             return
         every = self.model.state_dict() if state_dict is None else state_dict
-        super()._save(
-            output_dir, {name: value for name, value in every.items() if not name.startswith(f"{OBJECTIVE}.")}
-        )
-        # Not those of state_dict: projections that terms share would be there twice.
-        own = {name: value.detach().contiguous() for name, value in self.objective.named_parameters()}
-        save_file(own, Path(output_dir or self.args.output_dir) / f"{OBJECTIVE}.safetensors")
+        of_student = {name: value for name, value in every.items() if not name.startswith(f"{OBJECTIVE}.")}
+        super()._save(output_dir, of_student)
+        if self.args.should_save:
+            # Not those of state_dict: projections that terms share would be there twice.
+            own = {name: value.detach().contiguous() for name, value in self.objective.named_parameters()}
+            save_file(own, Path(output_dir or self.args.output_dir) / f"{OBJECTIVE}.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with self._without_objective():
+        with without(self.model, OBJECTIVE):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if OBJECTIVE in self.model._modules:
-            own = load_file(Path(resume_from_checkpoint) / f"{OBJECTIVE}.safetensors")
-            self.objective.load_state_dict(own, strict=False)
+        self._load_objective(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        with self._without_objective():
+        with without(self.model, OBJECTIVE):
             super()._load_best_model()
+        self._load_objective(self.state.best_model_checkpoint)
 
-    @contextmanager
-    def _without_objective(self) -> Iterator[None]:
-        attached = self.model._modules.pop(OBJECTIVE, None)
-        try:
-            yield
-        finally:
-            if attached is not None:
-                self.model.add_module(OBJECTIVE, attached)
+    def _load_objective(self, checkpoint: str) -> None:
+        if OBJECTIVE in self.model._modules:
+            self.objective.load_state_dict(load_file(Path(checkpoint) / f"{OBJECTIVE}.safetensors"), strict=False)
 
     # ---- rows ----
     def _set_signature_columns_if_needed(self) -> None:
@@ -192,8 +194,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         first_time = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if first_time:
-            row = self.train_dataset[0] if hasattr(self.train_dataset, "__getitem__") else {}
-            own = [name for name in row if name.startswith((TEACHER, SAMPLE))]
+            sets = [self.train_dataset, *(e.values() if isinstance(e := self.eval_dataset, dict) else [e])]
+            own = [name for data in sets for name in next(iter(data or ()), {}) if name.startswith((TEACHER, SAMPLE))]
             of_teacher = [] if self.teacher is None else inspect.signature(self.teacher.forward).parameters
             self._signature_columns.extend(dict.fromkeys(("teacher_logits", *own, *of_teacher)))
 
@@ -202,9 +204,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(train_dataset)
         column = self.args.length_column_name
-        first = dataset[0]
-        key = column if column in first else "input_ids"
-        lengths = [row[key] if key == column else len(row[key]) for row in dataset]
+        lengths = [row[column] if column in row else len(row["input_ids"]) for row in dataset]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthGroupedSampler(lengths, batch_size, seed)

@@ -63,7 +63,8 @@ class _OfLayers(Term):
         if weight is None:
             return part * loss(reduction="mean")
         values = loss(reduction="none").sum(0)
-        return part * (weight.float().view(-1, *[1] * (values.dim() - 1)) * values).sum() / divisor
+        weighted: Tensor = weight.float().view(-1, *[1] * (values.dim() - 1)) * values
+        return part * weighted.sum() / divisor
 
 
 class Hidden(_OfLayers):
@@ -211,7 +212,8 @@ class Attention(_OfHeads):
         weight: a number or a schedule.
         mean_over_layers: divide by the number of layers.
 
-    With `sample_weight`, the mean of every row is weighted (and rows of any length count alike).
+    With `sample_weight`, the mean of every row is weighted (and rows of any length count alike). Micro-batches of causal
+    models count by n² scores of a row, not by n(n + 1)/2: a little inexact where lengths differ.
     """
 
     def __init__(
