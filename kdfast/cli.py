@@ -1,4 +1,4 @@
-"""The command line: distillation by recipes, teacher caches, benchmarks.
+"""The command line: distillation by recipes, its results, teacher caches, benchmarks.
 
 Mistakes in a command give one line and exit code 2.
 """
@@ -16,6 +16,7 @@ except ModuleNotFoundError:
 
 from kdfast.cli_causal_lm import causal_lm
 from kdfast.cli_distill import add_recipes
+from kdfast.cli_results import compare, evaluate
 from kdfast.cli_shared import fail, layer_numbers
 
 app = typer.Typer(
@@ -181,6 +182,8 @@ def _import_cache_command() -> tuple[Any, Any]:
 
 distill.command("causal-lm")(causal_lm)
 add_recipes(distill)
+app.command()(evaluate)
+app.command()(compare)
 
 
 def main() -> NoReturn:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import kdfast
 from kdfast import kl_div
+from kdfast.compare import Comparison, standard_error
 
 Metrics = dict[str, float]
 
@@ -180,5 +182,154 @@ def plot_learning_curves(
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+MORE_HEADINGS = {
+    "spearman": ("Spearman", 1, 3),
+    "exact_match": ("exact\n%", 100, 1),
+    "perplexity": ("perplexity", 1, 2),
+    "tokens_per_second": ("tokens\nper s", 1, 0),
+}
+
+
+def _column(name: str) -> tuple[str, float, int]:
+    """Heading, factor and digits of anything that is measured."""
+    of_columns = {key: (heading, factor, digits) for key, heading, factor, digits in COLUMNS}
+    return (HEADINGS | MORE_HEADINGS | of_columns).get(name, (name.replace("_", "\n"), 1, 3))
+
+
+def _form(value: float, digits: int) -> str:
+    return f".{digits}f" if abs(value) < 1e5 else ".1e"
+
+
+def evaluation_table(results: Mapping[str, Metrics], data: str, rows: int) -> Table:
+    """One row per model, in the order given, with everything that was measured."""
+    names = list(dict.fromkeys(name for row in results.values() for name in row))
+    table = _table(
+        f"{data}: on {rows:,} test rows",
+        "KL: from the teacher's distribution, in nats. " * ("kl_to_teacher" in names)
+        + "ms: median forward pass, rows of median length",
+        [_column(name)[0] for name in names],
+    )
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
+    for title, row in results.items():
+        cells = []
+        for name in names:
+            _, factor, digits = _column(name)
+            cells.append(f"{row[name] * factor:{_form(row[name] * factor, digits)}}" if name in row else "–")
+        table.add_row(title, *cells)
+    return table
+
+
+COMPARED = ("kl_to_teacher", "agreement", "parameters")
+LATENCY = "latency_ms_batch_1"
+SPEEDS = (LATENCY, "latency_ms_batch_32", "tokens_per_second", "training_seconds")
+
+
+def _compared(comparison: Comparison, all_spreads: bool) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of a comparison, beside the models' names."""
+    rows = comparison.rows
+    present = {name for row in rows for name in row.values} - {comparison.metric}
+    masked = ("accuracy",) if comparison.family == "distilbert" else ()  # of the tokens to be predicted
+    names = [name for name in (*masked, *COMPARED, *SPEEDS) if name in present]
+    heading, factor, digits = _column(comparison.metric)
+    several, alone = any(len(row.runs) > 1 for row in rows), any(row.differences for row in rows)
+    headings = ["n"] * several + [heading] + ["vs\nlabels"] * alone + [_column(name)[0] for name in names]
+
+    def cell(values: Sequence[float], factor: float, digits: int, spread: bool = True, sign: str = "") -> str:
+        if not values:
+            return "–"
+        error = standard_error([factor * value for value in values]) if spread else None
+        mean = factor * fmean(values)
+        form = _form(mean, digits)
+        return f"{mean:{sign}{form}}" + ("" if error is None else f"±{error:{form}}")
+
+    made = []
+    for row in rows:
+        cells = [str(len(row.runs))] * several + [cell(row.values.get(comparison.metric, ()), factor, digits)]
+        cells += [cell(row.differences, factor, digits, sign="+")] * alone
+        for name in names:
+            _, scale, places = _column(name)
+            cells.append(cell(row.values.get(name, ()), scale, places, all_spreads and name != "parameters"))
+        made.append(cells)
+    return headings, made
+
+
+def _folded(name: str, width: int) -> str:
+    """In several lines, preferably between the run and its model."""
+    return textwrap.fill(name.replace("/", "/ "), width + 1).replace("/ ", "/")
+
+
+def _legend(comparison: Comparison) -> str:
+    said = {
+        "n seeds: mean ± standard error.": any(len(row.runs) > 1 for row in comparison.rows),
+        "vs labels: difference to the same student trained on the labels alone, seed by seed.": any(
+            row.differences for row in comparison.rows
+        ),
+        "KL: from each one's teacher, in nats.": any("kl_to_teacher" in row.values for row in comparison.rows),
+        "ms: median forward pass of 1 row and of 32.": any(LATENCY in row.values for row in comparison.rows),
+    }
+    return " ".join(text for text, so in said.items() if so)
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """A row per model, for 80 columns: only the metric has its standard error."""
+    headings, cells = _compared(comparison, all_spreads=False)
+    table = _table(f"{comparison.title}: runs compared", _legend(comparison), headings)
+    table.columns[0].no_wrap, table.columns[0].overflow, table.padding = False, "fold", 0
+    for row, values in zip(comparison.rows, cells, strict=True):
+        table.add_row(_folded(row.name, 19), *values)
+    return table
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """The table with all standard errors."""
+    headings, cells = _compared(comparison, all_spreads=True)
+    lines = [["model", *headings], ["---", *["---:"] * len(headings)]]
+    lines += [[row.name, *values] for row, values in zip(comparison.rows, cells, strict=True)]
+    table = "\n".join(f"| {' | '.join(cell.replace(chr(10), ' ') for cell in line)} |" for line in lines)
+    return f"{comparison.title}: runs compared. {_legend(comparison)}\n\n{table}"
+
+
+def plot_comparison(path: Path, comparison: Comparison) -> None:
+    """The metric with its standard error, and against latency (of language models: speed), saved as an image.
+
+    A colour for the models of one group, a marker for what they are in their runs.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in comparison.rows if comparison.metric in row.values]
+    heading, factor, _ = _column(comparison.metric)
+    label = heading.replace("\n", ", " if factor == 100 else " ")
+    speed = next((name for name in SPEEDS if any(name in row.values for row in rows)), None)
+    groups, models = (list(dict.fromkeys(of)) for of in ([r.group for r in rows], [r.model for r in rows]))
+    colors = {group: plt.get_cmap("tab10" if len(groups) <= 10 else "tab20")(i % 20) for i, group in enumerate(groups)}
+    markers = dict(zip(models, cycle("^sovDPX*<>"), strict=False))
+    figure, (quality, speeds) = plt.subplots(1, 2, figsize=(11, 1.6 + 0.34 * max(6, len(rows))), layout="constrained")
+    for place, row in enumerate(rows):
+        values = [factor * value for value in row.values[comparison.metric]]
+        style = {"color": colors[row.group], "marker": markers[row.model], "linestyle": "none", "capsize": 3}
+        mean, error = fmean(values), standard_error(values)
+        quality.errorbar(mean, place, xerr=error, **style)
+        if speed is not None and speed in row.values:
+            speeds.errorbar(fmean(row.values[speed]), mean, yerr=error, label=row.name, **style)
+    quality.set_yticks(range(len(rows)), [_folded(row.name, 32) for row in rows], fontsize=8)
+    quality.set_ylim(len(rows) - 0.5, -0.5)
+    quality.set(xlabel=label, title="± standard error over seeds" * any(len(row.runs) > 1 for row in rows))
+    speeds.set(ylabel=label, title="against speed, colours and markers as on the left")
+    speeds.set_xlabel("ms of a forward pass, 1 row" if speed == LATENCY else str(speed).replace("_", " "))
+    far_apart = [fmean(row.values[comparison.metric]) for row in rows]
+    if comparison.metric == "perplexity" and max(far_apart) > 20 * min(far_apart):
+        quality.set_xscale("log")
+        speeds.set_yscale("log")
+    for axes in (quality, speeds):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(comparison.title)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,50 +11,38 @@ import torch
 import transformers
 import yaml
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Subset
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     TrainingArguments,
 )
 
 from kdfast import data, report, stages, students, tasks, teacher_cache
+from kdfast.evaluation import (
+    BATCH,
+    Candidate,
+    classifier,
+    device,
+    length,
+    load_tokenizer,
+    measure,
+    pretrained,
+    shortcut,
+)
 from kdfast.objective import CLS, Labels, Logits
 from kdfast.recipes._classifier import ClassifierRecipe, Stage, labels_only
 from kdfast.trainer import DistillationTrainer
 
 CURVE_ROWS = 500  # of the test rows, for the points of the learning curves; the table is measured on all
-BATCH = 64  # rows of a forward pass without a backward
-
-Rows = list[dict[str, Any]]
 
 
-@contextmanager
-def first_token_only(model: Any) -> Iterator[None]:
-    """Within the block, a BERT classifier computes its last layer for the first token alone, with the same logits.
-
-    The classifier reads no other token. Past attention, three quarters of that layer's work are saved, which makes a
-    training step of a 3-layer student 1.3 times as fast.
-    """
-
-    def keep_first(module: nn.Module, hidden_states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(tensor[:, :1] for tensor in hidden_states)
-
-    handle = model.base_model.encoder.layer[-1].attention.output.register_forward_pre_hook(keep_first)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _shortcut(model: Any, objective: Any = None) -> Any:
-    """`first_token_only` where the model is a BERT and the objective reads no other token of its last layer."""
-    terms = [] if objective is None else list(objective.terms.values())
-    suffices = all(isinstance(term, (Logits, Labels, CLS)) for term in terms)
-    return first_token_only(model) if model.config.model_type == "bert" and suffices else nullcontext()
+def _shortcut(model: Any, objective: Any) -> Any:
+    """`shortcut` where the objective reads no other token of the last layer."""
+    suffices = all(isinstance(term, (Logits, Labels, CLS)) for term in objective.terms.values())
+    return shortcut(model) if suffices else nullcontext()
 
 
 class ClassifierRun:
@@ -82,17 +69,18 @@ class ClassifierRun:
             test_rows=r.test_rows,
         )
         source = r.base or r.teacher or data.fetch(data.MINILM)
-        self.tokenizer = _pretrained(AutoTokenizer, "base" if r.base else "teacher", r.teacher or source)
+        self.tokenizer = load_tokenizer("teacher" if r.teacher else "base", r.teacher or source)
         train, test = (part.to_list() for part in tasks.tokenize(self.task, self.tokenizer, r.max_length))
         self.curve = len(test[:CURVE_ROWS])
         # Batches that are made in this order have hardly any padding; training has an order of its own.
-        self.test = [*sorted(test[: self.curve], key=_length), *sorted(test[self.curve :], key=_length)]
-        self.train = sorted(train, key=_length)
+        self.test = [*sorted(test[: self.curve], key=length), *sorted(test[self.curve :], key=length)]
+        self.train = sorted(train, key=length)
         stages.write_config(self.folder, r.as_dict())
 
         teacher, base = self._teacher(source), None
         layers = r.student_layers or r.student_default(teacher.config.num_hidden_layers)
-        todo = r.all_stages(len(layers), teacher.config.num_hidden_layers, self.task.kind)
+        count = len(layers) if r.student is None else pretrained(AutoConfig, "student", r.student).num_hidden_layers
+        todo = r.all_stages(count, teacher.config.num_hidden_layers, self.task.kind)
         cached = self._cache(teacher, sorted({layer for stage in todo for layer in stage.cls_layers}))
         histories: dict[str, stages.History] = {"teacher": stages.finished(self.folder / "teacher") or []}
         for stage in todo:
@@ -108,38 +96,21 @@ class ClassifierRun:
     # ---- models ----
     def _load(self, argument: str, source: str | Path) -> Any:
         """A classifier of the task. PyTorch's fused attention has no dropout on the CPU; the rest of the dropout stays."""
-        config = _pretrained(AutoConfig, argument, source)
+        config = pretrained(AutoConfig, argument, source)
         options: dict[str, Any] = {"ignore_mismatched_sizes": False} | self.task.head
         if hasattr(config, "attention_probs_dropout_prob"):
             options["attention_probs_dropout_prob"] = 0.0
         transformers.set_seed(self.recipe.seed)  # for the classifier's initial weights
-        return _pretrained(AutoModelForSequenceClassification, argument, source, **options)
+        return pretrained(AutoModelForSequenceClassification, argument, source, **options)
 
     def _teacher(self, source: str | Path) -> Any:
         r, folder = self.recipe, self.folder / "teacher"
         if r.teacher is not None:
-            return self._given_teacher(r.teacher)
+            return classifier(self.task, "teacher", r.teacher)
         if stages.finished(folder) is None:
             stage = Stage("teacher", "teacher", labels_only(self.task.kind), epochs=r.teacher_epochs)
             self._train(stage, self._frozen(self._load("base", source)), None, None)
         return self._load("teacher", folder)
-
-    def _given_teacher(self, source: str) -> Any:
-        """A classifier whose classes are the task's, in the same order: other orders are common, and silent otherwise."""
-        model = _pretrained(AutoModelForSequenceClassification, "teacher", source)
-        expected = self.task.head.get("id2label", {})
-        if model.config.num_labels != max(1, len(expected)):
-            raise ValueError(
-                f"teacher {source} has {model.config.num_labels} classes, the data {max(1, len(expected))}"
-            )
-        theirs, ours = (
-            [str(name).lower() for _, name in sorted(of.items())] for of in (model.config.id2label, expected)
-        )
-        if theirs != ours and sorted(theirs) == sorted(ours):
-            raise ValueError(
-                f"teacher {source} has the classes in the order {', '.join(theirs)}, the data {', '.join(ours)}"
-            )
-        return model
 
     def _start(self, stage: Stage, model: Any, layers: tuple[int, ...]) -> Any:
         """The student before a stage."""
@@ -160,35 +131,36 @@ class ClassifierRun:
 
     def _frozen(self, model: Any) -> Any:
         embeddings: nn.Module = getattr(model.base_model, "embeddings", model.get_input_embeddings())
-        return_to = self.recipe.freeze_embeddings and "hidden_size" not in (self.recipe.student_config or "")
-        embeddings.requires_grad_(not return_to)
+        fresh = "hidden_size" in (self.recipe.student_config or "")
+        embeddings.requires_grad_(fresh or not self.recipe.freeze_embeddings)
         return model
 
     # ---- training ----
     def _cache(self, teacher: Any, cls_layers: list[int]) -> tuple[Any, Any]:
-        """The rows with the teacher's outputs beside them, which are computed once, and their collators."""
-        made = []
-        parts = {"train": self.train, "test": self.test}
-        total = sum(map(len, parts.values()))
-        with stages.bar("teacher's outputs", total) as shown, _shortcut(teacher):
-            for part, rows in parts.items():
-                before = shown.n
-                made.append(
-                    teacher_cache.write(
-                        teacher,
-                        rows,
-                        self.folder / "teacher_outputs" / part,
-                        tokenizer=self.tokenizer,
-                        outputs=("logits", "cls") if cls_layers else ("logits",),
-                        layers=cls_layers,
-                        batch_size=BATCH,
-                        device=_device(),
-                        progress=lambda done, _, before=before: shown.update(before + done - shown.n),
-                    )
-                )
+        """The rows with the teacher's outputs beside them, which are computed once, and their collator."""
         self.collate = DataCollatorWithPadding(self.tokenizer)
-        beside = [cache.beside(rows) for cache, rows in zip(made, parts.values(), strict=True)]
-        return beside, made[0].collator(self.collate)
+        parts = {"train": self.train, "test": self.test}
+        caches = [self._stored(part, rows, teacher, cls_layers) for part, rows in parts.items()]
+        beside = [cache.beside(rows) for cache, rows in zip(caches, parts.values(), strict=True)]
+        return beside, caches[0].collator(self.collate)
+
+    def _stored(self, part: str, rows: list[dict[str, Any]], teacher: Any, cls_layers: list[int]) -> Any:
+        with stages.bar(f"teacher's outputs, {part}", len(rows)) as shown, shortcut(teacher):
+
+            def progress(done: int, tokens: int) -> None:
+                shown.update(done - shown.n)
+
+            return teacher_cache.write(
+                teacher,
+                rows,
+                self.folder / "teacher_outputs" / part,
+                tokenizer=self.tokenizer,
+                outputs=("logits", "cls") if cls_layers else ("logits",),
+                layers=cls_layers,
+                batch_size=BATCH,
+                device=device(),
+                progress=progress,
+            )
 
     def _train(self, stage: Stage, student: Any, base: Any, cached: tuple[Any, Any] | None) -> None:
         train, test, collate = self.train, None, DataCollatorWithPadding(self.tokenizer)
@@ -203,12 +175,14 @@ class ClassifierRun:
             eval_dataset=None if test is None else Subset(test, range(self.curve)),
             data_collator=collate,
             processing_class=self.tokenizer,
-            compute_metrics=lambda p: tasks.metrics(
-                self.task.metric, *map(torch.from_numpy, (p.predictions, p.label_ids))
-            ),
+            compute_metrics=self._quality,
         )
         with _shortcut(trainer.model, stage.objective):
             stages.train_stage(trainer, self.folder / stage.folder, stage.title)
+
+    def _quality(self, prediction: Any) -> report.Metrics:
+        logits, labels = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
+        return tasks.metrics(self.task.metric, logits, labels)
 
     def _arguments(self, stage: Stage, rows: int) -> TrainingArguments:
         r, on_cpu = self.recipe, not torch.cuda.is_available()
@@ -264,38 +238,17 @@ class ClassifierRun:
     ) -> dict[str, report.Metrics]:
         """On all test rows."""
         of_teacher = torch.stack([cache[i]["logits"] for i in range(len(cache))])
-        labels = torch.tensor([row["labels"] for row in self.test])
-        results, models = {}, {}
+        candidates = {}
         for name, title in titles.items():
             folder = self.recipe.teacher or self.folder / name if name == "teacher" else self.folder / name
-            models[name] = self._load(name, folder).to(_device())
-            logits = of_teacher
-            if name != "teacher":  # whose are at hand
-                with _shortcut(models[name]):
-                    logits = stages.predict_logits(models[name], self.test, self.tokenizer, f"test: {title}", BATCH)
-            results[name] = tasks.metrics(self.task.metric, logits, labels) | report.size(models[name], Path(folder))
-            if self.task.kind == "classification":
-                results[name] |= report.against_teacher(logits, of_teacher)
+            model, known = self._load(name, folder).to(device()), of_teacher if name == "teacher" else None
+            candidates[name] = Candidate(f"test: {title}", model, folder, self.tokenizer, self.test, known)
+        results = measure(candidates, self.task, "teacher")
+        for name in titles:
             seconds = [event["train_runtime"] for event in histories[name] if "train_runtime" in event]
             if seconds:
                 results[name]["training_seconds"] = seconds[-1]  # since it was last continued
-        # Rows of median length and a little more, so that a batch has hardly any padding.
-        middle = sorted(self.test, key=_length)[len(self.test) // 2 :]
-        for rows in (1, 32):
-            batch = self.collate([{k: v for k, v in row.items() if k != "labels"} for row in middle[:rows]]).to(
-                _device()
-            )
-            for name, milliseconds in report.latency_ms(models, batch).items():
-                results[name][f"latency_ms_batch_{rows}"] = milliseconds
         return results
-
-
-def _length(row: dict[str, Any]) -> int:
-    return len(row["input_ids"])
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _changes(text: str) -> dict[str, Any]:
@@ -304,11 +257,3 @@ def _changes(text: str) -> dict[str, Any]:
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"student_config must be like hidden_size=192,intermediate_size=768, got {text}")
     return {name.strip(): yaml.safe_load(value) for name, value in pairs}
-
-
-def _pretrained(kind: Any, argument: str, source: str | Path, **options: Any) -> Any:
-    try:
-        return kind.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{argument} {source}: {reason}") from None
