@@ -2,7 +2,7 @@
 
     python benchmarks/recipes.py [--seeds 0,1,2] [--only hinton,minilm] [--runs runs/recipes] [--output benchmarks/results]
 
-Every cell is a run of `kdfast distill` in a folder of its own, and is finished, continued or skipped like one: interrupt this
+Ends with a table, and leaves it with its numbers and a plot in the output folder. Every cell is a run of `kdfast distill` in a folder of its own, and is finished, continued or skipped like one: interrupt this
 whenever you like and start it again. Of each seed there is one teacher. Every student is three layers, trained for three
 epochs at the same rate with batches in the same order; only the objective differs, and, where the name says so, the start.
 """
@@ -10,13 +10,13 @@ epochs at the same rate with batches in the same order; only the objective diffe
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from kdfast import bench, compare, report
 from kdfast.recipes import hinton, minilm, patient_kd
 from kdfast.recipes._recipe import Recipe
 
@@ -45,16 +45,26 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default=",".join(CELLS), help="cells, with commas")
     parser.add_argument("--runs", type=Path, default=Path("runs/recipes"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
-    console = Console()
+    console, folders = Console(), []
     for seed in map(int, arguments.seeds.split(",")):
         teacher = arguments.runs / f"hinton-{seed}" / "teacher"
         for name in arguments.only.split(","):
             folder = arguments.runs / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            folders.append(folder)
             if not (folder / "metrics.json").is_file():
                 console.rule(f"{name}, seed {seed}")
-            results = CELLS[name](seed, str(teacher)).run(folder, console)
-            console.print(json.dumps({model: row.get("accuracy") for model, row in results.items()}))
+                CELLS[name](seed, str(teacher)).run(folder, console)
+    comparison = compare.compare(folders)
+    console.print(report.comparison_table(comparison))
+    facts = bench.environment("cpu")
+    path = bench.write(
+        [row.as_dict() for row in comparison.rows], facts, bench.results_path(facts, arguments.output, "recipes")
+    )
+    path.with_suffix(".md").write_text(report.comparison_markdown(comparison) + "\n")
+    report.plot_comparison(path.with_suffix(".png"), comparison)
+    console.print(f"In {arguments.output}: {path.name}, {path.stem}.md, {path.stem}.png")
 
 
 if __name__ == "__main__":

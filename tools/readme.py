@@ -1,4 +1,4 @@
-"""Writes the README's results tables from the committed files: benchmarks/results/*.json and *-hinton.json.
+"""Writes the README's results tables from the committed files in benchmarks/results.
 
 python tools/readme.py            rewrites README.md
 """
@@ -14,8 +14,6 @@ from kdfast import bench
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-HINTON = {"teacher": "teacher, 6 layers", "labels_only": "student, labels alone", "student": "student, distilled"}
-
 
 # Something of every kind; all cases are in the committed files.
 SHOWN = (
@@ -57,24 +55,16 @@ def vocabulary() -> str:
     )
 
 
-def hinton() -> str:
-    models = json.loads((RESULTS / "hinton.json").read_text())["models"]
-    rows = [
-        "| | accuracy | KL to teacher (T=2) | agreement | parameters | ms, batch 32 |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for name, title in HINTON.items():
-        m = models[name]
-        rows.append(
-            f"| {title} | {100 * m['accuracy']:.1f} % | {m['kl_to_teacher']:.4f} | {100 * m['agreement']:.1f} % "
-            f"| {m['parameters'] / 1e6:.1f} M | {m['latency_ms_batch_32']:.0f} |"
-        )
-    return "\n".join(rows)
+def recipes() -> str:
+    """The table that benchmarks/recipes.py has left beside its latest results."""
+    path = max(RESULTS.glob("recipes-*.md"))
+    facts = json.loads(path.with_suffix(".json").read_text())["environment"]
+    return f"{facts['device']}, torch {facts['torch']}, {facts['date']}. {path.read_text().strip()}"
 
 
 def filled(text: str) -> str:
     """README text with the blocks between `<!-- name -->` and `<!-- end -->` made anew."""
-    for name, make in (("operators", operators), ("vocabulary", vocabulary), ("hinton", hinton)):
+    for name, make in (("operators", operators), ("vocabulary", vocabulary), ("recipes", recipes)):
         block = f"<!-- {name} -->\n{make()}\n<!-- end -->"
         text, found = re.subn(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
         if found != 1:

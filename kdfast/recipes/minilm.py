@@ -38,7 +38,7 @@ class Recipe(ClassifierRecipe):
     relations: tuple[str, ...] = setting(("qk", "vv"), "Pairs of q, k and v: qk,vv is MiniLM, qq,kk,vv MiniLMv2.")
     relation_heads: int | None = setting(None, "Split heads anew into as many (MiniLMv2). Default: as they are.")
     teacher_layer: int = setting(-1, "Layer to learn from, from 1; negative: from the last.")
-    relation_epochs: int = setting(3, "Passes over the text, before the labels.")
+    relation_epochs: int = setting(2, "Passes over the text, before the labels.")
     relation_rate: float = setting(5e-4, "Peak of the linear schedule, before the labels.")
     student_start: str = setting("base", "Whose layers students start from: the fine-tuned teacher's, or the base's.")
 
