@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ from kdfast import data, report, stages, tasks
 from kdfast.evaluation import first_token_only
 from kdfast.recipes import hinton, minilm, patient_kd
 
-SHORT: dict[str, Any] = {"epochs": 3, "teacher_epochs": 4, "learning_rate": 1e-3, "batch_size": 8}
-ROWS = {"train_rows": 240, "test_rows": 64}
+SHORT: dict[str, Any] = {"epochs": 3, "teacher_epochs": 3, "learning_rate": 2e-3, "batch_size": 8}
+ROWS = {"train_rows": 160, "test_rows": 64}
 RECIPES: dict[str, Any] = {
     "hinton": hinton.Recipe(**SHORT, **ROWS),
     "patient-kd": patient_kd.Recipe(**SHORT, **ROWS, beta=50.0, baseline=True),
@@ -48,18 +50,27 @@ def _run(folder: Path, recipe: Any, fresh: bool = False) -> tuple[dict[str, Any]
     return results, shown.getvalue()
 
 
-@pytest.fixture(scope="module", params=RECIPES)
-def finished(
-    request: Any, assets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Any, Path, dict[str, Any], str]:
-    recipe, folder = RECIPES[request.param], tmp_path_factory.mktemp("runs") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "fetch", lambda package: assets[package.requirement])
-        results, shown = _run(folder, recipe)
-    return recipe, folder, results, shown
+Finished = tuple[Any, Path, dict[str, Any], str]
 
 
-def test_all_models_learn(finished: tuple[Any, Path, dict[str, Any], str]) -> None:
+@pytest.fixture(scope="module")
+def runs(assets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Finished]:
+    """Finished runs by the names of `RECIPES`, each made once."""
+
+    @cache
+    def run(name: str) -> Finished:
+        folder = tmp_path_factory.mktemp("runs") / "run"
+        return RECIPES[name], folder, *_run(folder, RECIPES[name])
+
+    return run
+
+
+@pytest.fixture(params=RECIPES)
+def finished(request: Any, runs: Callable[[str], Finished]) -> Finished:
+    return runs(request.param)
+
+
+def test_all_models_learn(finished: Finished) -> None:
     recipe, _, results, _ = finished
     assert list(results) == ["teacher", *["labels_only"] * recipe.baseline, "student"]
     assert all(row["accuracy"] > 0.9 for row in results.values())
@@ -70,7 +81,7 @@ def test_all_models_learn(finished: tuple[Any, Path, dict[str, Any], str]) -> No
         assert results["student"]["kl_to_teacher"] < results["labels_only"]["kl_to_teacher"]
 
 
-def test_what_is_left_behind(finished: tuple[Any, Path, dict[str, Any], str]) -> None:
+def test_what_is_left_behind(finished: Finished) -> None:
     recipe, folder, results, shown = finished
     own = {"relations"} if recipe.name == "minilm" else set()
     assert {path.name for path in folder.iterdir()} == {
@@ -86,14 +97,13 @@ def test_what_is_left_behind(finished: tuple[Any, Path, dict[str, Any], str]) ->
     assert stored["settings"] == yaml.safe_load((folder / "config.yaml").read_text()) == recipe.as_dict()
     assert type(recipe)(**type(recipe).read_yaml(folder / "config.yaml")) == recipe
     assert (folder / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
-    assert f" {100 * results['student']['accuracy']:.1f} " in shown
+    accuracy = 100 * results["student"]["accuracy"]
+    assert f" {accuracy:.{0 if accuracy == 100 else 1}f} " in shown
     assert "…" not in shown
     assert max(map(len, shown.splitlines())) <= 80
 
 
-def test_saved_student_is_the_measured_one(
-    finished: tuple[Any, Path, dict[str, Any], str], assets: dict[str, Path]
-) -> None:
+def test_saved_student_is_the_measured_one(finished: Finished, assets: dict[str, Path]) -> None:
     recipe, folder, results, _ = finished
     model = AutoModelForSequenceClassification.from_pretrained(folder / "student").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
@@ -109,7 +119,7 @@ def test_saved_student_is_the_measured_one(
     assert results["student"]["megabytes"] == pytest.approx((folder / "student/model.safetensors").stat().st_size / 1e6)
 
 
-def test_embeddings_stay_frozen(finished: tuple[Any, Path, dict[str, Any], str], assets: dict[str, Path]) -> None:
+def test_embeddings_stay_frozen(finished: Finished, assets: dict[str, Path]) -> None:
     _, folder, _, _ = finished
     start = AutoModelForSequenceClassification.from_pretrained(assets[data.MINILM.requirement])
     trained = AutoModelForSequenceClassification.from_pretrained(folder / "student")
@@ -119,7 +129,7 @@ def test_embeddings_stay_frozen(finished: tuple[Any, Path, dict[str, Any], str],
     assert not torch.equal(*first)
 
 
-@pytest.mark.parametrize("name", ["hinton", "patient-kd", "minilm"])
+@pytest.mark.parametrize("name", ["hinton", "minilm"])
 def test_same_command_continues_without_repeating(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = dataclasses.replace(RECIPES[name], epochs=1, teacher_epochs=1, train_rows=48)
     results, shown = _run(tmp_path / "through", short)
@@ -145,8 +155,8 @@ def test_same_command_continues_without_repeating(name: str, tmp_path: Path, mon
     assert trained == []
 
 
-def test_given_teacher_and_narrower_student(finished: tuple[Any, Path, dict[str, Any], str], tmp_path: Path) -> None:
-    _, folder, results, _ = finished
+def test_given_teacher_and_narrower_student(runs: Callable[[str], Finished], tmp_path: Path) -> None:
+    _, folder, results, _ = runs("hinton")
     recipe = dataclasses.replace(
         RECIPES["hinton"],
         teacher=str(folder / "teacher"),
@@ -167,7 +177,7 @@ def test_given_teacher_and_narrower_student(finished: tuple[Any, Path, dict[str,
 def test_local_files_of_pairs_with_names(tmp_path: Path, assets: dict[str, Path]) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = ["sentence1,sentence2,label"]
-    for i in range(160):
+    for i in range(120):
         words = [tiny_reviews.WORDS[int(k)] for k in torch.randint(6, 12, (4,), generator=generator)]
         same = i % 2
         rows.append(f"{' '.join(words)},{'good' if same else 'bad'} {' '.join(words)},{'yes' if same else 'no'}")
@@ -180,8 +190,8 @@ def test_local_files_of_pairs_with_names(tmp_path: Path, assets: dict[str, Path]
     assert set(model.config.id2label.values()) == {"yes", "no"}
 
 
-def test_classes_in_another_order_are_refused(finished: tuple[Any, Path, dict[str, Any], str], tmp_path: Path) -> None:
-    _, folder, _, _ = finished
+def test_classes_in_another_order_are_refused(runs: Callable[[str], Finished], tmp_path: Path) -> None:
+    _, folder, _, _ = runs("hinton")
     teacher = AutoModelForSequenceClassification.from_pretrained(folder / "teacher")
     teacher.config.id2label = {0: "positive", 1: "negative"}
     teacher.config.label2id = {"positive": 0, "negative": 1}
