@@ -14,7 +14,6 @@ try:
 except ModuleNotFoundError:
     sys.exit("kdfast: the command line needs typer, which is not installed: pip install kdfast[train]")
 
-from kdfast.cli_causal_lm import causal_lm
 from kdfast.cli_distill import add_recipes
 from kdfast.cli_results import compare, evaluate
 from kdfast.cli_shared import fail, layer_numbers
@@ -180,7 +179,6 @@ def _import_cache_command() -> tuple[Any, Any]:
     return _command, CacheError
 
 
-distill.command("causal-lm")(causal_lm)
 add_recipes(distill)
 app.command()(evaluate)
 app.command()(compare)

@@ -13,15 +13,21 @@ from typing import Annotated, Any
 import typer
 
 from kdfast.cli_shared import fail, layer_numbers
-from kdfast.recipes import hinton, minilm, patient_kd
+from kdfast.recipes import causal_lm, distilbert, hinton, minilm, patient_kd
 from kdfast.recipes._recipe import Recipe
 
-RECIPES: tuple[type[Recipe], ...] = (hinton.Recipe, patient_kd.Recipe, minilm.Recipe)
+RECIPES: tuple[type[Recipe], ...] = (
+    hinton.Recipe,
+    patient_kd.Recipe,
+    minilm.Recipe,
+    distilbert.Recipe,
+    causal_lm.Recipe,
+)
 
 ENDS = """
 
 Ends with a table and leaves the models, metrics.json, config.yaml and a plot in the output folder. The demonstration's
-models and data are fetched once by pip into $KDFAST_CACHE (default ~/.cache/kdfast).
+models and data are fetched once into $KDFAST_CACHE (default ~/.cache/kdfast).
 
 Ctrl-C saves a checkpoint and stops. The same command continues; what is finished is not repeated."""
 

@@ -103,50 +103,63 @@ def results_table(results: Mapping[str, Metrics], titles: Mapping[str, str], dat
     )
     for name, title in titles.items():
         row = results[name]
-        cells = [f"{row[key] * scale:.{places}f}" if key in row else "–" for key, _, scale, places in columns]
+        cells = [_cell(row[key] * scale, places) if key in row else "–" for key, _, scale, places in columns]
         table.add_row(title, *cells)
     return table
 
 
-def language_table(results: Mapping[str, Metrics]) -> Table:
-    """One row per language model, in the order given."""
+def _cell(value: float, places: int) -> str:
+    return f"{value:.{places if abs(value) < 99.95 else 0}f}"
+
+
+LANGUAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("perplexity", "perplexity", ".2f"),
+    ("accuracy", "accuracy\n%", ".1f"),
+    ("kl_to_teacher", "KL to\nteacher", ".4f"),
+    ("parameters", "params\nmillion", ".1f"),
+    ("megabytes", "MB", ".0f"),
+    ("tokens_per_second", "tokens\nper second", ".0f"),
+)
+FACTORS = {"accuracy": 100, "parameters": 1e-6}
+
+
+def language_table(results: Mapping[str, Metrics], caption: str) -> Table:
+    """One row per language model, in the order given; the caption says what perplexity and KL are of."""
+    columns = [column for column in LANGUAGE_COLUMNS if any(column[0] in row for row in results.values())]
     table = _table(
         "Held-out text: teacher and student",
-        "KL: of the next token, from the teacher's distribution at T = 1, in nats. Tokens per second: one forward pass",
-        ("perplexity", "KL to\nteacher", "params\nmillion", "MB", "tokens\nper second"),
+        f"{caption}. Tokens per second: one forward pass",
+        [heading for _, heading, _ in columns],
     )
-    for name, row in results.items():
-        perplexity = row["perplexity"]
-        table.add_row(
-            name,
-            f"{perplexity:.2f}" if perplexity < 1e4 else f"{perplexity:.1e}",
-            f"{row['kl_to_teacher']:.4f}",
-            f"{row['parameters'] / 1e6:.1f}",
-            f"{row['megabytes']:.0f}" if row["megabytes"] else "–",
-            f"{row['tokens_per_second']:.0f}",
-        )
+
+    def cell(name: str, value: float, form: str) -> str:
+        if name == "megabytes" and not value:  # not saved here
+            return "–"
+        return f"{value * FACTORS.get(name, 1):{'.1e' if name == 'perplexity' and value >= 1e4 else form}}"
+
+    for title, row in results.items():
+        table.add_row(title, *(cell(name, row[name], form) for name, _, form in columns))
     return table
 
 
-def plot_losses(path: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """The loss of training, its terms, and the loss on held-out rows over the steps, saved as an image."""
+def plot_losses(path: Path, history: Sequence[Mapping[str, float]], terms: Mapping[str, str]) -> None:
+    """The loss of training, its terms by name with what they are, and the loss on held-out rows, over the steps; an image."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    styles: dict[str, dict[str, Any]] = {
-        "loss": {"label": "training, loss", "color": "#1b6ca8"},
-        "kd": {"label": "training, teacher's term", "color": "#1b6ca8", "linestyle": "--", "linewidth": 1},
-        "ce": {"label": "training, labels' term", "color": "#1b6ca8", "linestyle": ":"},
-        "eval_loss": {"label": "held out, loss", "color": "#d95f02", "marker": "o"},
-    }
+    dashes = ("--", ":", "-.", (0, (1, 3)))
+    styles: dict[str, dict[str, Any]] = {"loss": {"label": "training, loss", "color": "#1b6ca8"}}
+    for (name, title), dash in zip(terms.items(), dashes, strict=False):
+        styles[name] = {"label": f"training, {title}", "color": "#1b6ca8", "linestyle": dash, "linewidth": 1.2}
+    styles["eval_loss"] = {"label": "held out, loss", "color": "#d95f02", "marker": "o"}
     for name, style in styles.items():
         points = [(event["step"], event[name]) for event in history if name in event]
         if points:
             axes.plot(*zip(*points, strict=True), **style)
-    axes.set(title="Distillation of a language model", xlabel="step", ylabel="nats per token", yscale="log")
+    axes.set(title="Distillation of a language model", xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from language_models import PAD, VOCABULARY, llama, plain_loss
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -20,8 +21,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 from kdfast import data, stages, text
 from kdfast.objective import LanguageModel
 from kdfast.recipes import causal_lm
+from kdfast.recipes._causal_lm_run import CausalLMRun, quality
 
-SETTINGS = causal_lm.Settings(
+SETTINGS = causal_lm.Recipe(
     student_layers=(0, 2), steps=12, learning_rate=1e-2, max_length=16, max_new_tokens=6, batch_size=4, test_rows=10
 )
 WORDS = [f"w{i}" for i in range(40)]
@@ -50,11 +52,9 @@ def _no_download(assets: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(data, "fetch", lambda package: assets[package.folder])
 
 
-def _run(folder: Path, settings: causal_lm.Settings = SETTINGS, fresh: bool = False) -> tuple[dict[str, Any], str]:
+def _run(folder: Path, settings: causal_lm.Recipe = SETTINGS, fresh: bool = False) -> tuple[dict[str, Any], str]:
     shown = io.StringIO()
-    run = causal_lm.CausalLMRun(settings, folder, Console(file=shown, width=120), fresh)
-    run.prepare()
-    return run.execute(), shown.getvalue()
+    return settings.run(folder, Console(file=shown, width=80), fresh), shown.getvalue()
 
 
 @pytest.mark.parametrize("on_policy", [0.0, 0.5], ids=["text", "on-policy"])
@@ -66,24 +66,27 @@ def test_student_comes_closer_to_the_teacher(tmp_path: Path, on_policy: float) -
     assert results["student"]["perplexity"] < results["start"]["perplexity"]
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "student",
-        "settings.json",
+        "config.yaml",
         "metrics.json",
         "learning_curve.png",
     }
     stored = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert stored["models"] == results
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert stored["settings"] == config == dataclasses.replace(SETTINGS, on_policy=on_policy).as_dict()
     assert stored["training"]["tokens_per_second"] > 0
     assert stored["training"]["peak_memory_mb"] > 0
     assert (tmp_path / "run" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert f" {results['student']['perplexity']:.2f} " in shown
+    assert "…" not in shown
     assert _run(tmp_path / "run", dataclasses.replace(SETTINGS, on_policy=on_policy)) == (results, shown)
 
 
 def test_measured_as_plain_torch_does(tmp_path: Path) -> None:
-    run = causal_lm.CausalLMRun(SETTINGS, tmp_path, Console(file=io.StringIO()))
+    run = CausalLMRun(SETTINGS, tmp_path, Console(file=io.StringIO()))
     run.prepare()
     models = {"teacher": run.teacher, "start": run.start}
-    measured = causal_lm.quality(models, run.test[:6], run.collate)
+    measured = quality(models, run.test[:6], run.collate)
     batch = run.collate(run.test[:6])
     for name, model in models.items():
         hard, soft = (
@@ -124,7 +127,7 @@ def test_stopped_run_continues_to_the_same_student(tmp_path: Path, monkeypatch: 
 
 def test_student_is_made_of_the_chosen_layers(tmp_path: Path) -> None:
     def start_of(layers: tuple[int, ...] | None) -> Any:
-        run = causal_lm.CausalLMRun(dataclasses.replace(SETTINGS, student_layers=layers), tmp_path / "run", Console())
+        run = CausalLMRun(dataclasses.replace(SETTINGS, student_layers=layers), tmp_path / "run", Console())
         run.prepare()
         return run.start.state_dict()
 
@@ -137,8 +140,8 @@ def test_student_is_made_of_the_chosen_layers(tmp_path: Path) -> None:
 
 
 def test_rows_of_files(tmp_path: Path) -> None:
-    def rows_of(settings: causal_lm.Settings) -> list[text.Row]:
-        run = causal_lm.CausalLMRun(settings, tmp_path / "run", Console())
+    def rows_of(settings: causal_lm.Recipe) -> list[text.Row]:
+        run = CausalLMRun(settings, tmp_path / "run", Console())
         run.prepare()
         assert len(run.test) == 2  # a tenth
         return run.train
@@ -172,5 +175,5 @@ def test_rows_of_files(tmp_path: Path) -> None:
 )
 def test_mistakes(wrong: dict[str, Any], match: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=match):
-        causal_lm.CausalLMRun(dataclasses.replace(SETTINGS, **wrong), tmp_path, Console()).prepare()
+        CausalLMRun(dataclasses.replace(SETTINGS, **wrong), tmp_path, Console()).prepare()
     assert not any(tmp_path.iterdir())

@@ -1,0 +1,143 @@
+"""Runs the recipe of causal language models in its folder. What is finished is not repeated."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from kdfast import data, report, stages, students, text
+from kdfast.objective import LanguageModel
+from kdfast.on_policy import OnPolicyTrainer
+from kdfast.recipes._language_run import LanguageRun, PeakMemory, device, has_bf16
+
+CURVE_ROWS = 8  # of the held-out rows, for the points of the learning curve; the table is measured on all
+
+
+@torch.inference_mode()
+def quality(models: Mapping[str, Any], rows: Sequence[text.Row], collate: text.Collator) -> dict[str, report.Metrics]:
+    """Perplexity of the tokens that count, and mean KL(teacher ‖ model) at temperature 1 in nats, of each of the models.
+
+    One of them is named "teacher".
+    """
+    halves = LanguageModel(alpha=0.5, temperature=1.0)
+    sums = {name: {"kd": 0.0, "ce": 0.0} for name in models}
+    tokens = 0
+    starts = range(0, len(rows), 4)
+    for start in stages.bar("held-out text", len(starts), starts):
+        batch = {k: v.to(models["teacher"].device) for k, v in collate(rows[start : start + 4]).items()}
+        count = int(halves.num_items(batch))
+        outputs = {name: halves.run(model, batch) for name, model in models.items()}
+        for name, output in outputs.items():
+            for term, value in halves(output, outputs["teacher"], batch).items():
+                sums[name][term] += 2 * count * value.item()
+        tokens += count
+    return {
+        name: {"perplexity": math.exp(total["ce"] / tokens), "kl_to_teacher": total["kd"] / tokens}
+        for name, total in sums.items()
+    }
+
+
+class CausalLMRun(LanguageRun):
+    losses: ClassVar = {"kd": "teacher's term", "ce": "labels' term"}
+    caption = "Perplexity, KL from the teacher's distribution at T = 1 in nats: of the next token"
+    auto = AutoModelForCausalLM
+
+    def prepare(self) -> None:
+        r = self.recipe
+        source = data.fetch(data.SMOLLM2) if r.teacher is None else r.teacher
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(source)
+            teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"teacher {source}: {str(error).strip().splitlines()[0]}") from None
+        self.teacher = teacher.eval().to(device())
+        layers = range(0, teacher.config.num_hidden_layers, 3) if r.student_layers is None else r.student_layers
+        self.start = students.from_layers(self.teacher, layers)
+        pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        self.collate = text.Collator(pad)
+        train, test = self._rows()
+        if r.on_policy > 0:
+            train, test = self._prompted(train), self._prompted(test)
+        self.train, self.test = train[: r.train_rows], test[: r.test_rows]
+        if not self.train or not self.test:
+            raise ValueError(f"too little text for rows of {r.max_length} tokens, to train on and to hold out")
+
+    def _rows(self) -> tuple[list[text.Row], list[text.Row]]:
+        r = self.recipe
+        if r.data is None:
+            train, test = data.articles(data.fetch(data.ARTICLES))
+            return text.packed(train, self.tokenizer, r.max_length), text.packed(test, self.tokenizer, r.max_length)
+        path = Path(r.data)
+        if not path.is_file():
+            raise ValueError(f"data {path} is not a file")
+        if path.suffix == ".jsonl":
+            rows = text.read_completions(path, self.tokenizer, r.max_length)
+        else:
+            rows = text.packed(text.read_texts(path), self.tokenizer, r.max_length)
+        random.Random(0).shuffle(rows)
+        held_out = min(r.test_rows, len(rows) // 10)
+        return rows[held_out:], rows[:held_out]
+
+    def _prompted(self, rows: list[text.Row]) -> list[text.Row]:
+        """Rows of which every token counted, with a prompt; others as they are."""
+        begin = self.recipe.max_length // 4
+        return [
+            row
+            if row["labels"][0] == text.OFF
+            else text.with_prompt(row["input_ids"][:begin], row["input_ids"][begin:], self.recipe.max_length)
+            for row in rows
+        ]
+
+    def trainer(self, folder: Path) -> OnPolicyTrainer:
+        r = self.recipe
+        arguments = TrainingArguments(
+            output_dir=str(folder / "checkpoints"),
+            use_cpu=not torch.cuda.is_available(),
+            bf16=has_bf16(),
+            seed=r.seed,
+            max_steps=r.steps,
+            per_device_train_batch_size=r.batch_size,
+            per_device_eval_batch_size=4,
+            train_sampling_strategy="group_by_length",
+            learning_rate=r.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.06,
+            weight_decay=0.01,
+            eval_strategy="steps",
+            eval_steps=-(-r.steps // 8),
+            prediction_loss_only=True,
+            include_num_input_tokens_seen="non_padding",
+            save_steps=50,
+            save_total_limit=1,
+            logging_steps=max(1, r.steps // 60),
+            disable_tqdm=False,
+            dataloader_pin_memory=False,
+            report_to="none",
+        )
+        return OnPolicyTrainer(
+            copy.deepcopy(self.start),
+            arguments,
+            teacher=self.teacher,
+            objective=r.objective(),
+            on_policy=r.on_policy,
+            max_new_tokens=r.max_new_tokens,
+            train_dataset=self.train,
+            eval_dataset=self.test[:CURVE_ROWS],
+            data_collator=self.collate,
+            processing_class=self.tokenizer,
+            callbacks=[PeakMemory()],
+        )
+
+    def quality(self, models: Mapping[str, Any]) -> dict[str, report.Metrics]:
+        return quality(models, self.test, self.collate)
+
+    def timed_batch(self) -> Mapping[str, Tensor]:
+        return self.collate(self.test[:4])

@@ -1,0 +1,147 @@
+"""Runs of recipes of language models in their folders: what they have in common."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from rich.console import Console
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from kdfast import report, stages
+from kdfast.recipes._recipe import Recipe
+
+
+class PeakMemory(TrainerCallback):  # type: ignore[misc]
+    """Adds what training needed at most to its history, models and optimizer included."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident
+        state.log_history.append({"step": state.global_step, "peak_memory_mb": peak / 1e6})
+
+
+class LanguageRun:
+    """One run in its folder: a teacher, and a student that is measured before and after. `execute` does what is not done yet.
+
+    The folder has `student/` for `from_pretrained`, `config.yaml`, `metrics.json` and `learning_curve.png`.
+
+    Args:
+        recipe: what to do.
+        folder: where everything is kept.
+        console: receives the table.
+        fresh: remove an earlier run in that folder first instead of continuing it.
+
+    Attributes:
+        titles: of the models, by which `execute` names its results.
+        losses: names of the loss in the training's history, with what the plot calls them.
+        caption: of the table.
+        auto: class that loads the student.
+        teacher, start, tokenizer: what `prepare` leaves; `start` is the student before it is trained.
+
+    Raises:
+        ValueError: the folder holds a run with other settings, or something that is not a run.
+    """
+
+    titles: ClassVar[Mapping[str, str]] = {
+        "teacher": "teacher",
+        "start": "student, before",
+        "student": "student, distilled",
+    }
+    losses: ClassVar[Mapping[str, str]]
+    caption: ClassVar[str]
+    auto: ClassVar[Any]
+    teacher: Any
+    start: Any
+    tokenizer: Any
+
+    def __init__(self, recipe: Recipe, folder: Path, console: Console, fresh: bool = False) -> None:
+        self.recipe: Any = recipe
+        self.folder, self.console = folder, console
+        stages.check_run_folder(folder, recipe.as_dict(), fresh)
+
+    # ---- a recipe's own ----
+    def prepare(self) -> None:
+        """Loads models and rows, and writes nothing.
+
+        Raises:
+            ValueError: data, teacher or the student's layers cannot be used.
+            kdfast.data.AssetError: model or data cannot be fetched.
+        """
+        raise NotImplementedError
+
+    def train_teacher(self) -> None:
+        """Where the teacher is not ready, makes it, and the student's start anew."""
+
+    def trainer(self, folder: Path) -> Trainer:
+        """Of the student, with its checkpoints in a folder `checkpoints` there."""
+        raise NotImplementedError
+
+    def quality(self, models: Mapping[str, Any]) -> dict[str, report.Metrics]:
+        """Of the models on the held-out rows."""
+        raise NotImplementedError
+
+    def timed_batch(self) -> Mapping[str, Tensor]:
+        """A batch that shows the models' speed."""
+        raise NotImplementedError
+
+    # ---- all recipes' ----
+    def execute(self) -> dict[str, report.Metrics]:
+        """Trains, measures and shows; returns the metrics of the models, by the names of `titles`.
+
+        Raises:
+            kdfast.stages.StageInterrupted: stopped by a signal, with the state saved.
+        """
+        transformers.utils.logging.disable_progress_bar()
+        self.prepare()
+        stages.write_config(self.folder, self.recipe.as_dict())
+        self.train_teacher()
+        folder = self.folder / "student"
+        if stages.finished(folder) is None:
+            stages.train_stage(self.trainer(folder), folder, self.titles["student"])
+        student = self.auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(device())
+        history = stages.finished(folder) or []
+        results = self._measured({"teacher": self.teacher, "start": self.start, "student": student}, history)
+        report.plot_losses(self.folder / "learning_curve.png", history, self.losses)
+        self.console.print(
+            report.language_table({self.titles[name]: row for name, row in results.items()}, self.caption)
+        )
+        saved = f"student/ ({self.auto.__name__} loads it), metrics.json, learning_curve.png"
+        self.console.print(f"In {self.folder}: {saved}")
+        return results
+
+    def _measured(self, models: dict[str, Any], history: stages.History) -> dict[str, report.Metrics]:
+        stored = self.folder / "metrics.json"
+        if not stored.is_file():
+            for model in models.values():
+                model.eval()
+            results = self.quality(models)
+            batch = {k: v.to(device()) for k, v in self.timed_batch().items() if k != "labels"}
+            milliseconds = report.latency_ms(models, batch, repeats=5)
+            for name, model in models.items():
+                results[name] |= report.size(model, self.folder / name)
+                results[name]["tokens_per_second"] = 1e3 * int(batch["attention_mask"].sum()) / milliseconds[name]
+            speeds = [event["train_tokens_per_second"] for event in history if "train_tokens_per_second" in event]
+            training = {
+                "tokens_per_second": speeds[-1],  # since it was last continued, its evaluations included
+                "peak_memory_mb": next(event["peak_memory_mb"] for event in history if "peak_memory_mb" in event),
+            }
+            facts = {"settings": self.recipe.as_dict(), "versions": report.versions(), "training": training}
+            stages.write_json(stored, {**facts, "models": results})
+        measured: dict[str, report.Metrics] = json.loads(stored.read_text())["models"]
+        return measured
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def has_bf16() -> bool:
+    """Whether training is in bfloat16."""
+    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else stages.cpu_has_bf16()
