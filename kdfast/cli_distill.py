@@ -43,9 +43,9 @@ def _command(recipe: type[Recipe]) -> Callable[..., None]:
     def distill(
         output: Path | None, config: Path | None, print_config: bool, quick: bool, resume: bool, **given: Any
     ) -> None:
-        values: dict[str, Any] = dict(recipe.quick) if quick else {}
         try:
-            values |= {} if config is None else recipe.read_yaml(config)
+            values = {} if config is None else recipe.read_yaml(config)
+            values |= recipe.quick if quick else {}
             values |= {name: value for name, value in given.items() if value is not None}
             chosen = recipe(**{name: _parsed(settings, name, value) for name, value in values.items()})
         except (ValueError, TypeError) as error:

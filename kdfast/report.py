@@ -51,6 +51,8 @@ def latency_ms(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], rep
             for name, model in models.items():
                 start = time.perf_counter()
                 model(**batch)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 if repeat >= 0:
                     times[name].append(time.perf_counter() - start)
     return {name: 1e3 * median(values) for name, values in times.items()}
@@ -85,7 +87,7 @@ COLUMNS: tuple[tuple[str, str, float, int], ...] = (
     ("agreement", "agrees\n%", 100, 1),
     ("parameters", "params\nM", 1e-6, 1),
     ("megabytes", "MB", 1, 0),
-    ("latency_ms_batch_1", "ms,\n1 row", 1, 1),
+    ("latency_ms_batch_1", "ms,\n1", 1, 1),
     ("latency_ms_batch_32", "ms,\n32", 1, 0),
     ("training_seconds", "train\ns", 1, 0),
 )
@@ -179,7 +181,7 @@ def plot_learning_curves(
     heading, factor, _ = HEADINGS[metric]
     figure, (quality, divergence) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     styles: list[dict[str, Any]] = [{"color": "#1b6ca8", "marker": "o"}, {"color": "#d95f02", "marker": "s"}]
-    for (name, history), style in zip(reversed(histories.items()), cycle(styles), strict=False):
+    for (name, history), style in zip(reversed(list(histories.items())), cycle(styles), strict=False):
         points = [event for event in history if f"eval_{metric}" in event]
         epochs = [event["epoch"] for event in points]
         quality.plot(epochs, [factor * event[f"eval_{metric}"] for event in points], label=name, **style)
