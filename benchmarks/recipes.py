@@ -28,7 +28,7 @@ CELLS: dict[str, Callable[[int, str], Recipe]] = {
     "patient-kd": lambda seed, teacher: patient_kd.Recipe(seed=seed, teacher=teacher, student_start="teacher", **EQUAL),
     "minilm": lambda seed, teacher: minilm.Recipe(seed=seed, teacher=teacher, base=base(), **EQUAL),
     # MiniLM's students start from the pre-trained encoder, those above from the fine-tuned teacher.
-    "labels, pre-trained start": lambda seed, teacher: hinton.Recipe(
+    "labels-pretrained-start": lambda seed, teacher: hinton.Recipe(
         seed=seed, teacher=teacher, base=base(), student_start="base", alpha=0.0, baseline=False, **EQUAL
     ),
 }
@@ -51,7 +51,7 @@ def main() -> None:
     for seed in map(int, arguments.seeds.split(",")):
         teacher = arguments.runs / f"hinton-{seed}" / "teacher"
         for name in arguments.only.split(","):
-            folder = arguments.runs / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            folder = arguments.runs / f"{name}-{seed}"
             folders.append(folder)
             if not (folder / "metrics.json").is_file():
                 console.rule(f"{name}, seed {seed}")

@@ -60,7 +60,8 @@ class Recipe:
         return {"recipe": self.name, **values}
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+        text: str = yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+        return text
 
     @classmethod
     def read_yaml(cls, path: Path) -> dict[str, Any]:

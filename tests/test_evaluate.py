@@ -1,0 +1,229 @@
+"""`kdfast evaluate`: numbers in plain torch, what it writes, and mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_reviews
+import torch
+from command_line import call, classifier_run, refused, width
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
+
+from kdfast import tasks
+from kdfast.recipes import hinton
+
+# ---- evaluate ----
+NAMES = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
+
+
+def _bert(seed: int, **options: Any) -> BertForSequenceClassification:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=17, max_position_embeddings=64, initializer_range=0.5, **sizes, **options)
+    return BertForSequenceClassification(config).eval()
+
+
+def _save(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *tiny_reviews.WORDS]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    kind = "DistilBertTokenizer" if "distil" in model.config.model_type else "BertTokenizer"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    return folder
+
+
+@pytest.fixture
+def reviews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with 8 rows to train on and 50 of different lengths to test on."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    generator = torch.Generator().manual_seed(0)
+    folder = tmp_path / "reviews"
+    folder.mkdir()
+    for part, count in (("train", 8), ("test", 50)):
+        lines = ["text,label,stars"]
+        for i in range(count):
+            words = [tiny_reviews.WORDS[int(k)] for k in torch.randint(12, (2 + 5 * i % 11,), generator=generator)]
+            lines.append(f"{' '.join(words)},{('negative', 'positive')[i % 2]},{0.25 + i % 5}")
+        (folder / f"{part}.csv").write_text("\n".join(lines))
+    return folder
+
+
+@torch.no_grad()
+def _logits(model: Any, folder: Path, texts: list[str]) -> torch.Tensor:
+    """Row by row, without padding."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts])
+
+
+def test_models_measured_as_plain_torch_does(
+    reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(1)
+    small = DistilBertConfig(
+        vocab_size=17,
+        dim=8,
+        hidden_dim=8,
+        n_layers=1,
+        n_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        **NAMES,
+    )  # does not know the token types that its teacher has
+    model, teacher = DistilBertForSequenceClassification(small).eval(), _bert(2, **NAMES)
+    folder, its = _save(model, tmp_path / "model"), _save(teacher, tmp_path / "big" / "model")
+    output = tmp_path / "results" / "out.json"
+    arguments = ["evaluate", folder, "--data", reviews, "--teacher", its, "--batch-size", "7", "--output", output]
+    assert call(monkeypatch, *arguments) == 0
+    shown = capsys.readouterr().out
+    test = tasks.load(reviews).test
+    ours, theirs = _logits(model, folder, test["text"]), _logits(teacher, its, test["text"])
+    stored = json.loads(output.read_text())
+    assert stored["task"] == {
+        "data": str(reviews),
+        "kind": "classification",
+        "metric": "accuracy",
+        "rows": 50,
+        "max_length": 64,
+    }
+    assert stored["sources"] == {"model": str(folder), "teacher": str(its)}
+    assert set(stored["versions"]) == {"kdfast", "torch", "transformers"}
+    labels = torch.tensor(test["labels"])
+    for name, logits in (("model", ours), ("teacher", theirs)):
+        row = stored["models"][name]
+        assert row["accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
+        log_p, log_q = theirs.log_softmax(-1), logits.log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+        assert row["kl_to_teacher"] == pytest.approx(kl, rel=1e-4, abs=1e-6)
+        assert row["agreement"] == pytest.approx((logits.argmax(-1) == theirs.argmax(-1)).float().mean().item())
+        assert row["latency_ms_batch_1"] > 0
+        assert row["latency_ms_batch_32"] > 0
+    assert 0 < stored["models"]["model"]["agreement"] < 1
+    assert stored["models"]["model"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert stored["models"]["model"]["megabytes"] == (folder / "model.safetensors").stat().st_size / 1e6
+    for text in ("reviews: on 50 test rows", "accuracy", "KL to", "agrees", "ms,", f"{100 * row['accuracy']:.1f}"):
+        assert text in shown
+    assert width(shown) <= 80
+    assert call(monkeypatch, *arguments[:4], "--test-rows", "20", "--max-length", "5", "--output", output) == 0
+    alone = json.loads(output.read_text())
+    assert (alone["task"]["rows"], alone["task"]["max_length"]) == (20, 5)
+    assert "kl_to_teacher" not in alone["models"]["model"]
+    assert list(alone["models"]) == ["model"]
+
+
+def test_regressor_has_both_correlations(reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _bert(3, num_labels=1)
+    folder = _save(model, tmp_path / "model")
+    options, output = ["--data", reviews, "--label-column", "stars", "--text-columns", "text"], tmp_path / "out.json"
+    assert call(monkeypatch, "evaluate", folder, *options, "--teacher", folder, "--output", output) == 0
+    row = json.loads(output.read_text())["models"]["model"]
+    test = tasks.load(reviews, label_column="stars").test
+    expected = tasks.metrics("pearson", _logits(model, folder, test["text"]), torch.tensor(test["labels"]))
+    assert (row["pearson"], row["spearman"]) == pytest.approx((expected["pearson"], expected["spearman"]), abs=1e-4)
+    assert "kl_to_teacher" not in row
+
+
+@pytest.fixture
+def run(reviews: Path, tmp_path: Path) -> Path:
+    """A finished run of two models, without the training."""
+    folder = tmp_path / "runs" / "mine"
+    recipe = hinton.Recipe(data=str(reviews), test_rows=30, max_length=6)
+    classifier_run(folder, recipe)
+    (folder / "config.yaml").write_text(recipe.to_yaml())
+    titles = {"teacher": "teacher", "student": "student, distilled"}
+    (folder / "metrics.json").write_text(json.dumps({"task": {"titles": titles}, "models": {}}))
+    for seed, name in enumerate(titles):
+        _save(_bert(seed, **NAMES), folder / name)
+    return folder
+
+
+def test_run_is_measured_on_its_own_data(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out.json"
+    assert call(monkeypatch, "evaluate", run, "--output", output) == 0
+    whole = json.loads(output.read_text())
+    assert list(whole["models"]) == ["teacher", "student, distilled"]
+    assert (whole["task"]["rows"], whole["task"]["max_length"]) == (30, 6)
+    assert whole["models"]["student, distilled"]["kl_to_teacher"] > 0
+    # One of its models alone has its data too, and what is given goes before it.
+    assert call(monkeypatch, "evaluate", run / "student", "--output", output) == 0
+    alone = json.loads(output.read_text())
+    assert alone["task"] == whole["task"]
+    assert alone["models"]["student"]["accuracy"] == whole["models"]["student, distilled"]["accuracy"]
+    options = ["--test-rows", "25", "--max-length", "8", "--teacher", run / "teacher"]
+    assert call(monkeypatch, "evaluate", run / "teacher", *options, "--output", output) == 0
+    other = json.loads(output.read_text())
+    assert (other["task"]["rows"], other["task"]["max_length"]) == (25, 8)
+    assert list(other["models"]) == [str(run / "teacher"), "teacher"]
+
+
+def test_what_cannot_be_evaluated(
+    run: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    three = _save(_bert(0, num_labels=3), tmp_path / "three")
+    swapped = {"id2label": {0: "positive", 1: "negative"}, "label2id": {"positive": 0, "negative": 1}}
+    turned = _save(_bert(0, **swapped), tmp_path / "turned")
+    headless = _save(BertModel(_bert(0).config), tmp_path / "headless")
+    bare = tmp_path / "bare"
+    _bert(0, **NAMES).save_pretrained(bare)
+    language = tmp_path / "language"
+    language.mkdir()
+    (language / "config.yaml").write_text("recipe: distilbert")
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.yaml").write_text(hinton.Recipe().to_yaml())
+    data = ["--data", reviews]
+    for given, expected in (
+        ((tmp_path / "none", *data), f"{tmp_path}/none: there is no such folder"),
+        ((three, *data), f"three {three} has 3 classes, the data 2"),
+        (
+            (turned, *data),
+            f"turned {turned} has the classes in the order positive, negative, the data negative, positive",
+        ),
+        ((run / "student", "--teacher", three), f"teacher {three} has 3 classes, the data 2"),
+        ((headless, *data), f"headless {headless} is no classifier: it has no weights for classifier.bias"),
+        ((bare, *data), f"bare {bare} has no tokenizer"),
+        ((reviews, *data), f"reviews {reviews}: Unrecognized model"),
+        ((run / "student", *data, "--max-length", "65"), "max_length must be at most 64, the positions of student"),
+        ((run / "student", "--data", tmp_path / "none.csv"), "source: expected a file"),
+        ((run / "student", "--label-column", "mood"), "label_column: expected mood"),
+        ((run, "--teacher", three), f"teacher: the run {run} has its own"),
+        ((run, "--output", tmp_path), "is a folder, not a JSON file"),
+        ((run, "--test-rows", "0"), "--test-rows"),
+        (
+            (language,),
+            "language is a run, but not of classifiers: evaluate measures those of hinton, patient-kd, minilm",
+        ),
+        ((unfinished,), "unfinished is not finished: no metrics.json"),
+        ((), "Missing argument"),
+    ):
+        assert expected in refused(monkeypatch, capsys, "evaluate", *given)
+
+
+def test_help_fits_and_needs_no_transformers() -> None:
+    code = (
+        "import sys; sys.modules['transformers'] = sys.modules['datasets'] = sys.modules['matplotlib'] = None; "
+        "from kdfast import cli; cli.main()"
+    )
+    plain = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}
+    for command, words in {
+        "evaluate": ["--data", "--teacher", "--max-length", "--test-rows", "--batch-size", "--output"],
+        "compare": ["--output", "--metric", "standard error"],
+    }.items():
+        done = subprocess.run(
+            [sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, check=False, env=plain
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert max(map(len, done.stdout.splitlines())) <= 80
+        assert all(word in done.stdout for word in words)
