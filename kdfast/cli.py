@@ -131,8 +131,8 @@ def cache_teacher(
 ) -> None:
     """Writes a teacher's outputs into a folder, to train from many times.
 
-    topk are the k largest log-probabilities of every token at the temperature, with their indices; cls is the last hidden
-    state of the first token. Rows without text are left out. `kdfast.teacher_cache` reads the folder.
+    topk are the k largest log-probabilities of every token at the temperature, with their indices; cls is the first token's
+    hidden state, the last or those of the layers. Rows without text are left out. `kdfast.teacher_cache` reads the folder.
 
     Ctrl-C keeps the files that are finished. The same command continues after them; what is finished is not repeated.
     """
