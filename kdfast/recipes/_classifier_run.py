@@ -81,6 +81,7 @@ class ClassifierRun:
         layers = r.student_layers or r.student_default(teacher.config.num_hidden_layers)
         count = len(layers) if r.student is None else pretrained(AutoConfig, "student", r.student).num_hidden_layers
         todo = r.all_stages(count, teacher.config.num_hidden_layers, self.task.kind)
+        self.starts = {stage.folder: stage.start for stage in todo}
         cached = self._cache(teacher, sorted({layer for stage in todo for layer in stage.cls_layers}))
         histories: dict[str, stages.History] = {"teacher": stages.finished(self.folder / "teacher") or []}
         for stage in todo:
@@ -245,10 +246,15 @@ class ClassifierRun:
             candidates[name] = Candidate(f"test: {title}", model, folder, self.tokenizer, self.test, known)
         results = measure(candidates, self.task, "teacher")
         for name in titles:
-            seconds = [event["train_runtime"] for event in histories[name] if "train_runtime" in event]
-            if seconds:
-                results[name]["training_seconds"] = seconds[-1]  # since it was last continued
+            if seconds := self._seconds(name, histories):
+                results[name]["training_seconds"] = seconds
         return results
+
+    def _seconds(self, name: str, histories: dict[str, stages.History]) -> float:
+        """Of a model's training, since that was last continued, and of the stages that it started from."""
+        own = [event["train_runtime"] for event in histories.get(name, []) if "train_runtime" in event]
+        before = self.starts.get(name)
+        return sum(own[-1:]) + (0.0 if before is None else self._seconds(before, histories))
 
 
 def _changes(text: str) -> dict[str, Any]:
