@@ -81,7 +81,7 @@ class ClassifierRun:
         layers = r.student_layers or r.student_default(teacher.config.num_hidden_layers)
         count = len(layers) if r.student is None else pretrained(AutoConfig, "student", r.student).num_hidden_layers
         todo = r.all_stages(count, teacher.config.num_hidden_layers, self.task.kind)
-        self.starts = {stage.folder: stage.start for stage in todo}
+        self.starts = {stage.folder: stage.start for stage in todo if stage.start != "student"}
         cached = self._cache(teacher, sorted({layer for stage in todo for layer in stage.cls_layers}))
         histories: dict[str, stages.History] = {"teacher": stages.finished(self.folder / "teacher") or []}
         for stage in todo:
