@@ -49,22 +49,25 @@ def main() -> None:
     arguments = parser.parse_args()
     console, folders = Console(), []
     for seed in map(int, arguments.seeds.split(",")):
-        teacher = arguments.runs / f"hinton-{seed}" / "teacher"
+        teacher = arguments.runs.resolve() / f"hinton-{seed}" / "teacher"
         for name in arguments.only.split(","):
             folder = arguments.runs / f"{name}-{seed}"
             folders.append(folder)
             if not (folder / "metrics.json").is_file():
                 console.rule(f"{name}, seed {seed}")
                 CELLS[name](seed, str(teacher)).run(folder, console)
+    save(folders, arguments.output, console)
+
+
+def save(folders: list[Path], output: Path, console: Console) -> None:
+    """The table of finished runs: shown, and as JSON, markdown and plot."""
     comparison = compare.compare(folders)
     console.print(report.comparison_table(comparison))
     facts = bench.environment("cpu")
-    path = bench.write(
-        [row.as_dict() for row in comparison.rows], facts, bench.results_path(facts, arguments.output, "recipes")
-    )
+    path = bench.write([row.as_dict() for row in comparison.rows], facts, bench.results_path(facts, output, "recipes"))
     path.with_suffix(".md").write_text(report.comparison_markdown(comparison) + "\n")
     report.plot_comparison(path.with_suffix(".png"), comparison)
-    console.print(f"In {arguments.output}: {path.name}, {path.stem}.md, {path.stem}.png")
+    console.print(f"In {output}: {path.name}, {path.stem}.md, {path.stem}.png")
 
 
 if __name__ == "__main__":
