@@ -64,7 +64,11 @@ def save(folders: list[Path], output: Path, console: Console) -> None:
     comparison = compare.compare(folders)
     console.print(report.comparison_table(comparison))
     facts = bench.environment("cpu")
-    path = bench.write([row.as_dict() for row in comparison.rows], facts, bench.results_path(facts, output, "recipes"))
+    path = bench.write(
+        [{**row.as_dict(), "runs": [run.folder.name for run in row.runs]} for row in comparison.rows],
+        facts,
+        bench.results_path(facts, output, "recipes"),
+    )
     path.with_suffix(".md").write_text(report.comparison_markdown(comparison) + "\n")
     report.plot_comparison(path.with_suffix(".png"), comparison)
     console.print(f"In {output}: {path.name}, {path.stem}.md, {path.stem}.png")
