@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from language_models import ARGUMENTS, PAD, RATE, completion_rows, llama, losses, plain_loop, same
+from ranks import spawn
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -106,18 +105,11 @@ def check_fsdp2(rank: int, tied: bool, folder: Path) -> None:
             )
 
 
-def worker(rank: int, check: Any, folder: Path) -> None:
-    torch.set_num_threads(1)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "OMP_NUM_THREADS": 1}
-    os.environ |= {name: str(value) for name, value in places.items()}  # as torchrun does, for the Trainer
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    try:
-        for tied in (True, False):
-            check(rank, tied, folder)
-    finally:
-        dist.destroy_process_group()
+def check_heads(rank: int, check: Any, folder: Path) -> None:
+    for tied in (True, False):
+        check(rank, tied, folder)
 
 
 @pytest.mark.parametrize("check", [check_ddp, check_fsdp2], ids=["ddp", "fsdp2"])
 def test_two_processes_agree_with_one(check: Any, tmp_path: Path) -> None:
-    mp.spawn(worker, (check, tmp_path), nprocs=RANKS)
+    spawn(check_heads, RANKS, tmp_path, check, tmp_path)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import spawn
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -129,14 +129,7 @@ def check_sharded_parameter(rank: int, ranks: int) -> None:
 CHECKS = {"vocabulary": check_vocabulary, "tensor_parallel": check_tensor_parallel, "fsdp": check_sharded_parameter}
 
 
-def work(rank: int, ranks: int, store: str, check: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    CHECKS[check](rank, ranks)
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("check", CHECKS)
 def test_ranks_agree_with_one_process(ranks: int, check: str, tmp_path: Path) -> None:
-    mp.spawn(work, args=(ranks, str(tmp_path / "store"), check), nprocs=ranks)
+    spawn(CHECKS[check], ranks, tmp_path, ranks)

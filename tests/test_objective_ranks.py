@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import spawn
 from tiny_berts import bert, logged, masked_lm, rows, same, trainer
 from torch import nn
 
@@ -91,16 +89,9 @@ def check(name: str, folder: Path, rank: int) -> None:
     assert ("distillation.safetensors" in saved) == (rank == 0 and name == "hidden")
 
 
-def worker(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "OMP_NUM_THREADS": 1}
-    os.environ |= {name: str(value) for name, value in places.items()}  # as torchrun does, for the Trainer
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    try:
-        for name in CASES:
-            check(name, folder, rank)
-    finally:
-        dist.destroy_process_group()
+def check_cases(rank: int, folder: Path) -> None:
+    for name in CASES:
+        check(name, folder, rank)
 
 
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
@@ -122,4 +113,4 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
             "metrics": {key: metrics[key] for key in compared},
         }
         torch.save(found, tmp_path / f"{name}.pt")
-    mp.spawn(worker, (tmp_path,), nprocs=RANKS)
+    spawn(check_cases, RANKS, tmp_path, tmp_path)

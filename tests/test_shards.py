@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accuracy import value_and_gradient
+from ranks import spawn
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -154,20 +154,11 @@ def check_refusals(rank: int, ranks: int) -> None:
         kdfast.kd_loss(student, teacher, labels, process_group=group)
 
 
-def worker(rank: int, ranks: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    try:
-        for check in (check_all, check_padded_and_no_grad, check_dtensors, check_refusals):
-            check(rank, ranks)
-    finally:
-        dist.destroy_process_group()
+def check_everything(rank: int, ranks: int) -> None:
+    for check in (check_all, check_padded_and_no_grad, check_dtensors, check_refusals):
+        check(rank, ranks)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_agree_with_one_process(ranks: int, tmp_path: Path) -> None:
-    mp.spawn(worker, (ranks, str(tmp_path / "store")), nprocs=ranks)
-
-
-def test_one_rank(tmp_path: Path) -> None:
-    mp.spawn(worker, (1, str(tmp_path / "store")), nprocs=1)
+    spawn(check_everything, ranks, tmp_path, ranks)
