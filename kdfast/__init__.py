@@ -72,3 +72,7 @@ def __getattr__(name: str) -> Any:
     if name in ("hf", "teacher_cache"):
         return importlib.import_module(f"kdfast.{name}")
     raise AttributeError(f"module 'kdfast' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "hf", "teacher_cache"})

@@ -185,8 +185,15 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._load_objective(self.state.best_model_checkpoint)
 
     def _load_objective(self, checkpoint: str) -> None:
-        if OBJECTIVE in self.model._modules:
-            self.objective.load_state_dict(load_file(Path(checkpoint) / f"{OBJECTIVE}.safetensors"), strict=False)
+        if OBJECTIVE not in self.model._modules:
+            return
+        path = Path(checkpoint) / f"{OBJECTIVE}.safetensors"
+        saved, own = load_file(path) if path.exists() else {}, dict(self.objective.named_parameters())
+        if saved.keys() != own.keys():
+            raise ValueError(
+                f"DistillationTrainer: objective: expected the parameters that {path} has, {sorted(saved)}, got {sorted(own)}"
+            )
+        self.objective.load_state_dict(saved, strict=False)  # projections that terms share are there once
 
     # ---- rows ----
     def _set_signature_columns_if_needed(self) -> None:

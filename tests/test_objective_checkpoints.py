@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_berts import bert, collate, logged, moved, rows, same, trainer
 from torch import nn
 from transformers import BertForSequenceClassification, TrainerCallback
@@ -133,6 +134,19 @@ def test_resumed_run_ends_the_same(through: Any, tmp_path: Path) -> None:
         assert logged(it, name) == logged(through, name)
     assert "kl" in it.state.log_history[9]
     assert "kl" not in it.state.log_history[8]
+
+
+@pytest.mark.parametrize("lacks", ["a projection", "the file"])
+def test_checkpoint_of_another_objective_is_refused(lacks: str, through: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-7"
+    shutil.copytree(Path(through.args.output_dir) / "checkpoint-7", folder)
+    file = folder / "distillation.safetensors"
+    kept = {name: value for name, value in load_file(file).items() if "last" not in name}
+    file.unlink()
+    if lacks == "a projection":
+        save_file(kept, file)
+    with pytest.raises(ValueError, match=r"objective: expected the parameters that .*distillation.safetensors has, \["):
+        resumed(tmp_path / "again", folder)
 
 
 class Kill(TrainerCallback):  # type: ignore[misc]
