@@ -1,4 +1,4 @@
-"""The README is true: its example runs, its tables are what the committed results say, its paths exist."""
+"""The README and the guide are true: examples run, tables are what the committed results say, paths exist."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+GUIDES = [path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = re.findall(r"```python\n(.*?)```", "\n".join([README, *GUIDES]), flags=re.S)
 
 
 def test_tables_come_from_the_committed_results() -> None:
@@ -41,6 +42,6 @@ def run(program: str) -> str:
 
 
 def test_named_files_exist() -> None:
-    named = set(re.findall(r"`((?:kdfast|csrc|tests|tools|benchmarks|docs)/[\w./]+)`", README))
-    assert "csrc/library.cpp" in named
+    named = set(re.findall(r"`((?:kdfast|csrc|tests|tools|benchmarks|docs)/[\w./]+)`", "\n".join([README, *GUIDES])))
+    assert {"csrc/library.cpp", "docs/guide.md", "csrc/common/divergence_terms.h"} <= named
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
