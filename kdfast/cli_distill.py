@@ -95,6 +95,8 @@ def _run(recipe: Recipe, output: Path, fresh: bool) -> None:
         from kdfast.data import AssetError
     except ImportError as error:
         fail(f"{error}: pip install kdfast[train]", 1)
+    except KeyboardInterrupt:
+        fail("stopped", 130)
     try:
         recipe.run(output, Console(), fresh)
     except ValueError as error:

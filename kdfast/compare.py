@@ -19,7 +19,6 @@ LABELS_ONLY = "labels_only"
 
 # Settings on which it depends what a run is measured on.
 MEASURED_ON = {
-    "classifier": ("data", "text_columns", "label_column", "test_rows"),
     "causal-lm": ("data", "max_length", "test_rows"),
     "distilbert": ("data", "max_length", "test_rows", "mask_probability", "mask_smoothing"),
 }
@@ -39,6 +38,7 @@ class Run:
         folder: as it was given.
         family: "classifier", "causal-lm" or "distilbert"; runs of one are measured alike.
         metric: the task's.
+        test: what a classifier was measured on, a `kdfast.tasks.fingerprint`.
         settings: of the recipe.
         models: metrics by the names of the models.
     """
@@ -46,6 +46,7 @@ class Run:
     folder: Path
     family: str
     metric: str
+    test: str | None
     settings: dict[str, Any]
     models: dict[str, dict[str, float]]
 
@@ -66,10 +67,10 @@ class Run:
             models, settings = dict(stored["models"]), dict(stored["settings"])
             language = all("perplexity" in row for row in models.values())
             family = settings.get("recipe", "causal-lm") if language else "classifier"
-            metric = "perplexity" if language else stored["task"]["metric"]
+            metric, test = ("perplexity", None) if language else (stored["task"]["metric"], stored["task"]["test"])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{folder / METRICS} is not of a run of this version of kdfast: {error!r}") from None
-        return cls(folder, family, metric, settings, models)
+        return cls(folder, family, metric, test, settings, models)
 
     @property
     def seed(self) -> int:
@@ -81,7 +82,9 @@ class Run:
 
     @property
     def measured_on(self) -> dict[str, Any]:
-        names = MEASURED_ON.get(self.family, ("data", "max_length", "test_rows"))
+        if self.family == "classifier":
+            return {"test": self.test}
+        names = MEASURED_ON[self.family]
         rows = {name: self.settings.get(name) for name in names}
         if self.family == "causal-lm":  # which makes prompts of packed text, that do not count
             prompted = bool(self.settings.get("on_policy")) and not str(rows["data"]).endswith(".jsonl")
@@ -157,15 +160,16 @@ class Comparison:
     rows: list[Row]
     metric: str
     family: str
+    data: str | None
     measured_on: dict[str, Any]
 
     @property
     def title(self) -> str:
-        data = self.measured_on["data"] or {"classifier": "movie reviews"}.get(self.family, f"{self.family}'s own text")
+        data = self.data or {"classifier": "movie reviews"}.get(self.family, f"{self.family}'s own text")
         return Path(data).name if Path(data).exists() else str(data)
 
     def as_dict(self) -> dict[str, Any]:
-        facts = {"family": self.family, "metric": self.metric, "measured_on": self.measured_on}
+        facts = {"family": self.family, "metric": self.metric, "data": self.data, "measured_on": self.measured_on}
         return {**facts, "rows": [row.as_dict() for row in self.rows]}
 
 
@@ -201,7 +205,7 @@ def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:
     teachers = [row for row in rows if row.model == "teacher"]
     if len(teachers) == 1:
         teachers[0].group = ""  # of all
-    return Comparison(rows, metric, runs[0].family, runs[0].measured_on)
+    return Comparison(rows, metric, runs[0].family, runs[0].settings.get("data"), runs[0].measured_on)
 
 
 def _rows(groups: dict[str, list[Run]], metric: str) -> Iterator[Row]:

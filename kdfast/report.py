@@ -100,7 +100,8 @@ def results_table(results: Mapping[str, Metrics], titles: Mapping[str, str], dat
     columns = [column for column in columns if any(column[0] in results[name] for name in titles)]
     table = _table(
         f"{data}: on the test rows",
-        "KL: from the teacher's distribution, in nats. ms: median forward pass, rows of median length",
+        "KL: from the teacher's distribution, in nats. " * any("kl_to_teacher" in results[name] for name in titles)
+        + "ms: median forward pass, rows of median length",
         [column[1] for column in columns],
     )
     for name, title in titles.items():
@@ -192,7 +193,7 @@ def plot_learning_curves(
         title=f"{heading.splitlines()[0].capitalize()} on held-out rows", xlabel="epoch", ylabel="%" * (factor == 100)
     )
     divergence.set(title="KL(teacher ‖ student) on held-out rows", xlabel="epoch", ylabel="nats")
-    divergence.set_ylim(bottom=0)
+    divergence.axhline(0, linewidth=0).sticky_edges.y.append(0)  # from 0 on, with a margin above
     for axes in (quality, divergence):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

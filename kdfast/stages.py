@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -115,6 +116,24 @@ class StageProgress(ProgressCallback):  # type: ignore[misc]
             self.training_bar.set_postfix(terms, refresh=False)
 
 
+class Seconds(TrainerCallback):  # type: ignore[misc]
+    """Leaves the seconds of training so far in the log history, those before an interruption too."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        before = [event["seconds"] for event in state.log_history if "seconds" in event]
+        self._since = time.perf_counter() - sum(before[-1:])
+
+    def _tell(self, state: Any) -> None:
+        state.log_history.append({"step": state.global_step, "seconds": time.perf_counter() - self._since})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save:
+            self._tell(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._tell(state)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes beside `path` and renames, so that the file is whole whenever it is there."""
     partial = path.with_suffix(".partial")
@@ -140,9 +159,10 @@ def check_run_folder(folder: Path, settings: Mapping[str, Any], fresh: bool) -> 
     stored = yaml.safe_load((folder / CONFIG).read_text())
     for name, value in settings.items():
         if stored.get(name) != value:
+            keep = f" (with --teacher {folder / 'teacher'}: its own)" if finished(folder / "teacher") else ""
             raise ValueError(
                 f"output folder {folder} holds a run with {name} {stored.get(name)}, not {value}; "
-                "choose another, or --fresh to start over"
+                f"choose another{keep}, or --fresh to start over"
             )
 
 
@@ -173,6 +193,7 @@ def train_stage(trainer: Trainer, folder: Path, title: str) -> History:
     trainer.add_callback(StageProgress(title))
     with StopOnSignal() as stop:
         trainer.add_callback(stop)
+        trainer.add_callback(Seconds())  # after what may ask for a checkpoint
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.requested:
         raise StageInterrupted

@@ -11,6 +11,7 @@ What is trained on and what is measured on never depends on a run's seed.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ class Task:
         kind: "classification", "multi_label" or "regression".
         names: of the classes; none for regression.
         metric: the first of what `metrics` gives.
+        held_out: whether the test rows were drawn from the training rows here.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Task:
     kind: str
     names: tuple[str, ...]
     metric: str
+    held_out: bool = False
 
     @property
     def head(self) -> dict[str, Any]:
@@ -148,12 +151,21 @@ def load(
         test = _select(tests[0], _text_columns(tests[0].features, texts, name), column, labels, name)
     else:
         train, test = _hold_out(train, name)
+    held_out = not tests
     train, test = _first(train, train_rows), _first(test, test_rows)
     if len(set(map(str, train["labels"]))) < 2:
         raise _mismatch(
             "source", f"more than one label in the training rows of {name}", f"{column} {train['labels'][0]}"
         )
-    return Task(name, train, test, labels.kind, labels.names, GLUE.get(name, METRICS[labels.kind]))
+    return Task(name, train, test, labels.kind, labels.names, GLUE.get(name, METRICS[labels.kind]), held_out)
+
+
+def fingerprint(rows: Any) -> str:
+    """Of a task's rows, whatever they were read from: their number and a digest of texts and labels."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(sorted(row.items())).encode())
+    return f"{len(rows)} rows, {digest.hexdigest()[:12]}"
 
 
 def tokenize(task: Task, tokenizer: Any, max_length: int) -> tuple[Any, Any]:
@@ -319,6 +331,9 @@ class _Labels:
             expected = f"labels that are integers, texts, true and false, decimal numbers or lists of classes in {name}"
             raise _mismatch("label_column", expected, ", ".join(sorted(one.__name__ for one in types)) or "empty lists")
         known = sorted(set(flat))
+        if len(known) > max(20, len(flat) // 2):  # numbers, most likely
+            expected = f"classes of several rows each, or decimal numbers, in {name}"
+            raise _mismatch("label_column", expected, f"{len(known)} different labels of {len(values)} rows")
         return cls(kind, tuple(map(str, known)), {value: number for number, value in enumerate(known)})
 
     def check(self, values: list[Any], name: str) -> None:

@@ -37,10 +37,18 @@ def width(shown: str) -> int:
 # ---- compare ----
 
 
-def classifier_run(folder: Path, recipe: Any, metric: str = "accuracy", **models: dict[str, float]) -> Path:
+def classifier_run(
+    folder: Path, recipe: Any, metric: str = "accuracy", test: str = "2000 rows, 0f", **models: dict[str, float]
+) -> Path:
     """A finished run of made-up metrics."""
     folder.mkdir(parents=True)
-    task = {"data": recipe.data or "movie_reviews", "kind": "classification", "metric": metric, "titles": {}}
+    task = {
+        "data": recipe.data or "movie_reviews",
+        "kind": "classification",
+        "metric": metric,
+        "test": test,
+        "titles": {},
+    }
     stored = {"settings": recipe.as_dict(), "versions": {}, "task": task, "models": models}
     (folder / "metrics.json").write_text(json.dumps(stored))
     return folder

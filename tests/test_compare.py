@@ -142,7 +142,8 @@ def test_table_at_80_columns_and_files(
     assert json.loads((folder / "comparison.json").read_text()) == {
         "family": "classifier",
         "metric": "accuracy",
-        "measured_on": {"data": None, "text_columns": None, "label_column": None, "test_rows": None},
+        "data": None,
+        "measured_on": {"test": "2000 rows, 0f"},
         "rows": compare(runs).as_dict()["rows"],
     }
     lines = (folder / "comparison.md").read_text().splitlines()
@@ -195,17 +196,19 @@ def test_what_cannot_be_compared(
 ) -> None:
     causal = _language_run(tmp_path / "causal", {"recipe": "causal-lm", "seed": 0}, student=30.0)
     masked = _language_run(tmp_path / "masked", {"recipe": "distilbert", "seed": 0}, student=5.0)
-    other = classifier_run(tmp_path / "other", hinton.Recipe(data="sst2"), student=_row(0.8))
-    fewer = classifier_run(tmp_path / "fewer", hinton.Recipe(test_rows=100), student=_row(0.8))
-    again = classifier_run(tmp_path / "again", hinton.Recipe(data="sst2"), student=_row(0.9))
+    other = classifier_run(tmp_path / "other", hinton.Recipe(data="sst2"), test="872 rows, a1", student=_row(0.8))
+    same = classifier_run(
+        tmp_path / "same", hinton.Recipe(data="sst2", test_rows=900), test="872 rows, a1", student=_row(0.8)
+    )
+    assert len(compare([other, same]).rows) == 2
+    again = classifier_run(tmp_path / "again", hinton.Recipe(data="sst2"), test="872 rows, a1", student=_row(0.9))
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "metrics.json").write_text('{"settings": {}, "models": {"student": {"accuracy": 0.8}}}')
     (tmp_path / "empty").mkdir()
     for given, expected in (
         ((runs[0], causal), f"{runs[0]} is a run of classifiers, {causal} of language models (causal-lm)"),
         ((causal, masked), "language models (causal-lm), "),
-        ((runs[0], other), "are measured on different rows: data None and sst2"),
-        ((runs[0], fewer), "are measured on different rows: test_rows None and 100"),
+        ((runs[0], other), "are measured on different rows: test 2000 rows, 0f and 872 rows, a1"),
         ((other, again), f"{other} and {again} have the same settings and seed, 0"),
         ((tmp_path / "none",), "none: there is no such folder"),
         ((tmp_path / "empty",), "empty is no finished run: it has no metrics.json"),

@@ -19,8 +19,9 @@ class Stage:
         folder: of the run's folder, where its model goes.
         title: what tables and progress bars call it.
         objective: what is trained.
-        teacher: "stored": logits, and the first token's states of `cls_layers`, were computed once; "base": the
-            pre-trained model runs beside the student; None.
+        teacher: "stored": its logits, and the first token's states of `cls_layers`, were computed once; "live": it runs
+            beside the student, for hidden states and attention; "base": so does the pre-trained model, whose classifier
+            is not trained; None.
         start: "student" made as the settings say, or the folder of an earlier stage.
         cls_layers: hidden states of the teacher.
         epochs, learning_rate: None: the recipe's.
@@ -36,6 +37,15 @@ class Stage:
     epochs: int | None = None
     learning_rate: float | None = None
     measured: bool = True
+
+    def __post_init__(self) -> None:
+        if self.teacher not in (None, "stored", "live", "base"):
+            raise ValueError(f"Stage: teacher: expected stored, live, base or None, got {self.teacher!r}")
+        terms = getattr(self.objective, "terms", {}).values()
+        if self.teacher == "base" and any(isinstance(term, Logits) for term in terms):
+            raise ValueError(
+                "Stage: teacher: expected stored or live for logits, got base, whose classifier is not trained"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +71,7 @@ class ClassifierRecipe(Recipe):
     student_layers: tuple[int, ...] | None = setting(None, "These layers, from 0. Default: every second.")
     student_config: str | None = setting(
         None,
-        "Changes of the configuration, such as hidden_size=192,intermediate_size=768; weights that still fit are copied.",
+        "Changes of the configuration: hidden_size=192, more after commas; weights that still fit are copied.",
     )
     freeze_embeddings: bool = setting(True, "Half of a small model's weights, which little data hardly improves.")
     baseline: bool = setting(False, "Train the same student on the labels alone as well.")

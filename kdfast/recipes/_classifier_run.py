@@ -61,13 +61,7 @@ class ClassifierRun:
         transformers.utils.logging.set_verbosity_error()  # a new classification head is not worth a warning here
         transformers.utils.logging.disable_progress_bar()
         r = self.recipe
-        self.task = tasks.load(
-            r.data,
-            text_columns=r.text_columns,
-            label_column=r.label_column,
-            train_rows=r.train_rows,
-            test_rows=r.test_rows,
-        )
+        self.task = self._task()
         source = r.base or r.teacher or data.fetch(data.MINILM)
         self.tokenizer = load_tokenizer("teacher" if r.teacher else "base", r.teacher or source)
         train, test = (part.to_list() for part in tasks.tokenize(self.task, self.tokenizer, r.max_length))
@@ -75,12 +69,11 @@ class ClassifierRun:
         # Batches that are made in this order have hardly any padding; training has an order of its own.
         self.test = [*sorted(test[: self.curve], key=length), *sorted(test[self.curve :], key=length)]
         self.train = sorted(train, key=length)
+        self._check(source)
         stages.write_config(self.folder, r.as_dict())
 
         teacher, base = self._teacher(source), None
-        layers = r.student_layers or r.student_default(teacher.config.num_hidden_layers)
-        count = len(layers) if r.student is None else pretrained(AutoConfig, "student", r.student).num_hidden_layers
-        todo = r.all_stages(count, teacher.config.num_hidden_layers, self.task.kind)
+        layers, todo = self._plan(teacher)
         self.starts = {stage.folder: stage.start for stage in todo if stage.start != "student"}
         cached = self._cache(teacher, sorted({layer for stage in todo for layer in stage.cls_layers}))
         histories: dict[str, stages.History] = {"teacher": stages.finished(self.folder / "teacher") or []}
@@ -89,10 +82,49 @@ class ClassifierRun:
                 if base is None and (stage.teacher == "base" or r.student_start == "base"):
                     base = self._load("base", source)
                 start = self._start(stage, base if r.student_start == "base" else teacher, layers)
-                self._train(stage, start, base, cached)
+                self._train(stage, start, {"live": teacher, "base": base}.get(stage.teacher or ""), cached)
             histories[stage.folder] = stages.finished(self.folder / stage.folder) or []
         titles = {"teacher": "teacher"} | {stage.folder: stage.title for stage in todo if stage.measured}
         return self._finish(titles, histories, cached)
+
+    def _task(self) -> tasks.Task:
+        r = self.recipe
+        columns: dict[str, Any] = {"text_columns": r.text_columns, "label_column": r.label_column}
+        try:
+            task = tasks.load(r.data, **columns, train_rows=r.train_rows, test_rows=r.test_rows)
+        except tasks.TaskError as error:
+            raise ValueError(str(error).removeprefix("tasks: ").replace("source: ", "data: ", 1)) from None
+        held_out = ", held out of the file's" if task.held_out else ""
+        self.console.print(f"{task.name}: {len(task.train):,} training rows, {len(task.test):,} test rows{held_out}")
+        return task
+
+    def _plan(self, teacher: Any) -> tuple[tuple[int, ...], list[Stage]]:
+        """The student's layers, and all that is trained after the teacher."""
+        r, depth = self.recipe, teacher.config.num_hidden_layers
+        layers = r.student_layers or r.student_default(depth)
+        count = len(layers) if r.student is None else pretrained(AutoConfig, "student", r.student).num_hidden_layers
+        return layers, r.all_stages(count, depth, self.task.kind)
+
+    def _check(self, source: str | Path) -> None:
+        """Tries every stage on two rows, with models that are like the later ones, before the first is trained for long."""
+        r = self.recipe
+        base = self._load("base", source) if r.teacher is None or r.base else None
+        teacher = base if r.teacher is None else classifier(self.task, "teacher", r.teacher)
+        if base is None:
+            base = teacher
+        layers, todo = self._plan(teacher)
+        student = self._student(base if r.student_start == "base" else teacher, layers)
+        rows = DataCollatorWithPadding(self.tokenizer)(self.train[:2])
+        for stage in todo:
+            terms: Any = stage.objective
+            with torch.no_grad():
+                outputs = (
+                    None if stage.teacher is None else terms.run(base if stage.teacher == "base" else teacher, rows)
+                )
+                try:
+                    terms(terms.run(student, rows), outputs, rows)
+                except ValueError as error:
+                    raise ValueError(f"{r.name}, {stage.title}: {error}") from None
 
     # ---- models ----
     def _load(self, argument: str, source: str | Path) -> Any:
@@ -115,9 +147,12 @@ class ClassifierRun:
 
     def _start(self, stage: Stage, model: Any, layers: tuple[int, ...]) -> Any:
         """The student before a stage."""
-        r = self.recipe
         if stage.start != "student":
             return self._frozen(self._load("student", self.folder / stage.start))
+        return self._frozen(self._student(model, layers))
+
+    def _student(self, model: Any, layers: tuple[int, ...]) -> Any:
+        r = self.recipe
         if r.student is not None:
             student = self._load("student", r.student)
             if student.config.vocab_size != model.config.vocab_size:
@@ -127,8 +162,9 @@ class ClassifierRun:
             # The teacher's logits are made without dropout: a student without any comes closer to the same function.
             student = students.from_layers(model, layers, dropout=0.0)
         else:
+            transformers.set_seed(r.seed)  # for the weights that do not fit
             student = students.narrower(model, layers=layers, dropout=0.0, **_changes(r.student_config)).model
-        return self._frozen(student)
+        return student
 
     def _frozen(self, model: Any) -> Any:
         embeddings: nn.Module = getattr(model.base_model, "embeddings", model.get_input_embeddings())
@@ -163,14 +199,14 @@ class ClassifierRun:
                 progress=progress,
             )
 
-    def _train(self, stage: Stage, student: Any, base: Any, cached: tuple[Any, Any] | None) -> None:
+    def _train(self, stage: Stage, student: Any, teacher: Any, cached: tuple[Any, Any] | None) -> None:
         train, test, collate = self.train, None, DataCollatorWithPadding(self.tokenizer)
         if cached is not None:
             (train, test), collate = cached
         trainer = DistillationTrainer(
             student,
             self._arguments(stage, len(train)),
-            teacher=base if stage.teacher == "base" else None,
+            teacher=teacher,
             objective=stage.objective,
             train_dataset=train,
             eval_dataset=None if test is None else Subset(test, range(self.curve)),
@@ -217,7 +253,13 @@ class ClassifierRun:
         stored = self.folder / "metrics.json"
         if not stored.is_file():
             results = self._measure(titles, histories, cached[0][1].cache)
-            facts = {"data": self.task.name, "kind": self.task.kind, "metric": self.task.metric, "titles": titles}
+            facts = {
+                "data": self.task.name,
+                "kind": self.task.kind,
+                "metric": self.task.metric,
+                "test": tasks.fingerprint(self.task.test),
+                "titles": titles,
+            }
             stages.write_json(
                 stored,
                 {"settings": self.recipe.as_dict(), "versions": report.versions(), "task": facts, "models": results},
@@ -251,8 +293,8 @@ class ClassifierRun:
         return results
 
     def _seconds(self, name: str, histories: dict[str, stages.History]) -> float:
-        """Of a model's training, since that was last continued, and of the stages that it started from."""
-        own = [event["train_runtime"] for event in histories.get(name, []) if "train_runtime" in event]
+        """Of a model's training, and of the stages that it started from."""
+        own = [event["seconds"] for event in histories.get(name, []) if "seconds" in event]
         before = self.starts.get(name)
         return sum(own[-1:]) + (0.0 if before is None else self._seconds(before, histories))
 

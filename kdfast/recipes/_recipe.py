@@ -117,6 +117,6 @@ def _converted(what: str, kind: Any, value: Any) -> Any:
         with suppress(ValueError):
             return float(value)
     if get_origin(of) is not None or type(value) is not of:
-        name = "list" if get_origin(of) is tuple else of.__name__
+        name = "a list such as [0, 2]" if get_origin(of) is tuple else of.__name__
         raise ValueError(f"{what}: expected {name}, got {value!r}")
     return value

@@ -48,7 +48,7 @@ class Recipe(ClassifierRecipe):
     """The teacher's layers, patiently: Patient-KD (Sun et al. 2019).
 
     (1 - alpha) · CE + alpha · T²/C · KL(teacher ‖ student) + beta · the distance of the first token's normalised states between
-    layers, all but the student's last. The student starts as the pre-trained encoder's first layers.
+    layers, all but the student's last. The student starts as the pre-trained encoder's first layers, and is as wide.
     """
 
     name = "patient-kd"
