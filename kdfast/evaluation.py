@@ -6,6 +6,7 @@ evaluation.evaluate({"teacher": "org/bert-sst2", "student": "runs/hinton/student
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
@@ -157,22 +161,59 @@ def load_tokenizer(argument: str, source: str | Path) -> Any:
     Raises:
         ValueError: it cannot be loaded, or is such a one.
     """
-    tokenizer = pretrained(AutoTokenizer, argument, source)
+    absent = f"{_named(argument, source)} has no tokenizer: save it beside the model"
+    try:
+        tokenizer = pretrained(AutoTokenizer, argument, source)
+    except ValueError as error:  # of models with a tokenizer of no class of its own
+        raise (ValueError(absent) if "instantiate the backend tokenizer" in str(error) else error) from None
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ValueError(f"{argument} {source} has no tokenizer: save it beside the model")
+        raise ValueError(absent)
     return tokenizer
 
 
 def pretrained(kind: Any, argument: str, source: str | Path, **options: Any) -> Any:
-    """`kind.from_pretrained`, with the argument named where it fails."""
-    looks_local = str(source).startswith(("/", ".", "~")) or str(source).count("/") > 1
-    if looks_local and not Path(source).is_dir():
-        raise ValueError(f"{argument} {source}: there is no such folder")
+    """`kind.from_pretrained`, with the argument named where it fails.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    named = _named(argument, source)
+    unreachable = None if Path(source).is_dir() else _why_no_answer(named, source)
     try:
-        return kind.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{argument} {source}: {reason}") from None
+        # Without the Hub, what was downloaded before is still there.
+        return kind.from_pretrained(source, **options, **({"local_files_only": True} if unreachable else {}))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = _first_line(error)
+        if unreachable and isinstance(error, OSError):
+            reason = f"there is no such folder, and the Hub cannot be reached ({unreachable})"
+        raise ValueError(f"{named}: {reason}") from None
+
+
+def _why_no_answer(named: str, source: str | Path) -> str | None:
+    """Why the Hub does not answer; None where it does, and has the model.
+
+    Asked once. Where there is no network, `from_pretrained` would ask for half a minute.
+    """
+    if Path(source).is_file():
+        raise ValueError(f"{named}: expected a folder or a name on the Hub, got a file")
+    if str(source).startswith((os.sep, ".", "~")) or str(source).count(os.sep) > 1:
+        raise ValueError(f"{named}: there is no such folder")
+    try:
+        HfApi().model_info(str(source), timeout=10)
+    except (HFValidationError, RepositoryNotFoundError):
+        raise ValueError(f"{named}: there is no such folder, and the Hub has no such model that you may read") from None
+    except Exception as error:  # in one of the many ways of the libraries below it
+        return _first_line(error)
+    return None
+
+
+def _named(argument: str, source: str | Path) -> str:
+    """Once where both are the same, as `evaluate` has it of a model in the working folder."""
+    return argument if argument == str(source) else f"{argument} {source}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

@@ -198,5 +198,6 @@ def blocks(
         features=Features({"input_ids": List(Value("int32"))}),
     )
     if not len(rows):
-        raise ValueError(f"blocks: texts: expected one of at least {shortest} tokens, got none")
+        expected = f"one of at least {shortest} tokens that are not mostly unknown"
+        raise ValueError(f"blocks: texts: expected {expected}, got none among {len(source)}")
     return rows

@@ -26,10 +26,14 @@ def packed(texts: Iterable[str], tokenizer: Any, length: int) -> list[Row]:
     """Texts, each closed by the end-of-text token, one after another, cut every `length` tokens; all tokens count.
 
     What is left at the end is dropped.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-text token.
     """
+    end = _end(tokenizer)
     ids: list[int] = []
     for text in texts:
-        ids += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        ids += [*tokenizer(text, add_special_tokens=False)["input_ids"], end]
     blocks = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
     return [{"input_ids": block, "labels": list(block)} for block in blocks]
 
@@ -45,8 +49,12 @@ def with_prompt(prompt: Sequence[int], completion: Sequence[int], length: int) -
 
 
 def read_texts(path: Path) -> list[str]:
-    """The texts of a file in which empty lines separate them."""
-    return [part.strip() for part in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")) if part.strip()]
+    """The texts of a file in which empty lines separate them.
+
+    Raises:
+        ValueError: the file is not text in UTF-8.
+    """
+    return [part.strip() for part in re.split(r"\n\s*\n", _content(path)) if part.strip()]
 
 
 def read_completions(path: Path, tokenizer: Any, length: int) -> list[Row]:
@@ -55,22 +63,44 @@ def read_completions(path: Path, tokenizer: Any, length: int) -> list[Row]:
     The two are joined as they are: separators, chat templates and the like belong to the prompt.
 
     Raises:
-        ValueError: a line that is not such an object, or whose completion is empty; file and line are named.
+        ValueError: a line that is not such an object, or whose completion is empty; file and line are named. The file is not
+            text in UTF-8, or the tokenizer has no end-of-text token.
     """
+    end = _end(tokenizer)
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(_content(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             parts = json.loads(line)
             prompt, completion = parts["prompt"], parts["completion"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f'{path}:{number}: expected {{"prompt": "...", "completion": "..."}}') from None
+            raise ValueError(
+                f'{path}:{number}: expected {{"prompt": "...", "completion": "..."}}, got {line[:40]}'
+            ) from None
         if not (isinstance(prompt, str) and isinstance(completion, str) and prompt and completion):
             raise ValueError(f"{path}:{number}: prompt and completion must be texts that are not empty")
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, completion)]
-        rows.append(with_prompt(ids[0], [*ids[1], tokenizer.eos_token_id], length))
+        rows.append(with_prompt(ids[0], [*ids[1], end], length))
     return rows
+
+
+def _content(path: Path) -> str:
+    """Of a file of text, without the byte order mark that some systems begin it with."""
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8, got other bytes, the first at {error.start}") from None
+    if "\0" in content:
+        raise ValueError(f"{path}: expected text in UTF-8, got a zero byte at character {content.index(chr(0))}")
+    return content
+
+
+def _end(tokenizer: Any) -> int:
+    end: int | None = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("kdfast.text: tokenizer: expected one with an eos_token, which closes texts, got None")
+    return end
 
 
 def padded(rows: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import io
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,17 @@ import torch
 import yaml
 from language_models import PAD, VOCABULARY, llama, plain_loss
 from rich.console import Console
+from tiny_berts import bert
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    BertModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 from kdfast import data, stages, text
 from kdfast.objective import LanguageModel
@@ -169,7 +180,7 @@ def test_rows_of_files(tmp_path: Path) -> None:
         ({"student_layers": (7,)}, "layers: expected numbers from 0 to 3, got"),
         ({"data": "no-such.jsonl"}, "data no-such.jsonl is not a file"),
         ({"teacher": "/no/such/model"}, "teacher /no/such/model: "),
-        ({"max_length": 5000}, "too little text for rows of 5000 tokens"),
+        ({"max_length": 500}, "max_length must be at most the teacher's 64, got 500"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -177,3 +188,53 @@ def test_mistakes(wrong: dict[str, Any], match: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=match):
         CausalLMRun(dataclasses.replace(SETTINGS, **wrong), tmp_path, Console()).prepare()
     assert not any(tmp_path.iterdir())
+
+
+def _refused(folder: Path, expected: str, **wrong: Any) -> None:
+    """Before anything is written, in one line."""
+    with pytest.raises(ValueError, match=re.escape(expected)) as refusal:
+        CausalLMRun(dataclasses.replace(SETTINGS, **wrong), folder, Console()).prepare()
+    assert "\n" not in str(refusal.value)
+    assert not folder.exists()
+
+
+def test_files_that_are_no_text(tmp_path: Path) -> None:
+    kinds = "expected a .jsonl file with prompt and completion in each line, or a text file with empty lines"
+    few = "expected 10 rows or more (of max_length 16 tokens where texts are packed), one in ten to hold out, got"
+    for name, content, expected in (
+        ("rows.csv", b"text,label\nw1 w2,1\n", f": {kinds} between the texts, got a file that ends in .csv"),
+        ("rows.JSON", b"[]", f": {kinds}"),
+        ("texts.txt.gz", gzip.compress(b"w1 w2"), f": {kinds}"),
+        ("image.png", b"\x89PNG", ": expected text in UTF-8, got other bytes, the first at 0"),
+        ("wide.txt", "w1 w2".encode("utf-16-le"), ": expected text in UTF-8, got a zero byte at character 1"),
+        ("rows.jsonl", b'{"text": "w1"}', ':1: expected {"prompt": "...", "completion": "..."}, got {"text": "w1"}'),
+        ("one.jsonl", b'{"prompt": "w1", "completion": "w2"}', f": {few} 1"),
+        ("texts.txt", b"w1 w2\n\nw3", f": {few} 0"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        _refused(tmp_path / "run", f"data {tmp_path / name}{expected}", data=str(tmp_path / name))
+    _refused(tmp_path / "run", f"data {tmp_path} is not a file: {kinds}", data=str(tmp_path))
+
+
+def test_teachers_that_are_no_causal_language_models(assets: dict[str, Path], tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(assets[data.SMOLLM2.folder])
+    decoder = bert(0, layers=3).config
+    decoder.is_decoder = True
+    no_model = " is no causal language model: "
+    for name, model, expected in (
+        ("encoder", bert(0, kind=BertModel), no_model + "it has no cls.predictions.bias, "),
+        # Has all the weights of BertLMHeadModel.
+        (
+            "masked",
+            bert(0, kind=BertForMaskedLM),
+            no_model + "its prediction of a token depends on the tokens after it",
+        ),
+        ("small", BertLMHeadModel(decoder), " knows 40 tokens, its tokenizer made number 42"),
+        ("endless", llama(0, 2), ": expected a tokenizer with an end-of-text token (eos_token)"),
+        ("mute", llama(0, 2), " has no tokenizer: save it beside the model"),
+    ):
+        tokenizer.eos_token = None if name == "endless" else "<end>"
+        model.save_pretrained(tmp_path / name)
+        if name != "mute":
+            tokenizer.save_pretrained(tmp_path / name)
+        _refused(tmp_path / "run", f"teacher {tmp_path / name}{expected}", teacher=str(tmp_path / name))

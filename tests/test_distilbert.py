@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -348,9 +349,35 @@ def test_teacher_without_a_head_and_short_texts(assets: dict[str, Path], tmp_pat
     encoder = dataclasses.replace(SHORT, teacher=str(assets[data.MINILM.requirement]))
     with pytest.raises(ValueError, match=r"is no masked language model: it has no cls\.predictions\.bias"):
         _prepared(tmp_path / "run", encoder)
-    (tmp_path / "texts.txt").write_text("\n\n".join(["wa wb"] * 50))
-    with pytest.raises(ValueError, match="too little text to train on and to hold out: "):
-        _prepared(tmp_path / "run", dataclasses.replace(SHORT, data=str(tmp_path / "texts.txt")))
+    maskless = tmp_path / "maskless"
+    AutoModelForMaskedLM.from_pretrained(assets["masked-lm"]).save_pretrained(maskless)
+    tokenizer = AutoTokenizer.from_pretrained(assets["masked-lm"])
+    tokenizer.mask_token = None
+    tokenizer.save_pretrained(maskless)
+    with pytest.raises(ValueError, match="maskless: expected a tokenizer with a mask_token, got one without"):
+        _prepared(tmp_path / "run", dataclasses.replace(SHORT, teacher=str(maskless)))
+    for name, content, expected in (
+        ("short.txt", b"wa wb\n\n" * 50, "expected texts of at least 12 tokens that the teacher knows, to train on"),
+        (
+            "lines.txt",
+            _gloss(1).encode() + b"\n" * 50,
+            "expected at least 10 texts with empty lines between them, a te",
+        ),
+        (
+            "rows.tsv",
+            b"wa\twb",
+            "expected a text file with empty lines between the texts, got a file that ends in .tsv",
+        ),
+        (
+            "rows.jsonl",
+            b"{}",
+            "expected a text file with empty lines between the texts, got a file that ends in .jsonl",
+        ),
+        ("image.png", b"\x89PNG", "expected text in UTF-8, got other bytes, the first at 0"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(f"data {tmp_path / name}: {expected}")):
+            _prepared(tmp_path / "run", dataclasses.replace(SHORT, data=str(tmp_path / name)))
     assert not (tmp_path / "run").exists()
 
 

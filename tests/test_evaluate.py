@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import (
     DistilBertForSequenceClassification,
 )
 
-from kdfast import tasks
+from kdfast import evaluation, tasks
 from kdfast.recipes import hinton
 
 # ---- evaluate ----
@@ -209,6 +210,54 @@ def test_what_cannot_be_evaluated(
         ((), "Missing argument"),
     ):
         assert expected in refused(monkeypatch, capsys, "evaluate", *given)
+
+
+def test_models_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def answer(error: Exception | None) -> None:
+        def model_info(self: Any, name: str, timeout: float) -> None:
+            asked.append(name)
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr(evaluation.HfApi, "model_info", model_info)
+
+    class Kind:
+        """A class of transformers that finds nothing, and tells its options."""
+
+        @staticmethod
+        def from_pretrained(source: Any, **options: Any) -> Any:
+            if source == "here":
+                return options
+            raise OSError(f"{source} is nowhere\nat all")
+
+    answer(ConnectionError("no network\nat all"))
+    nowhere = "there is no such folder, and the Hub cannot be reached (no network)"
+    for argument, source, expected in (
+        ("base", "org/model", f"base org/model: {nowhere}"),
+        ("base", "base", f"base: {nowhere}"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+            evaluation.pretrained(Kind, argument, source)
+    assert evaluation.pretrained(Kind, "base", "here", dtype=1) == {"dtype": 1, "local_files_only": True}
+    answer(None)
+    assert evaluation.pretrained(Kind, "base", "here") == {}
+    with pytest.raises(ValueError, match=r"^base org/model: org/model is nowhere$"):
+        evaluation.pretrained(Kind, "base", "org/model")
+    answer(evaluation.HFValidationError("no name"))
+    with pytest.raises(ValueError, match=r"^base a b: there is no such folder, and the Hub has no such model"):
+        evaluation.pretrained(Kind, "base", "a b")
+    asked.clear()
+    (tmp_path / "file").touch()
+    for source in ("./none", "runs/mine/student", "~/none", tmp_path / "none"):
+        with pytest.raises(ValueError, match=r"there is no such folder$"):
+            evaluation.pretrained(Kind, "base", source)
+    with pytest.raises(ValueError, match=r"expected a folder or a name on the Hub, got a file$"):
+        evaluation.pretrained(Kind, "base", tmp_path / "file")
+    with pytest.raises(ValueError, match=r"is nowhere$"):
+        evaluation.pretrained(Kind, "base", tmp_path)
+    assert asked == []
 
 
 def test_help_fits_and_needs_no_transformers() -> None:

@@ -291,6 +291,11 @@ def test_rows_of_prompts_and_completions(tmp_path: Path) -> None:
     assert batch["input_ids"][0].tolist() == [97, 98, 99, 2, 7, 7, 7, 7]
     assert batch["labels"][0].tolist() == [-100, -100, 99, 2, -100, -100, -100, -100]
     assert batch["attention_mask"].sum(1).tolist() == [4, 8]
+    endless = _Letters()
+    endless.eos_token_id = None  # type: ignore[assignment]
+    for read in (lambda: text.read_completions(file, endless, 8), lambda: text.packed(["ab"], endless, 4)):
+        with pytest.raises(ValueError, match="expected one with an eos_token, which closes texts, got None"):
+            read()
     for line in (
         "[1]",
         '{"prompt": "a"}',
@@ -305,7 +310,7 @@ def test_rows_of_prompts_and_completions(tmp_path: Path) -> None:
 
 def test_texts_between_empty_lines(tmp_path: Path) -> None:
     file = tmp_path / "texts.txt"
-    file.write_text("one\nstill one\n\n  \ntwo\n")
+    file.write_text("one\nstill one\n\n  \ntwo\n", encoding="utf-8-sig")  # with the mark that Windows begins it with
     assert text.read_texts(file) == ["one\nstill one", "two"]
 
 

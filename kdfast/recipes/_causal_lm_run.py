@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from kdfast import data, report, stages, students, text
 from kdfast.objective import LanguageModel
 from kdfast.on_policy import OnPolicyTrainer
-from kdfast.recipes._language_run import LanguageRun, PeakMemory, device, has_bf16
+from kdfast.recipes._language_run import LanguageRun, PeakMemory, has_bf16
 
 CURVE_ROWS = 8  # of the held-out rows, for the points of the learning curve; the table is measured on all
 
@@ -45,21 +45,45 @@ def quality(models: Mapping[str, Any], rows: Sequence[text.Row], collate: text.C
     }
 
 
+@torch.inference_mode()
+def check_causal(teacher: Any, source: str | Path) -> None:
+    """That predictions do not depend on later tokens: those of an encoder do, which may be loaded as a language model too.
+
+    Raises:
+        ValueError: they do, or they are made in a way that `kdfast.linear_kd_loss` does not know.
+    """
+    ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=teacher.device)
+    try:
+        first, second = LanguageModel().run(teacher, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).hidden
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"teacher {source}: {error}") from None
+    if (first - second)[:-1].abs().max() > 1e-3 * first.abs().max():
+        raise ValueError(
+            f"teacher {source} is no causal language model: its prediction of a token depends on the tokens after it"
+        )
+
+
 class CausalLMRun(LanguageRun):
     losses: ClassVar = {"kd": "teacher's term", "ce": "labels' term"}
     caption = "Perplexity, KL from the teacher's distribution at T = 1 in nats: of the next token"
     auto = AutoModelForCausalLM
+    kind = "causal language model"
+    data_files = (
+        "a .jsonl file with prompt and completion in each line, or a text file with empty lines between the texts",
+        (".jsonl",),
+    )
 
     def prepare(self) -> None:
         r = self.recipe
         source = data.fetch(data.SMOLLM2) if r.teacher is None else r.teacher
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(source)
-            teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"teacher {source}: {str(error).strip().splitlines()[0]}") from None
-        self.teacher = teacher.eval().to(device())
-        layers = range(0, teacher.config.num_hidden_layers, 3) if r.student_layers is None else r.student_layers
+        self.teacher = self.load_teacher(source)
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"teacher {source}: expected a tokenizer with an end-of-text token (eos_token), which closes texts and "
+                "completions, got one without"
+            )
+        check_causal(self.teacher, source)
+        layers = range(0, self.teacher.config.num_hidden_layers, 3) if r.student_layers is None else r.student_layers
         self.start = students.from_layers(self.teacher, layers)
         pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         self.collate = text.Collator(pad)
@@ -68,20 +92,28 @@ class CausalLMRun(LanguageRun):
             train, test = self._prompted(train), self._prompted(test)
         self.train, self.test = train[: r.train_rows], test[: r.test_rows]
         if not self.train or not self.test:
-            raise ValueError(f"too little text for rows of {r.max_length} tokens, to train on and to hold out")
+            expected = (
+                f"10 rows or more (of max_length {r.max_length} tokens where texts are packed), one in ten to hold out"
+            )
+            raise ValueError(f"data {r.data or 'by default'}: expected {expected}, got {len(train) + len(test)}")
+        largest = max(max(row["input_ids"]) for row in [*self.train, *self.test])
+        known = self.teacher.get_input_embeddings().num_embeddings
+        if max(largest, pad) >= known:
+            raise ValueError(f"teacher {source} knows {known} tokens, its tokenizer made number {max(largest, pad)}")
 
     def _rows(self) -> tuple[list[text.Row], list[text.Row]]:
         r = self.recipe
         if r.data is None:
             train, test = data.articles(data.fetch(data.ARTICLES))
             return text.packed(train, self.tokenizer, r.max_length), text.packed(test, self.tokenizer, r.max_length)
-        path = Path(r.data)
-        if not path.is_file():
-            raise ValueError(f"data {path} is not a file")
-        if path.suffix == ".jsonl":
-            rows = text.read_completions(path, self.tokenizer, r.max_length)
-        else:
-            rows = text.packed(text.read_texts(path), self.tokenizer, r.max_length)
+        path = self.data_file()
+        try:
+            if path.suffix.lower() == ".jsonl":
+                rows = text.read_completions(path, self.tokenizer, r.max_length)
+            else:
+                rows = text.packed(text.read_texts(path), self.tokenizer, r.max_length)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"data {error}") from None
         random.Random(0).shuffle(rows)
         held_out = min(r.test_rows, len(rows) // 10)
         return rows[held_out:], rows[:held_out]

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from transformers import AutoModelForMaskedLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForMaskedLM, TrainingArguments
 
 from kdfast import data, kl_div, masking, report, stages, students, text
 from kdfast.last_hidden import LastHidden, last_hidden
 from kdfast.masking import OFF
 from kdfast.objective import model_inputs
-from kdfast.recipes._language_run import LanguageRun, PeakMemory, device, has_bf16
+from kdfast.recipes._language_run import LanguageRun, PeakMemory, has_bf16
 from kdfast.trainer import DistillationTrainer
 
 CURVE_ROWS = 64  # of the held-out rows, for the points of the learning curve; the table is measured on all
@@ -83,16 +83,14 @@ class DistilBERTRun(LanguageRun):
     losses: ClassVar = {"ce": "KL to the teacher", "mlm": "masked tokens", "cos": "cosine", "mse": "logits' squares"}
     caption = "Perplexity, accuracy: of masked words. KL: of all, from the teacher's distribution at T = 1, in nats"
     auto = AutoModelForMaskedLM
+    kind = "masked language model"
+    data_files = ("a text file with empty lines between the texts", ())
 
     # ---- models and rows ----
     def prepare(self) -> None:
         r = self.recipe
         datasets.disable_progress_bars()
-        transformers.utils.logging.set_verbosity_error()  # the default teacher's new head is not worth a warning
         self.teacher = self._load_teacher()
-        limit = getattr(self.teacher.config, "max_position_embeddings", r.max_length)
-        if r.max_length > limit:
-            raise ValueError(f"max_length must be at most the teacher's {limit}, got {r.max_length}")
         if len(self.tokenizer) > self.teacher.config.vocab_size:
             got = f"{self.teacher.config.vocab_size} tokens, its tokenizer {len(self.tokenizer)}"
             raise ValueError(f"teacher {r.teacher} knows {got}")
@@ -115,17 +113,13 @@ class DistilBERTRun(LanguageRun):
         # PyTorch's fused attention has no dropout on the CPU; the rest of the dropout stays.
         options = {} if ready else {"attention_probs_dropout_prob": 0.0}
         transformers.set_seed(r.seed)  # for a new head
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(source)
-            model, loading = AutoModelForMaskedLM.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True, **options
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"teacher {source}: {str(error).strip().splitlines()[0]}") from None
-        if ready and loading["missing_keys"]:
-            lacking = ", ".join(sorted(loading["missing_keys"]))
-            raise ValueError(f"teacher {source} is no masked language model: it has no {lacking}")
-        return model.eval().to(device())
+        model = self.load_teacher(source, new_head=not ready, **options)
+        for name in ("pad_token", "mask_token"):
+            if getattr(self.tokenizer, name) is None:
+                raise ValueError(f"teacher {source}: expected a tokenizer with a {name}, got one without")
+        if not self.tokenizer.is_fast:
+            raise ValueError(f"teacher {source}: expected a fast tokenizer, got {type(self.tokenizer).__name__}")
+        return model
 
     def _new_student(self) -> Any:
         r, count = self.recipe, self.teacher.config.num_hidden_layers
@@ -143,12 +137,7 @@ class DistilBERTRun(LanguageRun):
     def _rows(self) -> tuple[Any, Any]:
         """To train on, and held out: the same texts whatever `train_rows` is."""
         r = self.recipe
-        if r.data is None:
-            texts = data.wordnet(data.fetch(data.WORDNET))
-        elif Path(r.data).is_file():
-            texts = text.read_texts(Path(r.data))
-        else:
-            raise ValueError(f"data {r.data} is not a file")
+        texts = data.wordnet(data.fetch(data.WORDNET)) if r.data is None else self._texts(self.data_file())
         random.Random(0).shuffle(texts)
         # Twice as many texts as rows: some are too short to be one.
         held_out = min(2 * r.test_rows, len(texts) // 10)
@@ -157,10 +146,25 @@ class DistilBERTRun(LanguageRun):
             some = some if count is None else some[: 2 * count]
             try:
                 rows = masking.blocks(some, self.tokenizer, r.max_length)
-            except ValueError as error:
-                raise ValueError(f"too little text to train on and to hold out: {error}") from None
+            except ValueError:  # the tokenizer is a fast one: nothing is left
+                raise ValueError(
+                    f"data {r.data or 'by default'}: expected texts of at least 12 tokens that the teacher knows, to train "
+                    f"on and to hold out, got none among {len(some)}"
+                ) from None
             parts.append(rows if count is None else rows.select(range(min(count, len(rows)))))
         return parts[0], parts[1]
+
+    def _texts(self, path: Path) -> list[str]:
+        try:
+            texts = text.read_texts(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"data {error}") from None
+        if len(texts) < 10:
+            raise ValueError(
+                f"data {path}: expected at least 10 texts with empty lines between them, a tenth of them to hold out, got "
+                f"{len(texts)}"
+            )
+        return texts
 
     # ---- training ----
     def train_teacher(self) -> None:

@@ -15,7 +15,11 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from kdfast import report, stages
+from kdfast.evaluation import device, load_tokenizer, pretrained
 from kdfast.recipes._recipe import Recipe
+
+# Files that would be read as if they were prose, or not at all.
+NO_TEXT = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 class PeakMemory(TrainerCallback):  # type: ignore[misc]
@@ -42,7 +46,9 @@ class LanguageRun:
         titles: of the models, by which `execute` names its results.
         losses: names of the loss in the training's history, with what the plot calls them.
         caption: of the table.
-        auto: class that loads the student.
+        auto: class that loads teacher and student.
+        kind: what that is.
+        data_files: what `data` may be, and those endings of `NO_TEXT` that it may have.
         teacher, start, tokenizer: what `prepare` leaves; `start` is the student before it is trained.
 
     Raises:
@@ -57,6 +63,8 @@ class LanguageRun:
     losses: ClassVar[Mapping[str, str]]
     caption: ClassVar[str]
     auto: ClassVar[Any]
+    kind: ClassVar[str]
+    data_files: ClassVar[tuple[str, tuple[str, ...]]]
     teacher: Any
     start: Any
     tokenizer: Any
@@ -90,6 +98,43 @@ class LanguageRun:
     def timed_batch(self) -> Mapping[str, Tensor]:
         """A batch that shows the models' speed."""
         raise NotImplementedError
+
+    # ---- what `prepare` is made of ----
+    def load_teacher(self, source: str | Path, new_head: bool = False, **options: Any) -> Any:
+        """The teacher, and its tokenizer, which becomes the run's.
+
+        Args:
+            source: folder or Hub name.
+            new_head: whether weights may be missing, which are random then.
+            options: of its configuration.
+
+        Raises:
+            ValueError: it cannot be loaded, lacks weights or a tokenizer, or has fewer positions than `max_length`.
+        """
+        transformers.utils.logging.set_verbosity_error()  # missing weights are wanted, or an error here
+        self.tokenizer = load_tokenizer("teacher", source)
+        options |= {"dtype": torch.float32, "output_loading_info": True}
+        model, loading = pretrained(self.auto, "teacher", source, **options)
+        if (lacking := sorted(loading["missing_keys"])) and not new_head:
+            names = ", ".join(lacking[:4]) + (f" and {len(lacking) - 4} more" if len(lacking) > 4 else "")
+            raise ValueError(f"teacher {source} is no {self.kind}: it has no {names}")
+        limit = getattr(model.config, "max_position_embeddings", self.recipe.max_length)
+        if self.recipe.max_length > limit:
+            raise ValueError(f"max_length must be at most the teacher's {limit}, got {self.recipe.max_length}")
+        return model.eval().to(device())
+
+    def data_file(self) -> Path:
+        """What `data` names.
+
+        Raises:
+            ValueError: that is no file, or by its name none of text.
+        """
+        path, (expected, known) = Path(self.recipe.data), self.data_files
+        if not path.is_file():
+            raise ValueError(f"data {path} is not a file: expected {expected}")
+        if path.suffix.lower() in NO_TEXT and path.suffix.lower() not in known:
+            raise ValueError(f"data {path}: expected {expected}, got a file that ends in {path.suffix}")
+        return path
 
     # ---- all recipes' ----
     def execute(self) -> dict[str, report.Metrics]:
@@ -136,10 +181,6 @@ class LanguageRun:
             stages.write_json(stored, {**facts, "models": results})
         measured: dict[str, report.Metrics] = json.loads(stored.read_text())["models"]
         return measured
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def has_bf16() -> bool:

@@ -34,8 +34,8 @@ class Recipe(_recipe.Recipe):
 
     data: str | None = setting(
         None,
-        "A .jsonl file of objects with prompt and completion, of which the completions count; or a file of texts with empty "
-        "lines between them, packed. Default: news editorials and product reviews, packed.",
+        "A .jsonl file with prompt and completion in each line, of which the completions count; or a text file with empty "
+        "lines between the texts, packed. Default: news editorials and product reviews, packed.",
     )
     teacher: str | None = setting(
         None, "Causal language model, a folder or Hub name. Default: SmolLM2-135M-Instruct (90 MB)."

@@ -51,7 +51,8 @@ class Recipe(_recipe.Recipe):
     quick: ClassVar = {"teacher_steps": 40, "steps": 40, "train_rows": 8000, "test_rows": 100}
 
     data: str | None = setting(
-        None, "File of texts with empty lines between them. Default: 117,659 definitions and examples of WordNet."
+        None,
+        "Text file with empty lines between the texts, at least 10. Default: 117,659 definitions and examples of WordNet.",
     )
     teacher: str | None = setting(
         None, "Masked language model, a folder or Hub name. Default: MiniLM, 6 layers, 384 wide, trained to be one."
