@@ -79,7 +79,7 @@ def evaluate(
         positions = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", max_length))
         if max_length > positions:
             raise ValueError(
-                f"max_length must be at most {positions}, the positions of {name} {source}, got {max_length}"
+                f"max_length must be at most {positions}, the positions of {_named(name, source)}, got {max_length}"
             )
         rows = tasks.tokenize(test_alone, tokenizer, max_length)[1].to_list()
         candidates[name] = Candidate(f"test: {name}", model, source, tokenizer, rows)
@@ -141,17 +141,16 @@ def classifier(task: tasks.Task, argument: str, source: str | Path) -> Any:
     Raises:
         ValueError: it cannot be loaded, has no head, another number of classes or another order of them.
     """
+    named = _named(argument, source)
     model, loading = pretrained(AutoModelForSequenceClassification, argument, source, output_loading_info=True)
     if absent := sorted(loading["missing_keys"]):
-        raise ValueError(f"{argument} {source} is no classifier: it has no weights for {', '.join(absent[:4])}")
+        raise ValueError(f"{named} is no classifier: it has no weights for {', '.join(absent[:4])}")
     expected = task.head.get("id2label", {})
     if model.config.num_labels != max(1, len(expected)):
-        raise ValueError(f"{argument} {source} has {model.config.num_labels} classes, the data {max(1, len(expected))}")
+        raise ValueError(f"{named} has {model.config.num_labels} classes, the data {max(1, len(expected))}")
     theirs, ours = ([str(name).lower() for _, name in sorted(of.items())] for of in (model.config.id2label, expected))
     if theirs != ours and sorted(theirs) == sorted(ours):
-        raise ValueError(
-            f"{argument} {source} has the classes in the order {', '.join(theirs)}, the data {', '.join(ours)}"
-        )
+        raise ValueError(f"{named} has the classes in the order {', '.join(theirs)}, the data {', '.join(ours)}")
     return model
 
 
