@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdfast._step import Means, agreement, inside_forward, without
 from kdfast.data import LengthGroupedSampler
-from kdfast.objective import Objective, model_inputs
+from kdfast.objective import Objective, Term, model_inputs
 from kdfast.objective._protocol import SAMPLE, TEACHER
 
 try:
@@ -50,6 +50,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     `Terms` and `LanguageModel` do. Others are averaged over micro-batches: exact where these are equally large.
 
     Raises:
+        TypeError: the objective is a term on its own, outside `Terms`.
         ValueError: teacher and student are the same module, or a setting that the objective replaces
             (`compute_loss_func`, `label_smoothing_factor`) is given.
     """
@@ -69,6 +70,11 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             raise ValueError(
                 "DistillationTrainer: compute_loss_func and label_smoothing_factor have no effect here; "
                 "the objective is the loss"
+            )
+        if isinstance(objective, Term):
+            name = type(objective).__name__
+            raise TypeError(
+                f"DistillationTrainer: objective: expected named terms, such as Terms(it={name}()), got {name} alone"
             )
         super().__init__(model, args, **kwargs)
         # Whether the Trainer takes the loss as already divided by the number of items of the accumulated batch.

@@ -10,7 +10,7 @@ from kdfast.objective.layer_maps import layer_map
 from kdfast.objective.of_layers import CLS, Attention, Cosine, Embedding, Hidden, Relations
 from kdfast.objective.of_logits import Labels, Logits
 from kdfast.objective.schedules import ExponentialSchedule, LinearSchedule, StageSchedule
-from kdfast.objective.term import Term
+from kdfast.objective.term import Term, token_mask
 from kdfast.objective.terms import Hinton, Terms
 
 __all__ = [
@@ -32,4 +32,5 @@ __all__ = [
     "Terms",
     "layer_map",
     "model_inputs",
+    "token_mask",
 ]

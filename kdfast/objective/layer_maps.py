@@ -7,6 +7,7 @@ of student states to teacher states; negative numbers count from the last.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 
 LayerMap = str | Mapping[int, int]
 NAMES = ("uniform", "skip", "last")
@@ -27,6 +28,7 @@ def layer_map(layers: LayerMap, student_layers: int, teacher_layers: int, who: s
         Numbers from 0 to M and from 0 to N, in the student's order.
 
     Raises:
+        TypeError: neither a name nor a dict of whole numbers.
         ValueError: another name, a number beyond the last layer, an empty map, or a student deeper than its teacher
             ("uniform", "skip", "last").
     """
@@ -40,6 +42,11 @@ def layer_map(layers: LayerMap, student_layers: int, teacher_layers: int, who: s
         if layers == "last":
             return {j: n - m + j for j in range(1, m)}
         return {j: (2 * j * n + m) // (2 * m) for j in range(1, m + (layers == "uniform"))}
+    if not isinstance(layers, Mapping) or not all(isinstance(x, Integral) for pair in layers.items() for x in pair):
+        expected = (
+            f"one of {', '.join(NAMES)} or a dict of the student's states to the teacher's, such as {{1: 2, 2: 4}}"
+        )
+        raise TypeError(f"{who}: layers: expected {expected}, got {layers!r}")
     if not layers:
         raise ValueError(f"{who}: layers: expected at least one pair, got none")
     found = {}

@@ -90,8 +90,13 @@ class Hidden(_OfLayers):
         mean_over_layers: bool = False,
     ) -> None:
         super().__init__(layers, weight, mean_over_layers)
-        alone = projection is None or isinstance(projection, nn.Linear)
-        self.projection = projection if alone else nn.ModuleList(projection)  # type: ignore[arg-type]
+        if projection is None or isinstance(projection, nn.Linear):
+            self.projection: nn.Linear | nn.ModuleList | None = projection
+        elif isinstance(projection, (Sequence, nn.ModuleList)) and all(isinstance(x, nn.Linear) for x in projection):
+            self.projection = nn.ModuleList(projection)
+        else:
+            got = type(projection) if isinstance(projection, nn.Module) else projection
+            self.refuse("projection", "an nn.Linear, or a list of them, one per layer", got, TypeError)
         self.masked = masked
 
     def count(self, inputs: Inputs) -> Tensor:
@@ -114,7 +119,7 @@ class Hidden(_OfLayers):
             return {}
         if isinstance(self.projection, nn.Linear):
             return {"projection": self.projection.weight, "bias": self.projection.bias}
-        linears: Any = list(self.projection)  # type: ignore[arg-type]
+        linears: Any = list(self.projection)
         if len(linears) != layers:
             self.refuse("projection", f"one nn.Linear, or {layers}, one per layer", len(linears))
         bias = None if linears[0].bias is None else [linear.bias for linear in linears]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch.nn.functional as F
@@ -10,8 +11,8 @@ from torch import Tensor
 import kdfast
 from kdfast.objective.schedules import Weight
 from kdfast.objective.term import Inputs, Term, token_mask
-from kdfast.ops._checks import loss_dtype
-from kdfast.ops._divergence import KINDS
+from kdfast.ops import _checks
+from kdfast.ops._divergence import check_divergence
 
 TASKS = ("classification", "multi_label", "regression", "tokens")
 
@@ -28,11 +29,12 @@ class Logits(Term):
         per_class: divide by the number of classes too, as torch's `KLDivLoss(reduction="mean")` in Patient-KD's code and
             the prediction loss of TinyBERT's do.
         tokens: None for logits [B, C]; "all" for tokens that are no padding, "labels" for those whose label is not -100.
-        **settings: of the divergence: `beta`, `skew`, `vocab_size`.
+        **settings: of the divergence: `vocab_size`, of `js_div` also `beta`, of the skewed ones `skew`.
 
     A column `sample_weight` [B] of the batch multiplies every row's loss; it stays out of the divisor.
 
     Raises:
+        TypeError: an argument that neither this class nor the divergence has.
         ValueError: a setting out of range, a batch without a teacher's logits, or logits of another form than `tokens` says.
     """
 
@@ -48,12 +50,19 @@ class Logits(Term):
         **settings: Any,
     ) -> None:
         super().__init__(weight)
-        if divergence not in KINDS:
-            self.refuse("divergence", f"one of {', '.join(KINDS)}", divergence)
-        if not temperature > 0:
-            self.refuse("temperature", "a positive number", temperature)
+        who = type(self).__name__
+        check_divergence(who, divergence)
+        _checks.check_temperature_number(who, temperature)
         if tokens not in (None, "all", "labels"):
             self.refuse("tokens", "None, 'all' or 'labels'", tokens)
+        takes = inspect.signature(getattr(kdfast, divergence)).parameters
+        own = [name for name in ("vocab_size", "beta", "skew") if name in takes]
+        for name, value in settings.items():
+            if name not in own:
+                known = ", ".join(["weight, temperature, t_squared, per_class, tokens", *own])
+                self.refuse("arguments", f"some of {known} beside {divergence!r}", name, TypeError)
+            if name != "vocab_size":
+                _checks.check_fraction(who, name, value, below_one=name == "skew")
         self.divergence, self.temperature, self.t_squared = divergence, temperature, t_squared
         self.per_class, self.tokens, self.settings = per_class, tokens, settings
 
@@ -102,8 +111,8 @@ class Labels(Term):
 
     Args:
         task: "classification": cross-entropy of logits [B, C] with class numbers [B]; "multi_label": binary cross-entropy
-            with labels [B, C], mean over classes; "regression": squared error of logits [B] or [B, 1] with numbers [B];
-            "tokens": cross-entropy of logits [B, L, V] with labels [B, L], of masked language models: nothing is shifted.
+            with labels [B, C], mean over classes; "regression": squared error of logits [B] or [B, 1] with numbers [B], or
+            of logits and labels [B, C], mean over C; "tokens": cross-entropy of logits [B, L, V] with labels [B, L], of masked language models: nothing is shifted.
         weight: a number or a schedule.
         label_smoothing: of the cross-entropies.
 
@@ -111,15 +120,17 @@ class Labels(Term):
     stays out of the divisor.
 
     Raises:
-        ValueError: a setting out of range, or a batch without labels.
+        TypeError: class numbers that are not int64.
+        ValueError: a setting out of range, a batch without labels, logits or labels of another form than `task` says, or
+            class numbers out of range (seen on the CPU only: on a device, where that would wait, torch's cross-entropy
+            stops the program).
     """
 
     def __init__(self, task: str = "classification", *, weight: Weight = 1.0, label_smoothing: float = 0.0) -> None:
         super().__init__(weight)
         if task not in TASKS:
             self.refuse("task", f"one of {', '.join(TASKS)}", task)
-        if not 0 <= label_smoothing <= 1:
-            self.refuse("label_smoothing", "a number from 0 to 1", label_smoothing)
+        _checks.check_fraction(type(self).__name__, "label_smoothing", label_smoothing)
         self.task, self.label_smoothing = task, label_smoothing
 
     def count(self, inputs: Inputs) -> Tensor:
@@ -132,11 +143,10 @@ class Labels(Term):
         if "labels" not in inputs:
             raise ValueError("Labels: needs rows with labels")
         labels, logits, weight = inputs["labels"], student.logits, inputs.get("sample_weight")
-        dtype = loss_dtype(logits)
+        self._check_shapes(logits, labels)
+        dtype = _checks.loss_dtype(logits)
         if self.task in ("classification", "tokens"):
-            if logits.shape[:-1] != labels.shape:
-                expected = f"labels of shape {list(logits.shape[:-1])} for task {self.task!r}"
-                self.refuse("labels", expected, list(labels.shape))
+            _checks.check_labels(type(self).__name__, labels, None, logits, logits.shape[-1], -100)
             counted = labels != -100
             if weight is not None:
                 weight = weight.view(-1, *[1] * (labels.dim() - 1)).expand_as(labels)[counted]
@@ -148,5 +158,21 @@ class Labels(Term):
             losses = F.binary_cross_entropy_with_logits(logits.to(dtype), labels.to(dtype), reduction="none").mean(-1)
         else:
             losses = (logits.to(dtype).view(labels.shape) - labels.to(dtype)) ** 2
+            losses = losses.flatten(1).mean(1) if losses.dim() > 1 else losses  # one of each row, as weights are
         total = losses.sum() if weight is None else (weight * losses).sum()
         return total / max(losses.numel(), 1)
+
+    def _check_shapes(self, logits: Tensor, labels: Tensor) -> None:
+        shape = logits.shape
+        if self.task == "regression":
+            expected = shape[:1] if logits.numel() == shape[0] else shape
+            fits = labels.shape[:1] == shape[:1] and labels.numel() == logits.numel()
+        else:
+            form = "[batch, length, vocabulary]" if self.task == "tokens" else "[batch, classes]"
+            if logits.dim() != form.count(",") + 1:
+                self.refuse("logits", f"{form} for task {self.task!r}", list(shape))
+            expected = shape if self.task == "multi_label" else shape[:-1]
+            fits = labels.shape == expected
+        if not fits:
+            of = f"shape {list(expected)} for task {self.task!r} with logits of shape {list(shape)}"
+            self.refuse("labels", of, list(labels.shape))

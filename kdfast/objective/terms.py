@@ -7,9 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.objective._protocol import model_inputs
+from kdfast.objective._protocol import model_inputs, unwrapped
 from kdfast.objective.of_logits import Labels, Logits
-from kdfast.objective.term import Inputs, Stored, Term
+from kdfast.objective.term import Inputs, Stored, Term, check_per_row
+
+NEEDS = ("", "hidden", "attention")
+RESERVED = (  # what the Trainer and its evaluation log: a term of such a name would take its place, or be lost
+    *("loss", "grad_norm", "learning_rate", "epoch", "step", "num_input_tokens_seen", "agreement", "kl_to_teacher"),
+    *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),
+)
 
 
 class Terms(nn.Module):
@@ -25,18 +31,44 @@ class Terms(nn.Module):
 
     A teacher that was run before is read from columns of the batch: `teacher_logits`, `teacher_cls_3`, `teacher_hidden_3` (of
     hidden state 3), as `kdfast.teacher_cache` gives them. The columns `sample_weight` and `sample_temperature`, both [B], weigh
-    rows and give them temperatures of their own. None of these goes into a model.
+    rows and give them temperatures of their own. None of these goes into a model. Negative ones are refused on the CPU; on
+    a device, where that would wait, they are not seen.
 
     Raises:
-        ValueError: no terms, or none whose weight is not 0; what a term needs is not there.
+        TypeError: a term without a name, or something that is no `Term`.
+        ValueError: no terms, or none whose weight is not 0; a name that the Trainer logs something else by; what a term
+            needs is not there; a term that is no scalar.
     """
 
-    def __init__(self, **terms: Term) -> None:
+    def __init__(self, *unnamed: Any, **terms: Term) -> None:
         super().__init__()
+        if unnamed:
+            got = type(unnamed[0]).__name__
+            raise TypeError(
+                f"{type(self).__name__}: expected terms by name, such as Terms(kl=Logits()), got {got} alone"
+            )
         if not terms:
             raise ValueError(f"{type(self).__name__}: expected at least one term, got none")
-        self.terms = nn.ModuleDict(terms)
+        self.terms = nn.ModuleDict()
         self.progress = 0.0
+        for name, term in terms.items():
+            self._check(name, term)
+            self.terms[name] = term
+
+    def _check(self, name: str, term: Any) -> None:
+        who = f"{type(self).__name__}: {name}"
+        if name in RESERVED or "." in name or hasattr(self.terms, name):
+            taken = f"without a dot, that is none of nn.ModuleDict nor of the Trainer's log ({', '.join(RESERVED)})"
+            raise ValueError(f"{type(self).__name__}: name: expected one {taken}, got {name!r}")
+        if not isinstance(term, Term):
+            got = f"the class {term.__name__}" if isinstance(term, type) else type(term).__name__
+            raise TypeError(f"{who}: expected a kdfast.objective.Term, got {got}")
+        if not hasattr(term, "weight"):
+            raise TypeError(
+                f"{who}: expected a term whose __init__ calls super().__init__(weight), got {type(term).__name__}"
+            )
+        if term.needs not in NEEDS:
+            term.refuse("needs", f"one of {', '.join(map(repr, NEEDS))}", term.needs)
 
     def run(self, model: nn.Module, inputs: Inputs) -> Any:
         """The student or the teacher on a batch: its outputs, or where a term needs more, `kdfast.hf.Features`."""
@@ -46,7 +78,17 @@ class Terms(nn.Module):
             return model(**own)
         from kdfast import hf  # imports transformers, which logits do not need
 
-        return hf.Reader.of(model)(**own) if "attention" in needs else hf.read_hidden(model, **own)
+        if "attention" in needs:
+            return hf.Reader.of(model)(**own)
+        try:
+            return hf.read_hidden(model, **own)
+        except TypeError as error:
+            if "output_hidden_states" not in str(error):
+                raise
+            raise TypeError(
+                f"{type(self).__name__}: model: expected one whose forward takes output_hidden_states, as those of transformers "
+                f"do, got {type(unwrapped(model)).__name__}"
+            ) from error
 
     def num_items(self, inputs: Inputs) -> Tensor:
         """What each term is a mean of, [terms]."""
@@ -55,6 +97,7 @@ class Terms(nn.Module):
 
     def forward(self, student_outputs: Any, teacher_outputs: Any, inputs: Inputs) -> dict[str, Tensor]:
         """The terms, weighted."""
+        check_per_row(type(self).__name__, inputs)
         teacher = teacher_outputs if hasattr(teacher_outputs, "hidden") else Stored(teacher_outputs, inputs)
         totals = inputs.get("num_items")
         values: dict[str, Tensor] = {}
@@ -62,7 +105,7 @@ class Terms(nn.Module):
             weight = term.weight_at(self.progress)  # type: ignore[operator]
             if weight == 0:
                 continue
-            value = weight * term(student_outputs, teacher, inputs)
+            value = weight * self._value(term, student_outputs, teacher, inputs)
             if totals is not None:
                 count = term.count(inputs).to(value.device)  # type: ignore[operator]
                 value = value * (count / totals[number].clamp(min=1e-6))  # both 0 where nothing counts
@@ -72,6 +115,24 @@ class Terms(nn.Module):
                 f"{type(self).__name__}: expected a term whose weight is not 0 at {self.progress:.0%}, got none"
             )
         return values
+
+    @staticmethod
+    def _value(term: Any, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
+        try:
+            value: Tensor = term(student, teacher, inputs)
+        except AttributeError as error:
+            if error.name not in ("hidden", "q", "k", "v") or not (error.obj is student or error.obj is teacher):
+                raise
+            if not term.needs:
+                term.refuse("needs", f"'hidden' or 'attention' where the term reads .{error.name}", "")
+            side = "teacher" if error.obj is teacher else "student"
+            run = f"what objective.run({side}, inputs) returns"
+            raise ValueError(f"{type(term).__name__}: needs a {side} with .{error.name}: {run}") from error
+        if not isinstance(value, Tensor):
+            term.refuse("forward", "a scalar tensor", type(value).__name__, TypeError)
+        if value.dim():
+            term.refuse("forward", "a scalar, the mean over what count(inputs) counts", list(value.shape))
+        return value
 
 
 class Hinton(Terms):
