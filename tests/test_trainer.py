@@ -234,7 +234,7 @@ def test_interrupted_stage_continues_to_the_same_weights(tmp_path: Path, step: i
     assert signal.getsignal(signal.SIGINT) is handler
     assert stages.finished(tmp_path / "stopped") is None
     history = stage(_bert(2, dropout=0.2), "stopped")
-    assert [event["step"] for event in history if "loss" in event][-1] == expected[-2]["step"]
+    assert [[event["step"] for event in of if "loss" in event][-1] for of in (history, expected)] == [14, 14]
     assert stages.finished(tmp_path / "stopped") == json.loads(json.dumps(history))
     saved = BertForSequenceClassification.from_pretrained(tmp_path / "stopped")
     _same(saved, through, 0.0)

@@ -14,7 +14,7 @@ from kdfast.objective.term import Inputs, Stored, Term, check_per_row
 NEEDS = ("", "hidden", "attention")
 RESERVED = (  # what the Trainer and its evaluation log: a term of such a name would take its place, or be lost
     *("loss", "grad_norm", "learning_rate", "epoch", "step", "num_input_tokens_seen", "agreement", "kl_to_teacher"),
-    *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),
+    *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "seconds"),
 )
 
 
