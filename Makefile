@@ -25,8 +25,9 @@ environment:
 demo: environment
 	.venv/bin/kdfast distill hinton $(if $(QUICK),--quick --output runs/hinton-quick,--output runs/hinton)
 
+# As many processes as cores: their threads must not wait for one another.
 test: environment
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=2 GOMP_SPINCOUNT=1000 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile -p no:benchmark $(ARGS)
 
 gpu:
 	@OUT="$(OUT)" ONLY="$(ONLY)" tools/gpu.sh

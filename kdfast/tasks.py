@@ -89,6 +89,11 @@ class Task:
     held_out: bool = False
 
     @property
+    def shown_name(self) -> str:
+        """Without the folders of a path."""
+        return Path(self.name).name if Path(self.name).exists() else self.name
+
+    @property
     def head(self) -> dict[str, Any]:
         """Options that give `AutoModelForSequenceClassification.from_pretrained` the head and the loss of this task."""
         if self.kind == "regression":

@@ -95,7 +95,9 @@ class ClassifierRun:
         except tasks.TaskError as error:
             raise ValueError(str(error).removeprefix("tasks: ").replace("source: ", "data: ", 1)) from None
         held_out = ", held out of the file's" if task.held_out else ""
-        self.console.print(f"{task.name}: {len(task.train):,} training rows, {len(task.test):,} test rows{held_out}")
+        self.console.print(
+            f"{task.shown_name}: {len(task.train):,} training rows, {len(task.test):,} test rows{held_out}"
+        )
         return task
 
     def _plan(self, teacher: Any) -> tuple[tuple[int, ...], list[Stage]]:
@@ -271,7 +273,7 @@ class ClassifierRun:
             self.task.metric,
             results["teacher"][self.task.metric],
         )
-        self.console.print(report.results_table(results, titles, self.task.name, self.task.metric))
+        self.console.print(report.results_table(results, titles, self.task.shown_name, self.task.metric))
         saved = "student/ (AutoModelForSequenceClassification loads it), metrics.json, learning_curves.png"
         self.console.print(f"In {self.folder}: {saved}")
         return results  # type: ignore[no-any-return]
