@@ -84,7 +84,7 @@ class Run:
     def measured_on(self) -> dict[str, Any]:
         if self.family == "classifier":
             return {"test": self.test}
-        names = MEASURED_ON[self.family]
+        names = MEASURED_ON.get(self.family, MEASURED_ON["causal-lm"])
         rows = {name: self.settings.get(name) for name in names}
         if self.family == "causal-lm":  # which makes prompts of packed text, that do not count
             prompted = bool(self.settings.get("on_policy")) and not str(rows["data"]).endswith(".jsonl")
