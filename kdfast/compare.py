@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from kdfast.data import shown_name
+
 CONFIG, METRICS = "config.yaml", "metrics.json"  # of a run's folder
 LABELS_ONLY = "labels_only"
 
@@ -166,7 +168,7 @@ class Comparison:
     @property
     def title(self) -> str:
         data = self.data or {"classifier": "movie reviews"}.get(self.family, f"{self.family}'s own text")
-        return Path(data).name if Path(data).exists() else str(data)
+        return shown_name(data)
 
     def as_dict(self) -> dict[str, Any]:
         facts = {"family": self.family, "metric": self.metric, "data": self.data, "measured_on": self.measured_on}

@@ -306,6 +306,11 @@ def wordnet(folder: Path) -> list[str]:
     return [line.split(" | ", 1)[1].strip() for line in lines if not line.startswith("  ")]
 
 
+def shown_name(source: str) -> str:
+    """A path without its folders; anything else, a name on the Hub say, as it is."""
+    return Path(source).name if Path(source).exists() else source
+
+
 class LengthGroupedSampler(Sampler[int]):
     """Row numbers such that each run of `batch_size` has rows of similar length, in an order fixed by seed and epoch.
 

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from kdfast import report, stages, tasks
+from kdfast._hub import first_line, why_no_answer
 from kdfast.objective import model_inputs
 
 BATCH = 64  # rows of a forward pass without a backward
@@ -182,37 +181,25 @@ def pretrained(kind: Any, argument: str, source: str | Path, **options: Any) -> 
         # Without the Hub, what was downloaded before is still there.
         return kind.from_pretrained(source, **options, **({"local_files_only": True} if unreachable else {}))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         if unreachable and isinstance(error, OSError):
             reason = f"there is no such folder, and the Hub cannot be reached ({unreachable})"
         raise ValueError(f"{named}: {reason}") from None
 
 
 def _why_no_answer(named: str, source: str | Path) -> str | None:
-    """Why the Hub does not answer; None where it does, and has the model.
-
-    Asked once. Where there is no network, `from_pretrained` would ask for half a minute.
-    """
+    """Of the Hub, where it is asked: not about what looks like a path."""
     if Path(source).is_file():
         raise ValueError(f"{named}: expected a folder or a name on the Hub, got a file")
     if str(source).startswith((os.sep, ".", "~")) or str(source).count(os.sep) > 1:
         raise ValueError(f"{named}: there is no such folder")
-    try:
-        HfApi().model_info(str(source), timeout=10)
-    except (HFValidationError, RepositoryNotFoundError):
-        raise ValueError(f"{named}: there is no such folder, and the Hub has no such model that you may read") from None
-    except Exception as error:  # in one of the many ways of the libraries below it
-        return _first_line(error)
-    return None
+    absent = ValueError(f"{named}: there is no such folder, and the Hub has no such model that you may read")
+    return why_no_answer("model_info", str(source), absent)
 
 
 def _named(argument: str, source: str | Path) -> str:
     """Once where both are the same, as `evaluate` has it of a model in the working folder."""
     return argument if argument == str(source) else f"{argument} {source}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

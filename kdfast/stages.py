@@ -116,12 +116,16 @@ class StageProgress(ProgressCallback):  # type: ignore[misc]
             self.training_bar.set_postfix(terms, refresh=False)
 
 
+def seconds(history: History) -> float:
+    """Of a stage's training, as `Seconds` left them; 0 where it did not."""
+    return next((event["seconds"] for event in reversed(history) if "seconds" in event), 0.0)
+
+
 class Seconds(TrainerCallback):  # type: ignore[misc]
     """Leaves the seconds of training so far in the log history, those before an interruption too."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        before = [event["seconds"] for event in state.log_history if "seconds" in event]
-        self._since = time.perf_counter() - sum(before[-1:])
+        self._since = time.perf_counter() - seconds(state.log_history)
 
     def _tell(self, state: Any) -> None:
         state.log_history.append({"step": state.global_step, "seconds": time.perf_counter() - self._since})

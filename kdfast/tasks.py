@@ -89,11 +89,6 @@ class Task:
     held_out: bool = False
 
     @property
-    def shown_name(self) -> str:
-        """Without the folders of a path."""
-        return Path(self.name).name if Path(self.name).exists() else self.name
-
-    @property
     def head(self) -> dict[str, Any]:
         """Options that give `AutoModelForSequenceClassification.from_pretrained` the head and the loss of this task."""
         if self.kind == "regression":
@@ -156,13 +151,12 @@ def load(
         test = _select(tests[0], _text_columns(tests[0].features, texts, name), column, labels, name)
     else:
         train, test = _hold_out(train, name)
-    held_out = not tests
     train, test = _first(train, train_rows), _first(test, test_rows)
     if len(set(map(str, train["labels"]))) < 2:
         raise _mismatch(
             "source", f"more than one label in the training rows of {name}", f"{column} {train['labels'][0]}"
         )
-    return Task(name, train, test, labels.kind, labels.names, GLUE.get(name, METRICS[labels.kind]), held_out)
+    return Task(name, train, test, labels.kind, labels.names, GLUE.get(name, METRICS[labels.kind]), held_out=not tests)
 
 
 def fingerprint(rows: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,3 +28,16 @@ def cpu_variant(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_cpu_variant(request.param)
     yield request.param
     _C.set_cpu_variant(before)
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """In place of the demonstration's model and reviews, by requirement; some files have others of their own."""
+    import tiny_reviews  # imports transformers, which the operators' tests do not need
+
+    return tiny_reviews.make(tmp_path_factory.mktemp("assets"))
+
+
+@pytest.fixture
+def no_download(assets: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdfast.data.fetch", lambda package: assets[package.requirement])

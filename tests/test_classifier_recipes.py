@@ -34,14 +34,7 @@ RECIPES: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return tiny_reviews.make(tmp_path_factory.mktemp("assets"))
-
-
-@pytest.fixture(autouse=True)
-def _no_download(assets: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "fetch", lambda package: assets[package.requirement])
+pytestmark = pytest.mark.usefixtures("no_download")
 
 
 def _run(folder: Path, recipe: Any, fresh: bool = False) -> tuple[dict[str, Any], str]:

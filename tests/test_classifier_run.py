@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import tiny_berts
-import tiny_reviews
 import torch
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
@@ -26,14 +25,7 @@ SHORT: dict[str, Any] = {"epochs": 1, "teacher_epochs": 1, "learning_rate": 2e-3
 SHORT |= {"test_rows": 32}
 
 
-@pytest.fixture(scope="module")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return tiny_reviews.make(tmp_path_factory.mktemp("assets"))
-
-
-@pytest.fixture(autouse=True)
-def _no_download(assets: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "fetch", lambda package: assets[package.requirement])
+pytestmark = pytest.mark.usefixtures("no_download")
 
 
 def run(folder: Path, recipe: Any) -> str:

@@ -77,9 +77,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture(autouse=True)
-def _no_download(assets: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "fetch", lambda package: assets[package.requirement])
+pytestmark = pytest.mark.usefixtures("no_download")
 
 
 def _run(folder: Path, recipe: distilbert.Recipe = SHORT, fresh: bool = False) -> tuple[dict[str, Any], str]:

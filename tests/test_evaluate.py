@@ -14,6 +14,7 @@ import pytest
 import tiny_reviews
 import torch
 from command_line import call, classifier_run, refused, width
+from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -221,7 +222,7 @@ def test_models_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             if error is not None:
                 raise error
 
-        monkeypatch.setattr(evaluation.HfApi, "model_info", model_info)
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
 
     class Kind:
         """A class of transformers that finds nothing, and tells its options."""
@@ -245,7 +246,7 @@ def test_models_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert evaluation.pretrained(Kind, "base", "here") == {}
     with pytest.raises(ValueError, match=r"^base org/model: org/model is nowhere$"):
         evaluation.pretrained(Kind, "base", "org/model")
-    answer(evaluation.HFValidationError("no name"))
+    answer(HFValidationError("no name"))
     with pytest.raises(ValueError, match=r"^base a b: there is no such folder, and the Hub has no such model"):
         evaluation.pretrained(Kind, "base", "a b")
     asked.clear()

@@ -96,7 +96,7 @@ class ClassifierRun:
             raise ValueError(str(error).removeprefix("tasks: ").replace("source: ", "data: ", 1)) from None
         held_out = ", held out of the file's" if task.held_out else ""
         self.console.print(
-            f"{task.shown_name}: {len(task.train):,} training rows, {len(task.test):,} test rows{held_out}"
+            f"{data.shown_name(task.name)}: {len(task.train):,} training rows, {len(task.test):,} test rows{held_out}"
         )
         return task
 
@@ -110,10 +110,8 @@ class ClassifierRun:
     def _check(self, source: str | Path) -> None:
         """Tries every stage on two rows, with models that are like the later ones, before the first is trained for long."""
         r = self.recipe
-        base = self._load("base", source) if r.teacher is None or r.base else None
-        teacher = base if r.teacher is None else classifier(self.task, "teacher", r.teacher)
-        if base is None:
-            base = teacher
+        teacher = self._load("base", source) if r.teacher is None else classifier(self.task, "teacher", r.teacher)
+        base = self._load("base", r.base) if r.teacher and r.base else teacher
         layers, todo = self._plan(teacher)
         student = self._student(base if r.student_start == "base" else teacher, layers)
         rows = DataCollatorWithPadding(self.tokenizer)(self.train[:2])
@@ -273,7 +271,7 @@ class ClassifierRun:
             self.task.metric,
             results["teacher"][self.task.metric],
         )
-        self.console.print(report.results_table(results, titles, self.task.shown_name, self.task.metric))
+        self.console.print(report.results_table(results, titles, data.shown_name(self.task.name), self.task.metric))
         saved = "student/ (AutoModelForSequenceClassification loads it), metrics.json, learning_curves.png"
         self.console.print(f"In {self.folder}: {saved}")
         return results  # type: ignore[no-any-return]
@@ -296,9 +294,8 @@ class ClassifierRun:
 
     def _seconds(self, name: str, histories: dict[str, stages.History]) -> float:
         """Of a model's training, and of the stages that it started from."""
-        own = [event["seconds"] for event in histories.get(name, []) if "seconds" in event]
         before = self.starts.get(name)
-        return sum(own[-1:]) + (0.0 if before is None else self._seconds(before, histories))
+        return stages.seconds(histories.get(name, [])) + (0.0 if before is None else self._seconds(before, histories))
 
 
 def _changes(text: str) -> dict[str, Any]:

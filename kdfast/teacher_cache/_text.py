@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kdfast._hub import why_no_answer
 from kdfast.teacher_cache._manifest import mismatch
 
 # In a CSV file "None" and "NA" are words like others. A TSV file knows no quotation marks, as GLUE's do not: where they
@@ -80,7 +81,8 @@ def read(source: str | Path, wrong: Wrong) -> dict[str, Any]:
             f"reading {source} needs {error.name}, which is not installed: pip install kdfast[train]"
         ) from error
     name, _, config = str(source).partition(":")
-    absent = None if files else _why_no_answer(name, source, wrong)
+    none = wrong("a file, a folder or a dataset on the Hub", f"{str(source)!r}, which is none")
+    absent = None if files else why_no_answer("dataset_info", name, none)
     try:
         if files:
             kind, options = READERS[Path(files["train"][0]).suffix]
@@ -121,23 +123,6 @@ def _files(path: Path, wrong: Wrong) -> dict[str, list[str]] | None:
     if len(kinds) > 1:
         raise wrong(f"files of one kind in {path}", ", ".join(kinds))
     return found
-
-
-def _why_no_answer(name: str, source: str | Path, wrong: Wrong) -> str | None:
-    """Why the Hub does not answer; None where it does, and has the dataset.
-
-    Asked once. Where there is no network, `load_dataset` would ask for half a minute.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    try:
-        HfApi().dataset_info(name, timeout=10)
-    except (HFValidationError, RepositoryNotFoundError):
-        raise wrong("a file, a folder or a dataset on the Hub", f"{str(source)!r}, which is none") from None
-    except Exception as error:  # in one of the many ways of the libraries below it
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
-    return None
 
 
 @contextmanager
