@@ -201,6 +201,7 @@ ADAPTERS: dict[str, Adapter] = {
         name: Adapter(through_interface)
         for name in ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "modernbert", "albert")
     },
+    **{name: Adapter(through_interface) for name in ("vit", "deit", "dinov2")},
     **{
         name: Adapter(through_interface, cls_index=None, causal=True)
         for name in ("llama", "qwen2", "qwen3", "mistral", "smollm3")

@@ -79,7 +79,7 @@ class Plain(nn.Module):
             r"StageSchedule: stages: expected beginnings from 0.0 on, below 1, got \[0.5\]",
         ),
         (lambda: ExponentialSchedule(1.0, 0.0), r"ExponentialSchedule: start, end: expected positive .*, got 1.0, 0.0"),
-        (lambda: Hinton(alpha=2), r"Hinton: alpha must be between 0 and 1, got 2"),
+        (lambda: Hinton(alpha=2), r"Hinton: alpha: expected a number from 0 to 1, got 2"),
         (
             lambda: layer_map("skip", 12, 6),
             r"layer_map: layers: expected a dict .*, got 'skip' for a student of 12 layers",

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdfast import cls_distance, cosine_distance, hidden_mse, qk_attention_mse, qk_relation_kl
+from kdfast.objective._protocol import Missing
 from kdfast.objective.layer_maps import LayerMap, layer_map
 from kdfast.objective.schedules import Weight
-from kdfast.objective.term import Inputs, Stored, Term, token_mask
+from kdfast.objective.term import Inputs, Stored, Term, check_aligned, token_mask, tokens_of_rows
 
 Projection = nn.Linear | Sequence[nn.Linear] | None
+
+
+def of_one_dtype(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What holds all of them, as layers of a model in mixed precision are of several and the operators take one."""
+    given = list(tensors)
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in given))
+    return [x.to(dtype) for x in given]
 
 
 class _OfLayers(Term):
     """Pairs of hidden states by a layer map; sums over layers, or their mean."""
 
     needs = "hidden"
+    stored = "hidden"  # the kind of state that a teacher's columns may hold
 
     def __init__(self, layers: LayerMap, weight: Weight, mean_over_layers: bool) -> None:
         super().__init__(weight)
@@ -32,22 +42,29 @@ class _OfLayers(Term):
         if not isinstance(teacher, Stored):
             return layer_map(self.layers, count, len(teacher.hidden) - 1, name)
         if isinstance(self.layers, str) or min(self.layers.values()) < 0:
+            if not teacher.has(self.stored):
+                raise Missing(f"{name}: needs a teacher, or rows with teacher_{self.stored}_<state> columns")
             self.refuse(
                 "layers", "a dict of numbers from 0 where the teacher's states are columns of the batch", self.layers
             )
         return layer_map(self.layers, count, max(self.layers.values()), name)
 
-    def state(self, side: Any, kind: str, number: int) -> Tensor:
-        """A hidden state [B, L, D], or (`kind` "cls") its token that stands for the sequence, [B, D]."""
+    def states(self, student: Any, teacher: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Of every pair, in turn."""
+        pairs = self.pairs(student, teacher)
+        mine, its = (self._state(student, i) for i in pairs), (self._state(teacher, i) for i in pairs.values())
+        return of_one_dtype(mine), of_one_dtype(its)
+
+    def _state(self, side: Any, number: int) -> Tensor:
+        """A hidden state [B, L, D], or (`stored` "cls") its token that stands for the sequence, [B, D]."""
         if isinstance(side, Stored):
-            found: Tensor | None = side.state(kind, number)
+            found = side.state(self.stored, number)
             if found is None:
-                raise ValueError(
-                    f"{type(self).__name__}: needs a teacher, or rows with a teacher_{kind}_{number} column"
-                )
+                column = f"teacher_{self.stored}_{number}"
+                raise Missing(f"{type(self).__name__}: needs a teacher, or rows with a {column} column")
             return found
         hidden: Tensor = side.hidden[number]
-        if kind == "hidden":
+        if self.stored == "hidden":
             return hidden
         place = torch.as_tensor(side.cls_index, device=hidden.device).expand(len(hidden))
         first: Tensor = hidden[torch.arange(len(hidden), device=hidden.device), place]
@@ -64,7 +81,7 @@ class _OfLayers(Term):
             return part * loss(reduction="mean")
         values = loss(reduction="none").sum(0)
         weighted: Tensor = weight.float().view(-1, *[1] * (values.dim() - 1)) * values
-        return part * weighted.sum() / divisor
+        return part * weighted.sum() / (divisor.clamp(min=1) if isinstance(divisor, Tensor) else max(divisor, 1))
 
 
 class Hidden(_OfLayers):
@@ -100,30 +117,34 @@ class Hidden(_OfLayers):
         self.masked = masked
 
     def count(self, inputs: Inputs) -> Tensor:
-        mask = token_mask(inputs)
-        return mask.sum() if self.masked else torch.tensor(mask.numel())
+        return tokens_of_rows(inputs, self.masked).sum()
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
-        pairs = self.pairs(student, teacher)
-        s = [self.state(student, "hidden", i) for i in pairs]
-        t = [self.state(teacher, "hidden", i) for i in pairs.values()]
+        check_aligned(type(self).__name__, inputs)
+        s, t = self.states(student, teacher)
+        s, projected = self._projected(s)
+        mask = token_mask(inputs, s[0].shape[:2]) if self.masked else None
 
         def loss(reduction: str) -> Tensor:
-            mask = token_mask(inputs) if self.masked else None
-            return hidden_mse(s, t, mask=mask, reduction=reduction, **self._projected(len(pairs)))
+            return hidden_mse(s, t, mask=mask, reduction=reduction, **projected)
 
-        return self.reduced(loss, len(pairs), inputs, self.count(inputs).clamp(min=1))
+        return self.reduced(loss, len(s), inputs, s[0].shape[:2].numel() if mask is None else mask.sum())
 
-    def _projected(self, layers: int) -> dict[str, Any]:
+    def _projected(self, states: list[Tensor]) -> tuple[list[Tensor], dict[str, Any]]:
+        """The states as the projections can take them, and what `hidden_mse` gets of these."""
         if self.projection is None:
-            return {}
-        if isinstance(self.projection, nn.Linear):
-            return {"projection": self.projection.weight, "bias": self.projection.bias}
-        linears: Any = list(self.projection)
-        if len(linears) != layers:
-            self.refuse("projection", f"one nn.Linear, or {layers}, one per layer", len(linears))
-        bias = None if linears[0].bias is None else [linear.bias for linear in linears]
-        return {"projection": [linear.weight for linear in linears], "bias": bias}
+            return states, {}
+        linears: Any = [self.projection] if isinstance(self.projection, nn.Linear) else list(self.projection)
+        if isinstance(self.projection, nn.ModuleList) and len(linears) != len(states):
+            self.refuse("projection", f"one nn.Linear, or {len(states)}, one per layer", len(linears))
+        weights, biases = [x.weight for x in linears], [x.bias for x in linears]
+        if any(bias is not None for bias in biases):
+            biases = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
+        else:
+            biases = []
+        # A projection is trained in its own precision where that is the finer one.
+        alike, n, m = of_one_dtype([*states, *weights, *biases]), len(states), len(states) + len(weights)
+        return alike[:n], {"projection": alike[n:m], "bias": alike[m:] or None}
 
 
 class Embedding(Hidden):
@@ -146,17 +167,17 @@ class Cosine(_OfLayers):
         super().__init__({-1: -1} if layers is None else layers, weight, mean_over_layers)
 
     def count(self, inputs: Inputs) -> Tensor:
-        return token_mask(inputs).sum()
+        return tokens_of_rows(inputs).sum()
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
-        pairs = self.pairs(student, teacher)
-        s = [self.state(student, "hidden", i) for i in pairs]
-        t = [self.state(teacher, "hidden", i) for i in pairs.values()]
+        check_aligned(type(self).__name__, inputs)
+        s, t = self.states(student, teacher)
+        mask = token_mask(inputs, s[0].shape[:2])
 
         def loss(reduction: str) -> Tensor:
-            return cosine_distance(s, t, mask=token_mask(inputs), reduction=reduction)
+            return cosine_distance(s, t, mask=mask, reduction=reduction)
 
-        return self.reduced(loss, len(pairs), inputs, self.count(inputs).clamp(min=1))
+        return self.reduced(loss, len(s), inputs, mask.sum())
 
 
 class CLS(_OfLayers):
@@ -168,6 +189,8 @@ class CLS(_OfLayers):
         weight: a number or a schedule.
         mean_over_layers: False adds the layers up.
     """
+
+    stored = "cls"
 
     def __init__(
         self,
@@ -181,14 +204,12 @@ class CLS(_OfLayers):
         self.normalize = normalize
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
-        pairs = self.pairs(student, teacher)
-        s = [self.state(student, "cls", i) for i in pairs]
-        t = [self.state(teacher, "cls", i) for i in pairs.values()]
+        s, t = self.states(student, teacher)
 
         def loss(reduction: str) -> Tensor:
             return cls_distance(s, t, normalize=self.normalize, reduction=reduction)
 
-        return self.reduced(loss, len(pairs), inputs, len(s[0]))
+        return self.reduced(loss, len(s), inputs, len(s[0]))
 
 
 class _OfHeads(_OfLayers):
@@ -196,14 +217,19 @@ class _OfHeads(_OfLayers):
 
     needs = "attention"
 
-    def heads(self, student: Any, teacher: Any) -> tuple[list[int], list[int]]:
+    def heads(self, student: Any, teacher: Any, inputs: Inputs) -> tuple[list[int], list[int]]:
         """Layers, numbered from 0."""
+        check_aligned(type(self).__name__, inputs)
         if isinstance(teacher, Stored):
-            raise ValueError(f"{type(self).__name__}: needs a teacher: attention is not stored")
+            raise Missing(f"{type(self).__name__}: needs a teacher: attention is not stored")
         pairs = self.pairs(student, teacher)
         if 0 in pairs or 0 in pairs.values():
             self.refuse("layers", "layers from 1, as the embeddings have no attention", pairs)
         return [i - 1 for i in pairs], [i - 1 for i in pairs.values()]
+
+    def mask(self, student: Any, inputs: Inputs) -> Tensor:
+        batch, _, length, _ = student.q[0].shape
+        return token_mask(inputs, (batch, length))
 
 
 class Attention(_OfHeads):
@@ -233,23 +259,22 @@ class Attention(_OfHeads):
         self.head_map = head_map
 
     def count(self, inputs: Inputs) -> Tensor:
-        return super().count(inputs) if "sample_weight" in inputs else (token_mask(inputs).sum(-1) ** 2).sum()
+        return super().count(inputs) if "sample_weight" in inputs else (tokens_of_rows(inputs) ** 2).sum()
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
-        mine, its = self.heads(student, teacher)
+        mine, its = self.heads(student, teacher, inputs)
         if self.head_map is not None and min(self.head_map) < 0 and "sample_weight" in inputs:
             self.refuse("head_map", "no heads to skip beside sample_weight", list(self.head_map))
+        mask = self.mask(student, inputs)
 
         def loss(reduction: str) -> Tensor:
             value = qk_attention_mse(
-                [student.q[i] for i in mine],
-                [student.k[i] for i in mine],
-                [teacher.q[i] for i in its],
-                [teacher.k[i] for i in its],
+                *(of_one_dtype(getattr(student, name)[i] for i in mine) for name in "qk"),
+                *(of_one_dtype(getattr(teacher, name)[i] for i in its) for name in "qk"),
                 student_scale=student.scale,
                 teacher_scale=teacher.scale,
-                key_mask=token_mask(inputs),
-                query_mask=token_mask(inputs),
+                key_mask=mask,
+                query_mask=mask,
                 is_causal=student.causal,
                 head_map=self.head_map,
                 reduction=reduction,
@@ -288,19 +313,20 @@ class Relations(_OfHeads):
         self.relations, self.relation_heads = tuple(relations), relation_heads
 
     def count(self, inputs: Inputs) -> Tensor:
-        return super().count(inputs) if "sample_weight" in inputs else token_mask(inputs).sum()
+        return super().count(inputs) if "sample_weight" in inputs else tokens_of_rows(inputs).sum()
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
-        mine, its = self.heads(student, teacher)
+        mine, its = self.heads(student, teacher, inputs)
+        mask = self.mask(student, inputs)
 
         def loss(reduction: str) -> Tensor:
             values = [
                 qk_relation_kl(
-                    *([getattr(student, name)[i] for i in mine] for name in pair),
-                    *([getattr(teacher, name)[i] for i in its] for name in pair),
+                    *(of_one_dtype(getattr(student, name)[i] for i in mine) for name in pair),
+                    *(of_one_dtype(getattr(teacher, name)[i] for i in its) for name in pair),
                     relation_heads=self.relation_heads,
-                    key_mask=token_mask(inputs),
-                    query_mask=token_mask(inputs),
+                    key_mask=mask,
+                    query_mask=mask,
                     reduction=reduction,
                 )
                 for pair in self.relations
