@@ -66,9 +66,15 @@ def collate(given: Sequence[Row]) -> dict[str, Any]:
 
 
 def trainer(folder: Path, model: Any, given: Any, objective: Any, *, teacher: Any = None, **options: Any) -> Any:
-    of_trainer = {
-        name: options.pop(name) for name in ("eval_dataset", "callbacks", "compute_metrics") if name in options
-    }
+    own = (
+        "eval_dataset",
+        "callbacks",
+        "compute_metrics",
+        "preprocess_logits_for_metrics",
+        "model_init",
+        "data_collator",
+    )
+    of_trainer = {"data_collator": collate} | {name: options.pop(name) for name in own if name in options}
     defaults = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -91,7 +97,6 @@ def trainer(folder: Path, model: Any, given: Any, objective: Any, *, teacher: An
         teacher=teacher,
         objective=objective,
         train_dataset=given,
-        data_collator=collate,
         **of_trainer,
     )
 
