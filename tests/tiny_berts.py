@@ -21,7 +21,9 @@ EPSILON = 1e-4
 Row = dict[str, Any]
 
 
-def bert(seed: int, *, width: int = 16, layers: int = 2, dropout: float = 0.0, kind: Any = None) -> Any:
+def bert(
+    seed: int, *, width: int = 16, layers: int = 2, dropout: float = 0.0, kind: Any = None, classes: int = CLASSES
+) -> Any:
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=VOCABULARY,
@@ -32,7 +34,7 @@ def bert(seed: int, *, width: int = 16, layers: int = 2, dropout: float = 0.0, k
         max_position_embeddings=16,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
-        num_labels=CLASSES,
+        num_labels=classes,
         initializer_range=0.4,  # far enough apart for the terms to matter
     )
     return (kind or BertForSequenceClassification)(config).eval()

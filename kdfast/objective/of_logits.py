@@ -177,7 +177,8 @@ class Labels(Term):
             with labels [B, C], mean over classes; "regression": squared error of logits [B] or [B, 1] with numbers [B], or
             of logits and labels [B, C], mean over C; "tokens": cross-entropy of logits [B, L, V] with labels [B, L], of masked language models: nothing is shifted;
             "spans": of question answering, mean cross-entropy of the start and end logits [B, L] with `start_positions` and
-            `end_positions` [B]; as transformers has it, those beyond L do not count, and negative ones are 0.
+            `end_positions` [B]; as transformers has it, those beyond L do not count, negative ones are 0, and padding is
+            among the positions.
         weight: a number or a schedule.
         label_smoothing: of the cross-entropies.
 
