@@ -67,6 +67,11 @@ def stays(teacher: nn.Module) -> bool:
     return getattr(inner, "hf_device_map", None) is not None or bool(getattr(inner, "is_quantized", False))
 
 
+def has_float32(teacher: nn.Module) -> bool:
+    """Whether mixed precision is for it. One that is stored in 16 bits has its own, which another's autocast may not take."""
+    return any(parameter.dtype == torch.float32 for parameter in teacher.parameters())
+
+
 def home(teacher: nn.Module, otherwise: torch.device) -> torch.device:
     """Where a teacher that stays takes its inputs; parameters on meta are offloaded."""
     return next((p.device for p in teacher.parameters() if p.device.type != "meta"), otherwise)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ try:
     from transformers.utils import ModelOutput
 
     from kdfast._objective_trainer import ObjectiveTrainer
-    from kdfast._teacher import check_apart, check_objective, check_teacher, home, moved, stays
+    from kdfast._teacher import check_apart, check_objective, check_teacher, has_float32, home, moved, stays
 except ModuleNotFoundError as error:
     raise ImportError(
         f"kdfast.DistillationTrainer needs {error.name}, which is not installed: pip install kdfast[train]"
@@ -37,10 +38,10 @@ class DistillationTrainer(ObjectiveTrainer):
         args: the usual `TrainingArguments`. `train_sampling_strategy="group_by_length"` uses
             `kdfast.data.LengthGroupedSampler`, whose order survives a resume within an epoch.
         teacher: a module that is run on every batch, without gradient. It is frozen, put into eval mode and moved to
-            the student's device, in place; one that is dispatched (`device_map`) or quantised stays where it is. A column
-            `teacher_input_ids`, or of another argument of its forward, takes the place of the student's
-            (`kdfast.data.TeacherCollator` pads them). With None, rows may carry its outputs as columns whose names begin
-            with `teacher_`, as those of `kdfast.teacher_cache` do; neither model gets them.
+            the student's device, in place; one that is dispatched (`device_map`) or quantised stays where it is. Mixed
+            precision is for those in float32. A column `teacher_input_ids`, or of another argument of its forward, takes
+            the place of the student's (`kdfast.data.TeacherCollator` pads them). With None, rows may carry its outputs as
+            columns whose names begin with `teacher_`, as those of `kdfast.teacher_cache` do; neither model gets them.
         objective: a `kdfast.objective.Objective`. Its terms are averaged between two log events and logged by name. Where it
             is a module, its parameters are trained too; checkpoints keep them in a file of their own, the student has none.
         **kwargs: as for `transformers.Trainer`, except `compute_loss_func`: the objective is the loss. With `model_init`, an
@@ -126,7 +127,8 @@ class DistillationTrainer(ObjectiveTrainer):
         if self.teacher is None:
             return ModelOutput(logits=inputs["teacher_logits"]) if "teacher_logits" in inputs else None
         own, device = teacher_inputs(self.teacher, inputs), self.args.device
-        with torch.no_grad(), self.accelerator.autocast():
+        autocast = self.accelerator.autocast() if has_float32(self.teacher) else nullcontext()
+        with torch.no_grad(), autocast:
             if not stays(self.teacher):
                 return self._run(self.teacher, own)
             return moved(self._run(self.teacher, moved(own, home(self.teacher, device))), device)

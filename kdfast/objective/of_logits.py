@@ -236,7 +236,8 @@ class Labels(Term):
             raise Missing(f"Labels: needs rows with {', '.join(lacking)}")
         if self.task != "spans":
             return self.output(student, "logits", instead=SPANS), inputs["labels"], weight
-        logits = torch.cat([self.output(student, name) for name in ("start_logits", "end_logits")])
+        both = [self.output(student, name) for name in ("start_logits", "end_logits")]
+        logits = torch.cat([x.to(_checks.loss_dtype(x)) for x in both])  # before: autocast joins no float16 on a CPU
         labels = torch.cat([inputs[name].flatten() for name in POSITIONS]).clamp(min=0)
         labels = torch.where(labels < logits.shape[-1], labels, -100)
         return logits, labels, None if weight is None else weight.repeat(2)
