@@ -82,12 +82,13 @@ class DistillationTrainer(ObjectiveTrainer):
         check_apart(teacher, self.model)
         # Whether the Trainer takes the loss as already divided by the number of items of the accumulated batch.
         self.model_accepts_loss_kwargs = hasattr(objective, "num_items")
-        self.label_names: list[str] = vars(self)["label_names"] or [
-            "labels"
-        ]  # the objective's: a model's forward may name none
+        # Those of the objective, where a model's forward names none.
+        self.label_names: list[str] = vars(self)["label_names"] or ["labels"]
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         if self.teacher is not None and not stays(self.teacher):
             self.teacher.to(self.args.device)
+        if hasattr(objective, "for_student"):
+            objective = objective.for_student(self.model)
         self.objective: Any = objective.to(self.args.device) if isinstance(objective, nn.Module) else objective
         if self.model_init is not None and isinstance(objective, nn.Module):
             self._objective_start = copy.deepcopy(objective.state_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_berts import CLASSES, bert, collate, masked_lm, rows, trainer
+from tiny_berts import CLASSES, bert, collate, logged, masked_lm, rows, trainer
+from tiny_teacher import llama
 from torch import Tensor, nn
 from transformers import BertModel
 
@@ -81,6 +83,26 @@ def test_means_do_not_depend_on_the_batches(tmp_path: Path, name: str) -> None:
                 (s.argmax(-1) == t.argmax(-1)).float().mean().item(), abs=1e-6
             )
             assert metrics["eval_a_kl_to_teacher"] == pytest.approx((t.exp() * (t - s)).sum(-1).mean().item(), rel=1e-5)
+
+
+def test_scores_of_causal_models_are_counted_as_such(tmp_path: Path) -> None:
+    """Of n tokens n(n + 1)/2: in evaluations, and in micro-batches of unequal lengths."""
+    student, teacher, given = llama(5), llama(), [{"input_ids": row["input_ids"]} for row in rows(8)]
+    losses = []
+    for size in (2, 8):
+        objective = Terms(attention=Attention())
+        sizes = {"per_device_eval_batch_size": size, "per_device_train_batch_size": size}
+        accumulated = {"gradient_accumulation_steps": 8 // size, "eval_dataset": given}
+        it = trainer(tmp_path, student, given, objective, teacher=teacher, **sizes, **accumulated)
+        assert it.evaluate()["eval_attention"] == pytest.approx(
+            whole(objective, student, teacher, given)["attention"], rel=1e-5
+        )
+        start = copy.deepcopy(student.state_dict())
+        it.train()
+        student.load_state_dict(start)
+        losses.append(logged(it, "attention"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[1][0] > 1e-3
 
 
 def test_objectives_that_do_not_count_are_weighed_by_rows(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ class Objective(Protocol):
 
     `logits(student_outputs)`: predictions, where the outputs have none; asked for in evaluations that want them.
 
+    `for_student(model)` returns the objective to use for this student; the trainer asks once, at its beginning.
+
     `progress`: an attribute, the share of the training that is done, from 0 to 1; the trainer sets it.
 
     An objective that is a module may have parameters (projections): they are trained, saved and resumed with the student.

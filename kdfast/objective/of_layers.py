@@ -243,8 +243,10 @@ class Attention(_OfHeads):
         weight: a number or a schedule.
         mean_over_layers: divide by the number of layers.
 
-    With `sample_weight`, the mean of every row is weighted (and rows of any length count alike). Micro-batches of causal
-    models count by n² scores of a row, not by n(n + 1)/2: a little inexact where lengths differ.
+    With `sample_weight`, the mean of every row is weighted (and rows of any length count alike).
+
+    Attributes:
+        causal: whether n tokens are counted as n(n + 1)/2 scores, not n²; `Terms.for_student` sets it.
     """
 
     def __init__(
@@ -256,10 +258,13 @@ class Attention(_OfHeads):
         mean_over_layers: bool = False,
     ) -> None:
         super().__init__(layers, weight, mean_over_layers)
-        self.head_map = head_map
+        self.head_map, self.causal = head_map, False
 
     def count(self, inputs: Inputs) -> Tensor:
-        return super().count(inputs) if "sample_weight" in inputs else (tokens_of_rows(inputs) ** 2).sum()
+        if "sample_weight" in inputs:
+            return super().count(inputs)
+        tokens = tokens_of_rows(inputs)
+        return (tokens * (tokens + 1) // 2 if self.causal else tokens**2).sum()
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
         mine, its = self.heads(student, teacher, inputs)

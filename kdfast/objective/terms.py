@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.objective._protocol import Missing, model_inputs, unwrapped
+from kdfast.objective.of_layers import Attention
 from kdfast.objective.of_logits import Labels, Logits
 from kdfast.objective.term import Inputs, Stored, Term, any_column, check_per_row
 from kdfast.ops._checks import check_fraction, check_temperature_number
@@ -70,6 +71,16 @@ class Terms(nn.Module):
             )
         if term.needs not in NEEDS:
             term.refuse("needs", f"one of {', '.join(map(repr, NEEDS))}", term.needs)
+
+    def for_student(self, model: nn.Module) -> Terms:
+        """This objective, which counts the scores of a causal student's attention as such from now on."""
+        from kdfast import hf  # imports transformers, which logits do not need
+
+        adapter = hf.ADAPTERS.get(getattr(getattr(unwrapped(model), "config", None), "model_type", ""))
+        for term in self.terms.values():
+            if isinstance(term, Attention) and adapter is not None:
+                term.causal = adapter.causal
+        return self
 
     def run(self, model: nn.Module, inputs: Inputs) -> Any:
         """The student or the teacher on a batch: its outputs, or where a term needs more, `kdfast.hf.Features`."""
