@@ -77,8 +77,10 @@ def without(model: nn.Module, name: str) -> Iterator[None]:
 
 
 def agreement(student: Any, teacher: Any) -> dict[str, Tensor]:
-    """Of the logits [B, C] of two classifiers, C at least 2."""
+    """Of the logits [B, C] of two classifiers of the same classes, C at least 2."""
     if student is None or teacher is None or student.dim() != 2 or student.shape[-1] < 2:
+        return {}
+    if student.shape != teacher.shape:
         return {}
     same = (student.argmax(-1) == teacher.argmax(-1)).float().mean()
     return dict(zip(COMPARED, (same, kl_div(student, teacher)), strict=True))

@@ -168,7 +168,7 @@ class DistillationTrainer(ObjectiveTrainer):
         if prediction_loss_only:
             return loss, None, None
         # As many as the batch has, of which accelerate drops those that are not its own.
-        filled = torch.arange(rows, device=self.args.device).clamp(max=max(own, 1) - 1)
+        filled = torch.arange(rows).clamp(max=max(own, 1) - 1)
         logits = tuple(x if own == rows else x[filled] for x in logits)
         labels = tuple(inputs[name] for name in self.label_names if inputs.get(name) is not None)
         return loss, *(x[0] if len(x) == 1 else x or None for x in (logits, labels))

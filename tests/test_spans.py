@@ -187,7 +187,9 @@ class Tuples(nn.Module):
         super().__init__()
         self.head = nn.Linear(1, 3)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool = False
+    ) -> tuple[Tensor]:
         return (self.head(input_ids.float().mean(-1, keepdim=True)),)
 
 
@@ -207,6 +209,10 @@ def test_outputs_without_logits_are_named(tmp_path: Path) -> None:
         trainer(tmp_path, qa(1), rows(4), Terms(it=Spans())).train()
     with pytest.raises(ValueError, match=r"Labels: outputs: expected a student's with .logits .*, got tuple$"):
         trainer(tmp_path, Tuples(), rows(4), Terms(it=Labels())).train()
+    with pytest.raises(
+        ValueError, match=r"kdfast.hf: outputs: expected some by name, with .hidden_states .*, got tuple"
+    ):
+        trainer(tmp_path, Tuples(), rows(4), Terms(it=Hidden()), teacher=teacher).train()
     with pytest.raises(ValueError, match="Spans: divergence: expected one of probabilities, got 'logit_mse'"):
         Spans("logit_mse")
     with pytest.raises(

@@ -243,6 +243,13 @@ def test_metrics_without_logits_are_refused(tmp_path: Path) -> None:
     assert without.predict(rows(4)).predictions is None
 
 
+def test_a_teacher_of_other_classes_is_not_compared(tmp_path: Path) -> None:
+    objective = Terms(ce=Labels(), cosine=Cosine())
+    metrics = trainer(tmp_path, bert(1), None, objective, teacher=bert(0, classes=5), eval_dataset=rows(5)).evaluate()
+    assert min(metrics["eval_ce"], metrics["eval_cosine"]) > 1e-3
+    assert not {"eval_agreement", "eval_kl_to_teacher"} & set(metrics)
+
+
 def test_nothing_is_warned_of_where_all_is_there(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="DistillationTrainer")
