@@ -23,6 +23,7 @@ from kdfast.objective import (
     Hidden,
     Hinton,
     Labels,
+    LanguageModel,
     Logits,
     Missing,
     Relations,
@@ -103,6 +104,20 @@ def test_scores_of_causal_models_are_counted_as_such(tmp_path: Path) -> None:
         losses.append(logged(it, "attention"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[1][0] > 1e-3
+
+
+def test_language_models_are_weighed_by_tokens(tmp_path: Path) -> None:
+    student, teacher, given = llama(5), llama(), rows(7, tokens=True)
+    objective, batch = LanguageModel(alpha=0.5, temperature=2.0), collate(given)
+    with torch.no_grad():
+        expected = objective(objective.run(student, batch), objective.run(teacher, batch), batch)
+    for size in (1, 3, 7):
+        sizes = {"per_device_eval_batch_size": size, "eval_dataset": given}
+        metrics = trainer(tmp_path, student, None, objective, teacher=teacher, **sizes).evaluate()
+        for name, value in expected.items():
+            assert metrics[f"eval_{name}"] == pytest.approx(value.item(), rel=1e-4), (size, name)
+            assert value > 1e-3
+        assert metrics["eval_loss"] == pytest.approx(metrics["eval_kd"] + metrics["eval_ce"], rel=1e-12)
 
 
 def test_objectives_that_do_not_count_are_weighed_by_rows(tmp_path: Path) -> None:

@@ -192,3 +192,36 @@ def test_token_mask_without_tokens() -> None:
     mask = torch.tensor([[1, 0], [1, 1]])
     assert token_mask({"attention_mask": mask, **inputs}, (2, 2)).tolist() == mask.bool().tolist()
     assert token_mask({"input_ids": torch.ones(3, 4)}).shape == (3, 4)
+    message = (
+        r"kdfast.objective: attention_mask: expected the hidden states' \[2, 5\], a number for each token, got \[2, 2\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        token_mask({"attention_mask": mask, **inputs}, (2, 5))
+
+
+def test_sounds() -> None:
+    """`input_features`; and of models that shorten them to fewer tokens."""
+    torch.manual_seed(0)
+    sizes = {
+        "d_model": 16,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "num_mel_bins": 6,
+        "max_source_positions": 5,
+    }
+    student, teacher = (
+        transformers.WhisperForAudioClassification(
+            transformers.WhisperConfig(**sizes, encoder_layers=n, classifier_proj_size=8, num_labels=CLASSES)
+        ).eval()
+        for n in (1, 2)
+    )
+    inputs = {"input_features": torch.randn(3, 6, 10), "labels": torch.arange(3)}
+    objective = Terms(kl=Logits(), hidden=Hidden(), cosine=Cosine(), cls=CLS("uniform"))
+    s, t = (objective.run(m, inputs) for m in (student, teacher))
+    values = objective(s, t, inputs)
+    assert s.hidden[-1].shape == (3, 5, 16)
+    torch.testing.assert_close(values["hidden"], F.mse_loss(s.hidden[1], t.hidden[2]))
+    cosine = (1 - F.cosine_similarity(s.hidden[-1], t.hidden[-1], dim=-1)).mean()
+    torch.testing.assert_close(values["cosine"], cosine)
+    assert min(values["kl"], values["cls"], cosine, values["hidden"]) > 1e-5
+    assert objective.num_items(inputs).tolist() == [3, 3, 3, 3]

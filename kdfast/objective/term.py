@@ -142,9 +142,15 @@ def token_mask(inputs: Inputs, shape: Sequence[int] | None = None) -> Tensor:
     Args:
         inputs: the batch. Without an `attention_mask` all tokens count.
         shape: (B, L) of the hidden states, which a batch of images says nothing about.
+
+    Raises:
+        ValueError: an `attention_mask` of another shape, as models of sound that shorten their inputs have it.
     """
     if "attention_mask" in inputs:
         mask: Tensor = inputs["attention_mask"].bool()
+        if shape is not None and mask.shape != torch.Size(shape):
+            expected = f"the hidden states' {list(shape)}, a number for each token"
+            raise ValueError(f"kdfast.objective: attention_mask: expected {expected}, got {list(mask.shape)}")
         return mask
     ids = any_column(inputs)
     return torch.ones(*(ids.shape[:2] if shape is None else shape), dtype=torch.bool, device=ids.device)
