@@ -14,6 +14,7 @@ from kdfast.objective._protocol import Missing
 from kdfast.objective.layer_maps import LayerMap, layer_map
 from kdfast.objective.schedules import Weight
 from kdfast.objective.term import Inputs, Stored, Term, check_aligned, token_mask, tokens_of_rows
+from kdfast.ops._checks import check_int
 
 Projection = nn.Linear | Sequence[nn.Linear] | None
 
@@ -258,6 +259,8 @@ class Attention(_OfHeads):
         mean_over_layers: bool = False,
     ) -> None:
         super().__init__(layers, weight, mean_over_layers)
+        if head_map is not None and not isinstance(head_map, Sequence):
+            self.refuse("head_map", "the teacher's head of every student head, such as [0, 2]", head_map, TypeError)
         self.head_map, self.causal = head_map, False
 
     def count(self, inputs: Inputs) -> Tensor:
@@ -315,6 +318,8 @@ class Relations(_OfHeads):
         super().__init__({-1: -1} if layers is None else layers, weight, mean_over_layers)
         if not relations or any(len(pair) != 2 or not set(pair) <= set("qkv") for pair in relations):
             self.refuse("relations", "pairs of q, k and v such as 'qk'", relations)
+        if relation_heads is not None:
+            check_int(type(self).__name__, "relation_heads", relation_heads)
         self.relations, self.relation_heads = tuple(relations), relation_heads
 
     def count(self, inputs: Inputs) -> Tensor:
