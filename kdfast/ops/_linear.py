@@ -167,9 +167,13 @@ def linear_divergence(
     call, places, rows = Call(*args), None, student_hidden.shape[0]
     if call.mask is not None and not (student_hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
         places = call.mask.nonzero().squeeze(1)
-        call = call.rows(lambda x: x[places])._replace(mask=None)
-        student_hidden = student_hidden[places]
-        teacher_hidden = None if teacher_hidden is None else teacher_hidden[places]
+        call = call._replace(mask=None)
+        if len(places) == rows:
+            places = None
+        else:
+            call = call.rows(lambda x: x[places])
+            student_hidden = student_hidden[places]
+            teacher_hidden = None if teacher_hidden is None else teacher_hidden[places]
     call = with_denominators(call, student_hidden)
     student = Head(student_hidden, student_weight, student_bias, student_softcap).first(call.columns)
     teacher = None

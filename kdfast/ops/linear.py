@@ -111,7 +111,7 @@ def linear_kd_loss(
     The logits of N tokens over a vocabulary V are N·V float32 numbers per model, and as many again for their gradients;
     here they exist for a few rows at a time, always in float32 (rounding them to 16 bits costs 3 to 22 % of the
     gradient where student and teacher are close), and each is made once: four matrix products with the gradients, which
-    are made in the forward. Rows whose mask is off are dropped before the first one.
+    are made in the forward. Rows that do not count are dropped before the first one.
 
     Args:
         student_hidden: `[..., H]`, float32, bfloat16, float16, or float64 on the CPU. Nothing is shifted: for causal
@@ -119,8 +119,8 @@ def linear_kd_loss(
         student_weight: `[V, H]`, the output embeddings (`model.get_output_embeddings().weight`), of the hidden states'
             dtype; under autocast both are cast. Tied embeddings get the sum of their gradients, as everywhere.
         teacher_hidden, teacher_weight: `[..., Ht]`, `[V, Ht]`; their size and dtype may differ from the student's.
-        labels: `[...]`, int64, or None with alpha = 1. A label of -100 leaves out the cross-entropy alone: to leave out
-            the divergence too, of prompts and padding, pass mask=labels != -100.
+        labels: `[...]`, int64, or None with alpha = 1. Rows whose label is `ignore_index`, prompts and padding, are dropped;
+            where a mask is given it decides instead, as in `kd_loss`.
         student_bias, teacher_bias: `[V]`.
         teacher_logits: `[..., V]`, instead of hidden states and weight (before no soft-cap: as they are).
         student_softcap, teacher_softcap: cap of z (Gemma: `config.final_logit_softcapping`); None: none.
@@ -129,7 +129,7 @@ def linear_kd_loss(
             weight's gradient, which is there where the budget holds fewer rows than there are (at most 512 on
             the CPU, 8,192 on the GPU). The results for all budgets are the same to a rounding of the output.
         divergence, beta, skew, alpha, temperature, label_smoothing, ignore_index, return_components: as in `kd_loss`.
-        mask, weight, temperature, reduction, num_items: as in `kl_div`, over the leading dimensions `[...]`.
+        mask: as in `kd_loss`. weight, temperature, reduction, num_items: as in `kl_div`, over the leading dimensions.
         vocab_size: the first `vocab_size` rows of both weights count; the gradient of others is 0.
         process_group, vocab_start: of a vocabulary that is split over ranks: weights, biases and teacher_logits are this
             rank's rows, hidden states, labels and the like are whole on every rank. The gradient of the hidden states
