@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops import _checks, _shards
+from kdfast.ops import _checks, _shards, _transforms
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -239,12 +239,13 @@ class _Divergence(torch.autograd.Function):
 def refuse_double_backward(op: str) -> None:
     """Gradients are made without a graph of their own; asking for one (create_graph=True) must not give silent zeros."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(f"{op}: double backward is not available: expected backward without create_graph=True")
+        _transforms.no_double_backward(op)
 
 
 def scaled(gradients: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
     """Each gradient · factor. In place only where nobody can ask for the saved gradients again."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+    if kept or _transforms.is_batched(factor):
         return [gradient * factor for gradient in gradients]
     if factor.device.type == "cuda":
         for gradient in gradients:

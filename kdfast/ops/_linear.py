@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdfast.ops import _checks, _chunks, _divergence, _heads
+from kdfast.ops import _checks, _chunks, _divergence, _heads, _transforms
 from kdfast.ops._divergence import KNOWN_EVERYTHING, KNOWN_NOTHING, SAVE_NOTHING, Call
 from kdfast.ops._heads import WORKSPACE, Gradients, Head, Widening
 
@@ -260,6 +260,7 @@ class _Linear(torch.autograd.Function):
         _divergence.refuse_double_backward(ctx.op)
         saved = ctx.saved_tensors
         if ctx.per_row:
+            _transforms.refuse_batched(ctx.op, grad_loss)
             inputs = [x if other is None else other for x, other in zip(saved, ctx.others, strict=True)]
             call = Call(*inputs[-len(Call._fields) :])
             factors = grad_loss if call.weight is None else grad_loss * call.weight

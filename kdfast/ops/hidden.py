@@ -9,10 +9,12 @@ from torch import Tensor
 
 from kdfast.ops import _checks, _layers
 from kdfast.ops._layers import Layers, Masks
+from kdfast.ops._transforms import transformable
 
 NAMES = ("student_hidden", "teacher_hidden")
 
 
+@transformable
 def hidden_mse(
     student_hidden: Layers,
     teacher_hidden: Layers,
@@ -55,6 +57,7 @@ def hidden_mse(
     return _of_tokens(op, "squared", s, t, mask, weights, reduction, student_hidden)
 
 
+@transformable
 def cosine_distance(
     student_hidden: Layers,
     teacher_hidden: Layers,
@@ -84,6 +87,7 @@ def cosine_distance(
     return _of_tokens(op, "cosine", s, t, mask, weights, reduction, student_hidden)
 
 
+@transformable
 def cls_distance(
     student_hidden: Layers,
     teacher_hidden: Layers,

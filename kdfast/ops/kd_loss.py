@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdfast.ops import _checks, _divergence
 from kdfast.ops._divergence import Labels, Options
+from kdfast.ops._transforms import transformable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,6 +66,7 @@ def kd_loss(
     vocab_start: int | None = ...,
     return_components: Literal[True],
 ) -> KDLossComponents: ...
+@transformable
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,

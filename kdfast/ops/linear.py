@@ -10,6 +10,7 @@ from torch import Tensor
 from kdfast.ops import _checks, _divergence, _dtensors, _heads, _linear, _shards
 from kdfast.ops._divergence import Labels, Options
 from kdfast.ops._heads import Head
+from kdfast.ops._transforms import transformable
 from kdfast.ops.kd_loss import KDLossComponents, hard_part, soft_part
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def linear_kd_loss(
     vocab_start: int | None = ...,
     return_components: Literal[True],
 ) -> KDLossComponents: ...
+@transformable
 def linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -140,7 +142,7 @@ def linear_kd_loss(
 
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape, device, reduction or range, or a `memory_budget` that
-        does not hold a row. RuntimeError: a second derivative is asked for.
+        does not hold a row. RuntimeError: a second derivative or forward mode is asked for.
     """
     op = "linear_kd_loss"
     kind, mixing = soft_part(op, divergence, beta, skew)
@@ -209,6 +211,7 @@ def linear_topk_kd_loss(
     vocab_start: int | None = ...,
     return_components: Literal[True],
 ) -> KDLossComponents: ...
+@transformable
 def linear_topk_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from kdfast.ops import _divergence
 from kdfast.ops._divergence import Options
+from kdfast.ops._transforms import transformable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@transformable
 def topk_kl_div(
     student_logits: Tensor,
     teacher_topk_logprobs: Tensor,
