@@ -136,14 +136,19 @@ def run(
     shard = _shards.shard_of(op, student, of_teacher, options.process_group, options.vocab_start, options.vocab_size)
     student, teacher = shard.student, shard.teacher if indices is None else teacher
     if indices is not None:
-        teacher, indices = _checks.check_topk(op, student, teacher, indices, shard.vocabulary)
+        teacher, indices = _checks.check_topk(op, student, teacher, indices)
     teacher = teacher.detach()
     if torch.float64 in (student.dtype, teacher.dtype):
         student, teacher = student.double(), teacher.double()
     call = call_of(op, kind, student, shard, options, mixing, labels, indices)
+    if indices is not None:
+        _checks.check_topk_values(op, teacher, indices, call.mask, shard.vocabulary)
     if torch.is_grad_enabled() and student.requires_grad:
-        return _Divergence.apply(op, shard.group, student, teacher, *call)  # type: ignore[no-any-return]
-    loss, components, _ = forward(shard.group, student, teacher, call, SAVE_NOTHING)
+        loss, components = _Divergence.apply(op, shard.group, student, teacher, *call)
+    else:
+        loss, components, _ = forward(shard.group, student, teacher, call, SAVE_NOTHING)
+    if indices is not None:
+        _checks.check_topk_repeats(op, loss, teacher, indices, call.mask)
     return loss, components
 
 

@@ -279,20 +279,25 @@ def _run(
         t = given
     shard = _shards.shard_of(op, like, t, options.process_group, options.vocab_start, options.vocab_size)
     if indices is not None and given is not None:
-        given, indices = _checks.check_topk(op, like, given, indices, shard.vocabulary)
-        given, indices = given.flatten(0, -2), indices.flatten(0, -2)
+        given, indices = _checks.check_topk(op, like, given, indices)
     budget = _check_budget(op, memory_budget)
     if torch.float64 in (like.dtype, t.dtype):
         student, teacher = student.double(), teacher and teacher.double()
         given = None if given is None else given.double()
     call = _divergence.call_of(op, kind, student.hidden, shard, options, mixing, labels, indices)
-    call = call.rows(lambda x: x if x is indices else x.flatten())
+    topk = None if given is None or indices is None else (given, indices, call.mask)
+    if topk is not None:
+        _checks.check_topk_values(op, *topk, shard.vocabulary)
+        given = topk[0].flatten(0, -2)
+    call = call.rows(lambda x: x.flatten(0, -2) if x is indices else x.flatten())
     if options.reduction == "batchmean":
         call = call._replace(reduction=_checks.REDUCTIONS["sum"], scale=call.scale / max(leading[0], 1))
     if given is not None:
         given = given.detach()
     group = None if shard.group is None else shard.group.group_name
     loss, components = _linear.run(op, student, teacher, given, group, budget, call)
+    if topk is not None:
+        _checks.check_topk_repeats(op, loss, *topk)
     if options.reduction == "none":
         return loss.view(leading), components.view(*leading, 2)
     return loss, components
