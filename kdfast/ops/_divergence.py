@@ -172,9 +172,7 @@ def call_of(
     weight = _checks.check_rows(op, "weight", options.weight, student)
     hard = None if labels is None or labels.labels is None else labels.labels
     if labels is not None and hard is not None:
-        hard = _checks.check_labels(op, hard, mask, student, shard.vocabulary, labels.ignore_index)
-        if mask is None:  # who leaves a row out of the labels leaves it out; a mask says otherwise
-            mask = hard != labels.ignore_index
+        mask = _checks.check_labels(op, hard, mask, student, shard.vocabulary, labels.ignore_index)
     return Call(
         *(indices, hard, row_temperature, mask, weight, items, _ALL_KINDS.index(kind)),
         *(mixing, temperature, shard.columns, shard.vocabulary, shard.start, reduction, scale),
