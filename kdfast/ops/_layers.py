@@ -5,6 +5,7 @@ A layer is [B, H, R, C] here: sequences, heads, rows, numbers of a row; or [B, R
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -56,6 +57,7 @@ class Masks:
 
 
 def as_list(op: str, argument: str, x: Layers) -> list[Tensor]:
+    """Layers of one shape; of several dtypes, as autocast leaves some models' states, in the widest."""
     layers = [x] if isinstance(x, Tensor) else list(x) if isinstance(x, Sequence) else [x]
     if not layers:
         _checks.wrong_value(op, argument, "a layer or more", "none")
@@ -65,13 +67,20 @@ def as_list(op: str, argument: str, x: Layers) -> list[Tensor]:
         if not isinstance(layer, Tensor):
             _checks.wrong_type(op, argument, "a tensor or a sequence of tensors", _checks.kind(layer))
         _checks.check_float(op, argument, layer)
-        if layer.dtype != layers[0].dtype:
-            _checks.wrong_type(op, argument, f"layers of one dtype, the first's {layers[0].dtype}", layer.dtype)
         if layer.shape != layers[0].shape:
             _checks.wrong_value(
                 op, argument, f"layers of one shape, the first's {list(layers[0].shape)}", list(layer.shape)
             )
-    return layers
+    return in_one_dtype(layers)
+
+
+def in_one_dtype(tensors: list[Tensor]) -> list[Tensor]:
+    """The widest of theirs, that holds all of them exactly."""
+    dtypes = {x.dtype for x in tensors}
+    if len(dtypes) == 1:
+        return tensors
+    widest = functools.reduce(torch.promote_types, dtypes)
+    return [x.to(widest) for x in tensors]
 
 
 def check_layers(
