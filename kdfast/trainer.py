@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast._step import COMPARED, Columns, Means, agreement, first_rows, inside_forward, own_rows
+from kdfast._step import Columns, Means, agreement, first_rows, inside_forward, own_rows
 from kdfast.data import LengthGroupedSampler
 from kdfast.objective import Missing, Objective, model_inputs
 from kdfast.objective._protocol import TARGETS, parameters_of, teacher_inputs
@@ -92,7 +92,7 @@ class DistillationTrainer(ObjectiveTrainer):
         self.objective: Any = objective.to(self.args.device) if isinstance(objective, nn.Module) else objective
         if self.model_init is not None and isinstance(objective, nn.Module):
             self._objective_start = copy.deepcopy(objective.state_dict())
-        self._trained, self._evaluated = Means(), defaultdict[str, Means](Means)
+        self._trained, self._evaluated, self._compared = Means(), defaultdict[str, Means](Means), Means()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -161,9 +161,9 @@ class DistillationTrainer(ObjectiveTrainer):
             terms = self._possible_terms(outputs, teacher_outputs, part)
             logits = () if prediction_loss_only else self._logits(outputs)
             compared = agreement(getattr(outputs, "logits", None), getattr(teacher_outputs, "logits", None))
-        weights = self._counts(part, terms) | dict.fromkeys(compared, own)
-        for name, weight in weights.items():
-            self._evaluated[name].add({name: (terms | compared)[name]}, weight if own else 0)
+        for name, weight in self._counts(part, terms).items():
+            self._evaluated[name].add({name: terms[name]}, weight if own else 0)
+        self._compared.add(compared, own)
         loss = torch.stack(list(terms.values())).sum() if terms else None
         if prediction_loss_only:
             return loss, None, None
@@ -211,10 +211,12 @@ class DistillationTrainer(ObjectiveTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, with the means of the terms and of the comparison with the teacher among its metrics."""
         self._evaluated.clear()
+        self._compared = Means()
         output = super().evaluation_loop(*args, **kwargs)
         means = {name: mean.take(self.accelerator)[name] for name, mean in self._evaluated.items()}
-        if terms := [mean for name, mean in means.items() if name not in COMPARED]:
-            means["loss"] = sum(terms)
+        if means:
+            means["loss"] = sum(means.values())
+        means |= self._compared.take(self.accelerator)
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": mean for name, mean in means.items()})
         return output

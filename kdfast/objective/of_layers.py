@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +16,6 @@ from kdfast.objective.term import Inputs, Stored, Term, check_aligned, token_mas
 from kdfast.ops._checks import check_int
 
 Projection = nn.Linear | Sequence[nn.Linear] | None
-
-
-def of_one_dtype(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What holds all of them, as layers of a model in mixed precision are of several and the operators take one."""
-    given = list(tensors)
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in given))
-    return [x.to(dtype) for x in given]
 
 
 class _OfLayers(Term):
@@ -53,8 +45,7 @@ class _OfLayers(Term):
     def states(self, student: Any, teacher: Any) -> tuple[list[Tensor], list[Tensor]]:
         """Of every pair, in turn."""
         pairs = self.pairs(student, teacher)
-        mine, its = (self._state(student, i) for i in pairs), (self._state(teacher, i) for i in pairs.values())
-        return of_one_dtype(mine), of_one_dtype(its)
+        return [self._state(student, i) for i in pairs], [self._state(teacher, i) for i in pairs.values()]
 
     def _state(self, side: Any, number: int) -> Tensor:
         """A hidden state [B, L, D], or (`stored` "cls") its token that stands for the sequence, [B, D]."""
@@ -123,29 +114,26 @@ class Hidden(_OfLayers):
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
         check_aligned(type(self).__name__, inputs)
         s, t = self.states(student, teacher)
-        s, projected = self._projected(s)
         mask = token_mask(inputs, s[0].shape[:2]) if self.masked else None
 
         def loss(reduction: str) -> Tensor:
-            return hidden_mse(s, t, mask=mask, reduction=reduction, **projected)
+            return hidden_mse(s, t, mask=mask, reduction=reduction, **self._projected(len(s)))
 
         return self.reduced(loss, len(s), inputs, s[0].shape[:2].numel() if mask is None else mask.sum())
 
-    def _projected(self, states: list[Tensor]) -> tuple[list[Tensor], dict[str, Any]]:
-        """The states as the projections can take them, and what `hidden_mse` gets of these."""
+    def _projected(self, layers: int) -> dict[str, Any]:
         if self.projection is None:
-            return states, {}
-        linears: Any = [self.projection] if isinstance(self.projection, nn.Linear) else list(self.projection)
-        if isinstance(self.projection, nn.ModuleList) and len(linears) != len(states):
-            self.refuse("projection", f"one nn.Linear, or {len(states)}, one per layer", len(linears))
+            return {}
+        if isinstance(self.projection, nn.Linear):
+            return {"projection": self.projection.weight, "bias": self.projection.bias}
+        linears: Any = list(self.projection)
+        if len(linears) != layers:
+            self.refuse("projection", f"one nn.Linear, or {layers}, one per layer", len(linears))
         weights, biases = [x.weight for x in linears], [x.bias for x in linears]
-        if any(bias is not None for bias in biases):
-            biases = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
-        else:
-            biases = []
-        # A projection is trained in its own precision where that is the finer one.
-        alike, n, m = of_one_dtype([*states, *weights, *biases]), len(states), len(states) + len(weights)
-        return alike[:n], {"projection": alike[n:m], "bias": alike[m:] or None}
+        if all(bias is None for bias in biases):
+            return {"projection": weights}
+        biases = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
+        return {"projection": weights, "bias": biases}
 
 
 class Embedding(Hidden):
@@ -277,8 +265,8 @@ class Attention(_OfHeads):
 
         def loss(reduction: str) -> Tensor:
             value = qk_attention_mse(
-                *(of_one_dtype(getattr(student, name)[i] for i in mine) for name in "qk"),
-                *(of_one_dtype(getattr(teacher, name)[i] for i in its) for name in "qk"),
+                *([getattr(student, name)[i] for i in mine] for name in "qk"),
+                *([getattr(teacher, name)[i] for i in its] for name in "qk"),
                 student_scale=student.scale,
                 teacher_scale=teacher.scale,
                 key_mask=mask,
@@ -332,8 +320,8 @@ class Relations(_OfHeads):
         def loss(reduction: str) -> Tensor:
             values = [
                 qk_relation_kl(
-                    *(of_one_dtype(getattr(student, name)[i] for i in mine) for name in pair),
-                    *(of_one_dtype(getattr(teacher, name)[i] for i in its) for name in pair),
+                    *([getattr(student, name)[i] for i in mine] for name in pair),
+                    *([getattr(teacher, name)[i] for i in its] for name in pair),
                     relation_heads=self.relation_heads,
                     key_mask=mask,
                     query_mask=mask,
