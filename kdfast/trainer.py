@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast._step import Columns, Means, agreement, first_rows, inside_forward, own_rows
+from kdfast._rows import Columns, first_rows, own_rows
+from kdfast._step import Means, agreement, inside_forward
 from kdfast.data import LengthGroupedSampler
 from kdfast.objective import Missing, Objective, model_inputs
 from kdfast.objective._protocol import TARGETS, parameters_of, teacher_inputs
