@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -19,6 +20,15 @@ class LastHidden(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     softcap: float | None
+
+    def logits(self, hidden: Tensor | None = None) -> Tensor:
+        """Of these hidden states [..., H], by default all: [..., V], float32 (float64 for float64)."""
+        hidden = self.hidden if hidden is None else hidden
+        weight, dtype = self.weight, torch.promote_types(self.hidden.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(hidden.device.type, enabled=False):  # would round them
+            made = F.linear(hidden.to(dtype), weight.to(dtype), bias)
+            return made if self.softcap is None else self.softcap * torch.tanh(made / self.softcap)
 
 
 # Models whose logits were seen to be what LastHidden says.

@@ -71,6 +71,10 @@ class LanguageModel:
         """`model` on the inputs, up to its last hidden states."""
         return last_hidden(model, **model_inputs(model, inputs))
 
+    def logits(self, outputs: LastHidden) -> Tensor:
+        """[B, L, V], which the loss never makes: for metrics of predictions, in evaluation."""
+        return outputs.logits()
+
     def num_items(self, inputs: Mapping[str, Any]) -> Tensor:
         """The number of tokens that count, an int64 scalar."""
         return self._counted(inputs).sum()
