@@ -81,6 +81,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = hasattr(objective, "num_items")
         self.can_return_loss = True  # without labels, that is
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
+        if hasattr(objective, "for_student"):
+            objective = objective.for_student(self.model)
         self.objective: Any = objective.to(self.args.device) if isinstance(objective, nn.Module) else objective
         self._trained, self._evaluated = Means(), Means()
 

@@ -30,6 +30,8 @@ class Objective(Protocol):
     micro-batches, averages over processes, and the objective finds the result as `inputs["num_items"]`, to divide by that
     instead of its own count: exact for micro-batches that are not equal.
 
+    `for_student(model)` returns the objective to use for this student; the trainer asks once, at its beginning.
+
     `progress`: an attribute, the share of the training that is done, from 0 to 1; the trainer sets it.
 
     An objective that is a module may have parameters (projections): they are trained, saved and resumed with the student.

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from kdfast import data, report, stages, students, text
+from kdfast.last_hidden import last_hidden
 from kdfast.objective import LanguageModel
 from kdfast.on_policy import OnPolicyTrainer
 from kdfast.recipes._language_run import LanguageRun, PeakMemory, has_bf16
@@ -54,7 +55,7 @@ def check_causal(teacher: Any, source: str | Path) -> None:
     """
     ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=teacher.device)
     try:
-        first, second = LanguageModel().run(teacher, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).hidden
+        first, second = last_hidden(teacher, input_ids=ids, attention_mask=torch.ones_like(ids)).hidden
     except (TypeError, ValueError) as error:
         raise ValueError(f"teacher {source}: {error}") from None
     if (first - second)[:-1].abs().max() > 1e-3 * first.abs().max():
