@@ -28,7 +28,7 @@ TOPK = ("teacher_topk_logprobs", "teacher_topk_indices")
 class LanguageModel:
     """Distillation of a language model into one of the same vocabulary, without the logits of either.
 
-        loss = alpha · T² · D(student, teacher) + (1 - alpha) · CE(student, next token) [+ router loss]
+        loss = alpha · T² · D(student, teacher) + (1 - alpha) · CE(student, next token) [+ aux]
 
     A teacher is run beside the student, or was run before: rows of `kdfast.teacher_cache` bring its top-k, of which D is
     `kdfast.topk_kl_div`, `kl_div` alone. `kdfast.linear_kd_loss` goes from the last hidden states to the loss in chunks; the
@@ -54,7 +54,7 @@ class LanguageModel:
         tail: of `kdfast.topk_kl_div`.
         memory_budget: of `kdfast.linear_kd_loss`.
 
-    Returns the weighted terms `kd`, which carries the gradient of both, and `ce`; `router` for a mixture of experts that
+    Returns the weighted terms `kd`, which carries the gradient of both, and `ce`; `aux` for a mixture of experts that
     computes a loss of its own (`config.output_router_logits`), weighted as in transformers. Their sum is the loss.
 
     Raises:
@@ -133,7 +133,7 @@ class LanguageModel:
         if student_outputs.router_loss is not None:
             items = inputs.get("num_items")  # of several micro-batches: this one's share
             share = 1.0 if items is None else counted.sum() / items
-            terms["router"] = student_outputs.router_loss * share
+            terms["aux"] = student_outputs.router_loss * share
         return terms
 
     def _parts(

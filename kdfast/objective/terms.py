@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdfast._router import warn_of_router_loss
 from kdfast.objective._protocol import model_inputs, unwrapped
 from kdfast.objective.of_logits import Labels, Logits
 from kdfast.objective.term import Inputs, Stored, Term, check_per_row
@@ -98,6 +99,7 @@ class Terms(nn.Module):
     def forward(self, student_outputs: Any, teacher_outputs: Any, inputs: Inputs) -> dict[str, Tensor]:
         """The terms, weighted."""
         check_per_row(type(self).__name__, inputs)
+        warn_of_router_loss(type(self).__name__, getattr(student_outputs, "outputs", student_outputs))
         teacher = teacher_outputs if hasattr(teacher_outputs, "hidden") else Stored(teacher_outputs, inputs)
         totals = inputs.get("num_items")
         values: dict[str, Tensor] = {}
