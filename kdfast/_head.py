@@ -1,14 +1,21 @@
-"""Output embeddings that are no plain product hidden · weightᵀ + bias: adapters, quantised weights, a forward of their own."""
+"""Output embeddings: products in float32, and heads that are no plain product hidden · weightᵀ + bias, such as adapters,
+quantised weights, a forward of their own."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from kdfast._finish import Finish
 from kdfast.ops._shards import is_dtensor
+
+_WIDE = (torch.float32, torch.float64)
+_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 def plain(module: nn.Module) -> bool:
@@ -19,16 +26,54 @@ def plain(module: nn.Module) -> bool:
     return _ordinary(weight) or is_dtensor(weight)
 
 
-def _ordinary(x: Tensor) -> bool:
+def _ordinary(x: Any) -> bool:
     return type(x) in (Tensor, nn.Parameter) and x.is_floating_point() and not x.is_meta
 
 
-class OwnHead:
-    """Logits [..., V] as `head` makes them of hidden states [..., H], with the model's scale and bias, in float32.
+def product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """hidden [..., H] · weight [V, H]ᵀ + bias [V] as `F.linear` has it, under autocast of operands in its dtype, but of 16-bit
+    operands in float32. Where their dtypes differ, the weight's counts."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        weight = weight.to(torch.get_autocast_dtype(device))
+    hidden = hidden.to(weight.dtype)
+    with torch.autocast(device, enabled=False):
+        if weight.dtype in _WIDE:
+            return F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
+        made: Tensor = _Product.apply(hidden.reshape(-1, hidden.shape[-1]), weight)
+        made = made.view(*hidden.shape[:-1], -1)
+        return made if bias is None else made + bias.float()
 
-    Its parameters are widened first, so that the products are not rounded to 16 bits; but not those of heads that have
-    others than ordinary floating-point numbers, such as quantised ones: these work as they do in the model, `autocast`
-    included.
+
+class _Product(torch.autograd.Function):
+    """Of 16-bit operands x [N, H] and weight [V, H], [N, V] in float32; the gradients are in the operands' dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        return _multiplied(x, weight.t(), torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        g = gradient.to(x.dtype) if gradient.is_cuda else gradient
+        of_x, of_weight = ctx.needs_input_grad
+        return (
+            _multiplied(g, weight, x.dtype) if of_x else None,
+            _multiplied(g.t(), x, weight.dtype) if of_weight else None,
+        )
+
+
+def _multiplied(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    if not a.is_cuda:  # there products have their operands' dtype
+        return (a.float() @ b.float()).to(dtype)
+    return a @ b if dtype == a.dtype else torch.mm(a, b, out_dtype=dtype)
+
+
+class OwnHead:
+    """Logits [..., V] as `head` makes them of hidden states [..., H], with the model's scale and bias, under the autocast that
+    it had in the model. Products that make logits are not rounded to 16 bits, but for those of weights with an arithmetic of
+    their own, such as quantised ones.
 
     Raises:
         ValueError: its parameters are sharded (FSDP2): outside of the forward they cannot be put together for it.
@@ -37,26 +82,32 @@ class OwnHead:
     def __init__(
         self, head: nn.Module, vocabulary: int, finish: Finish, autocast: dict[str, Any], model_name: str
     ) -> None:
-        self.head, self.vocabulary, self.finish, self.autocast = head, vocabulary, finish, autocast
-        named = dict(head.named_parameters())
-        if any(is_dtensor(x) for x in named.values()):
+        if any(is_dtensor(x) for x in head.parameters()):
             raise ValueError(
                 f"kdfast: {model_name}: expected output embeddings that are a plain nn.Linear where they are sharded, got "
                 f"{type(head).__name__}"
             )
-        self.ordinary = bool(named) and all(map(_ordinary, (*named.values(), *head.buffers())))
-        if self.ordinary:
-            self.widest = max((torch.promote_types(x.dtype, torch.float32) for x in named.values()), key=_bytes)
-            self.wide = {name: x.to(self.widest) for name, x in named.items() if x.dtype != self.widest}
+        self.head, self.vocabulary, self.finish, self.autocast = head, vocabulary, finish, autocast
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        if self.ordinary:
-            with torch.autocast(hidden.device.type, enabled=False):
-                return self.finish(torch.func.functional_call(self.head, self.wide, (hidden.to(self.widest),)))
-        with torch.autocast(**self.autocast):
+        with torch.autocast(**self.autocast), _InFloat32(self.vocabulary):
             made: Tensor = self.head(hidden)
-        return self.finish(made.float())
+        return self.finish(made if made.dtype in _WIDE else made.float())
 
 
-def _bytes(dtype: torch.dtype) -> int:
-    return dtype.itemsize
+class _InFloat32(TorchFunctionMode):
+    """Products of ordinary tensors whose result is as wide as the vocabulary are `product`s."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if len(args) > 1 and all(_ordinary(x) and x.dim() > 1 for x in args[:2]) and args[1].dim() == 2:
+            if func is F.linear and args[1].shape[0] == self.vocabulary:
+                return product(*args, **kwargs or {})
+            if func in _MATMULS and args[1].shape[1] == self.vocabulary:
+                return product(args[0], args[1].t())
+        return func(*args, **kwargs or {})

@@ -31,5 +31,7 @@ def warn_of_router_loss(who: str, outputs: Any) -> None:
         made = getattr(outputs, name, None)
         made = made[0] if isinstance(made, tuple) and made else made
         if isinstance(made, Tensor) and made.requires_grad:
-            warnings.warn(f"{who}: the student's outputs have {name}: its router's loss is not trained on", stacklevel=2)
+            warnings.warn(
+                f"{who}: the student's outputs have {name}: its router's loss is not trained on", stacklevel=2
+            )
             return

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdfast._finish import Finish, capped, probes, seen
-from kdfast._head import OwnHead, plain
+from kdfast._head import OwnHead, plain, product
 from kdfast._router import router_loss
 from kdfast.ops._checks import kind
 
@@ -49,10 +48,8 @@ class LastHidden(NamedTuple):
         if self.head is not None:
             return capped(self.head(hidden), self.softcap)
         assert self.weight is not None
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        bias = None if self.bias is None else _whole(self.bias).to(dtype)
-        with torch.autocast(hidden.device.type, enabled=False):  # would round them
-            return capped(F.linear(hidden.to(dtype), _whole(self.weight).to(dtype), bias), self.softcap)
+        bias = None if self.bias is None else _whole(self.bias)
+        return capped(product(hidden, _whole(self.weight), bias), self.softcap)
 
 
 def _whole(x: Tensor) -> Tensor:

@@ -58,7 +58,19 @@ def lora(seed: int, layers: int) -> Any:
     return get_peft_model(llama(seed, layers), LoraConfig(**options), autocast_adapter_dtype=False).eval()
 
 
-MODELS: dict[str, Any] = {"llama": llama, "opt": opt, "bert": bert, "lora": lora}
+class _Doubled(nn.Linear):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return 2 * (hidden @ self.weight.T)
+
+
+def doubled(seed: int, layers: int) -> Any:
+    """A head with a forward of its own."""
+    model = llama(seed, layers)
+    model.lm_head.__class__ = _Doubled
+    return model
+
+
+MODELS: dict[str, Any] = {"llama": llama, "opt": opt, "bert": bert, "lora": lora, "doubled": doubled}
 
 
 def run(student: Any, teacher: Any, forward: Any, loss: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -117,16 +129,25 @@ def test_near_a_float32_run(model: str, way: str) -> None:
             assert (ours[name] - gradient).norm() < of_gradient * gradient.norm(), name
 
 
+@torch.no_grad()
 def exact(outputs: LastHidden) -> Tensor:
     """The logits of these very numbers, in float64."""
-    hidden = outputs.hidden.detach()[:, :-1].double()
-    if outputs.head is not None:
-        head = copy.deepcopy(outputs.head.head).double()
-        made: Tensor = head(hidden)
-        return made
-    assert outputs.weight is not None
-    bias = None if outputs.bias is None else outputs.bias.detach().double()
-    return nn.functional.linear(hidden, outputs.weight.detach().double(), bias)
+    hidden = outputs.hidden[:, :-1]
+
+    def wide(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+
+    if outputs.head is None:
+        assert outputs.weight is not None
+        return wide(hidden, outputs.weight, outputs.bias)
+    head: Any = outputs.head.head
+    if isinstance(head, _Doubled):
+        dtype = torch.get_autocast_dtype("cpu") if outputs.head.autocast["enabled"] else hidden.dtype
+        return 2 * wide(hidden.to(dtype), head.weight.to(dtype))
+    with torch.autocast(**outputs.head.autocast):
+        thin = head.lora_A["default"](hidden)  # no logit: as the model makes it
+    base, of_thin = (module.weight.to(thin.dtype) for module in (head.base_layer, head.lora_B["default"]))
+    return wide(hidden.to(thin.dtype), base) + head.scaling["default"] * wide(thin, of_thin)
 
 
 @pytest.mark.parametrize("way", ["bfloat16", "float16", "autocast of the models"])

@@ -70,6 +70,16 @@ def normed(model: Any) -> Any:
     return model
 
 
+class _Doubled(nn.Linear):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return 2 * (hidden @ self.weight.T)
+
+
+def doubled(model: Any) -> Any:
+    model.lm_head.__class__ = _Doubled
+    return model
+
+
 def hooked(model: Any) -> Any:
     model.lm_head.register_forward_pre_hook(lambda module, arguments: (arguments[0] * 1.5,))
     model.lm_head.register_forward_hook(lambda module, arguments, made: made.sin() * 3)
@@ -104,6 +114,7 @@ HEADS: dict[str, Callable[[Any], Any]] = {
     "switched off": switched_off,
     "saved by peft": saved_head,
     "own forward": normed,
+    "own product": doubled,
     "hooked": hooked,
     "patched": patched,
     "parametrized": parametrized,
