@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kdfast._finish import Finish
+from kdfast.ops._heads import Gradients, Head, Widening, on_gpu
 from kdfast.ops._shards import is_dtensor
 
 _WIDE = (torch.float32, torch.float64)
@@ -41,7 +42,7 @@ def product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         if weight.dtype in _WIDE:
             return F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
         made: Tensor = _Product.apply(hidden.reshape(-1, hidden.shape[-1]), weight)
-        made = made.view(*hidden.shape[:-1], -1)
+        made = made.view(*hidden.shape[:-1], weight.shape[0])
         return made if bias is None else made + bias.float()
 
 
@@ -51,23 +52,18 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, weight)
-        return _multiplied(x, weight.t(), torch.float32)
+        made = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+        Head(x, weight, None, 0.0).logits(slice(0, x.shape[0]), made, Widening(torch.float32))
+        return made
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        g = gradient.to(x.dtype) if gradient.is_cuda else gradient
-        of_x, of_weight = ctx.needs_input_grad
-        return (
-            _multiplied(g, weight, x.dtype) if of_x else None,
-            _multiplied(g.t(), x, weight.dtype) if of_weight else None,
-        )
-
-
-def _multiplied(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    if not a.is_cuda:  # there products have their operands' dtype
-        return (a.float() @ b.float()).to(dtype)
-    return a @ b if dtype == a.dtype else torch.mm(a, b, out_dtype=dtype)
+        wanted = [*ctx.needs_input_grad, False]
+        gradients = Gradients(Head(x, weight, None, 0.0), Widening(torch.float32), 0, wanted, slabs=1, sharded=False)
+        gradients.add(slice(0, x.shape[0]), gradient.to(x.dtype) if on_gpu(x) else gradient)
+        found = gradients.hidden.to(x.dtype), gradients.weight.to(x.dtype)
+        return found[0] if wanted[0] else None, found[1] if wanted[1] else None
 
 
 class OwnHead:

@@ -104,7 +104,8 @@ class _Call:
         self.inner, self.head, self.sharded = inner, head, hasattr(head, "reshard")  # by FSDP2, in a group of its own
         # What was seen holds until hooks or buffers are others: load_state_dict changes buffers too.
         within = [inner.get_base_model()] if hasattr(inner, "get_base_model") else []
-        buffers = [(id(b), b._version) for module in (inner, *within) for b in module.buffers(recurse=False)]
+        own = [b for module in (inner, *within) for b in module.buffers(recurse=False)]
+        buffers = [(id(b), 0 if b.is_inference() else b._version) for b in own]
         self.state = id(head), tuple(head._forward_hooks), tuple(buffers), torch.is_grad_enabled()
         known, self.finish = _seen.get(inner, (None, Finish()))
         self.checked = known == self.state

@@ -18,8 +18,10 @@ from transformers import TrainingArguments
 
 import kdfast
 from kdfast import text
+from kdfast._head import product
 from kdfast.last_hidden import LastHidden
 from kdfast.objective import LanguageModel
+from kdfast.recipes._distilbert_run import MaskedTokens
 
 BATCH = text.Collator(PAD)(completion_rows(6))
 OBJECTIVE = LanguageModel(alpha=0.6, temperature=2.0)
@@ -172,6 +174,49 @@ def test_no_logit_is_rounded(model: str, way: str) -> None:
     assert (kdfast.kl_div(*rounded, temperature=2.0) - soft).abs() > 1e-4 * soft  # what this test would see
     torch.testing.assert_close(terms["kd"].double(), 0.6 * 4 * soft, rtol=1e-4, atol=0)
     torch.testing.assert_close(OBJECTIVE.logits(outputs[0])[:, :-1].double(), z[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [5, 0])
+def test_products_of_16_bits(dtype: torch.dtype, rows: int) -> None:
+    """As exact as float32, the gradients to one rounding."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, rows, 16), (40, 16), (40,)))
+    inputs = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    made, expected = product(*inputs), nn.functional.linear(*wide)
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made.double(), expected, rtol=1e-5, atol=1e-5)
+    factor = torch.randn(made.shape, generator=generator)
+    gradients = torch.autograd.grad((made * factor).sum(), inputs)
+    exact_ones = torch.autograd.grad((expected * factor.double()).sum(), wide)
+    for gradient, one, of in zip(gradients, exact_ones, inputs, strict=True):
+        assert gradient.dtype == of.dtype
+        rounding = torch.finfo(dtype).eps
+        torch.testing.assert_close(gradient.double(), one, rtol=rounding, atol=1e-5)
+    with autocast(dtype):
+        again = product(*(t.float() for t in inputs))
+    torch.testing.assert_close(again, made, rtol=1e-5, atol=1e-5)
+
+
+def test_masked_tokens() -> None:
+    """Of the recipe of DistilBERT: the model is under autocast, its hidden states are in 16 bits, and the head is not."""
+    config = transformers.BertConfig(num_hidden_layers=1, intermediate_size=48, max_position_embeddings=64, **SMALL)
+    torch.manual_seed(0)
+    model = initialised(transformers.BertForMaskedLM(config))
+    objective, found = MaskedTokens(), []
+    for forward in (here(), autocast(torch.bfloat16)):
+        with forward:
+            outputs = objective.run(model, BATCH)
+        loss = objective(outputs, None, BATCH)["mlm"]
+        gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        assert loss.dtype == torch.float32
+        found.append((loss.item(), [g for g in gradients if g is not None]))
+    (loss, gradients), (ours, of_ours) = found
+    assert ours == pytest.approx(loss, rel=NEAR[torch.bfloat16][0])
+    for a, b in zip(of_ours, gradients, strict=True):
+        if b.norm() > 1e-3:
+            assert (a - b).norm() < NEAR[torch.bfloat16][1] * b.norm()
 
 
 @pytest.mark.parametrize("model", ["opt", "bert", "lora"])
