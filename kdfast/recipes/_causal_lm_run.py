@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from kdfast import data, report, stages, students, text
+from kdfast import data, precision, report, stages, students, text
 from kdfast.last_hidden import last_hidden
 from kdfast.objective import LanguageModel
 from kdfast.on_policy import OnPolicyTrainer
-from kdfast.recipes._language_run import LanguageRun, PeakMemory, has_bf16
+from kdfast.recipes._language_run import LanguageRun, PeakMemory
 
 CURVE_ROWS = 8  # of the held-out rows, for the points of the learning curve; the table is measured on all
 
@@ -37,8 +37,9 @@ def quality(models: Mapping[str, Any], rows: Sequence[text.Row], collate: text.C
         count = int(halves.num_items(batch))
         outputs = {name: halves.run(model, batch) for name, model in models.items()}
         for name, output in outputs.items():
-            for term, value in halves(output, outputs["teacher"], batch).items():
-                sums[name][term] += 2 * count * value.item()
+            terms = halves(output, outputs["teacher"], batch)
+            for term in sums[name]:
+                sums[name][term] += 2 * count * terms[term].item()
         tokens += count
     return {
         name: {"perplexity": math.exp(total["ce"] / tokens), "kl_to_teacher": total["kd"] / tokens}
@@ -133,8 +134,7 @@ class CausalLMRun(LanguageRun):
         r = self.recipe
         arguments = TrainingArguments(
             output_dir=str(folder / "checkpoints"),
-            use_cpu=not torch.cuda.is_available(),
-            bf16=has_bf16(),
+            **precision.arguments(r.precision),
             seed=r.seed,
             max_steps=r.steps,
             per_device_train_batch_size=r.batch_size,
