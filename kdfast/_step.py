@@ -1,8 +1,8 @@
-"""What `DistillationTrainer` does within a step: the loss inside DDP's forward, and means of what it logs."""
+"""What `DistillationTrainer` does within a step: the loss inside DDP's forward, means of what it logs, rows and columns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast import kl_div
+from kdfast.objective._protocol import SAMPLE, TEACHER
 
 
 class Means:
@@ -17,21 +18,21 @@ class Means:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.weight = 0.0
+        self.weight: float | Tensor = 0.0
 
-    def add(self, values: dict[str, Tensor], weight: float, summed: bool = False) -> None:
+    def add(self, values: Mapping[str, Tensor], weight: float | Tensor, summed: bool = False) -> None:
         """`summed`: the values carry the weight already."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float() * (1.0 if summed else weight)
-        self.weight += weight
+            self.sums[name] = self.sums.get(name, 0) + value.detach().double() * (1.0 if summed else weight)
+        self.weight = self.weight + weight
 
     def take(self, accelerator: Any) -> dict[str, float]:
-        """The means, and starts anew."""
+        """The means, and starts anew. 0 where nothing has a weight."""
         names, device = list(self.sums), accelerator.device
-        totals = torch.stack([*self.sums.values(), torch.tensor(self.weight, device=device)])
-        *sums, weight = accelerator.reduce(totals, reduction="sum").tolist()
+        totals = [torch.as_tensor(x, dtype=torch.float64, device=device) for x in (*self.sums.values(), self.weight)]
+        *sums, weight = accelerator.reduce(torch.stack(totals), reduction="sum").tolist()
         self.__init__()  # type: ignore[misc]
-        return {name: round(value / weight, 6) for name, value in zip(names, sums, strict=True)}
+        return {name: value / weight if weight else 0.0 for name, value in zip(names, sums, strict=True)}
 
 
 def inside_forward(model: nn.Module, step: Callable[[nn.Module], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -74,8 +75,39 @@ def without(model: nn.Module, name: str) -> Iterator[None]:
 
 
 def agreement(student: Any, teacher: Any) -> dict[str, Tensor]:
-    """Of the logits [B, C] of two classifiers, C at least 2."""
+    """Of the logits [B, C] of two classifiers of the same classes, C at least 2."""
     if student is None or teacher is None or student.dim() != 2 or student.shape[-1] < 2:
+        return {}
+    if student.shape != teacher.shape:
         return {}
     same = (student.argmax(-1) == teacher.argmax(-1)).float().mean()
     return {"agreement": same, "kl_to_teacher": kl_div(student, teacher)}
+
+
+def own_rows(accelerator: Any, rows: int) -> int:
+    """How many rows of an evaluation's batch are this process's own.
+
+    accelerate fills up the last batches of all processes with rows from the beginning, and drops these from what it
+    gathers. It cannot tell where a stream has no length.
+    """
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return rows
+    return int(min(max(state.remainder - accelerator.process_index * rows, 0), rows))
+
+
+def first_rows(inputs: Mapping[str, Any], count: int, rows: int) -> dict[str, Any]:
+    """`count` of a batch's `rows`."""
+    cut = {name: x[:count] for name, x in inputs.items() if isinstance(x, Tensor) and x.dim() and len(x) == rows}
+    return {**inputs, **cut}
+
+
+class Columns(list[str]):
+    """Names of columns; those of the objective, which no model's forward names, are among them by their prefix."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and name.startswith((TEACHER, SAMPLE)))
+
+    def list_those_of(self, names: Iterable[str]) -> None:
+        """For who asks for a list, and not whether a name is in it."""
+        self.extend(name for name in names if name in self and name not in list(self))

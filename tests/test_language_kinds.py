@@ -20,6 +20,7 @@ import kdfast
 from kdfast import text
 from kdfast._router import router_loss
 from kdfast.objective import LanguageModel, LinearSchedule, Logits, Terms
+from kdfast.objective._protocol import Missing
 from kdfast.on_policy import sample_completions
 
 OBJECTIVE = LanguageModel(alpha=0.6, temperature=2.0)
@@ -283,6 +284,31 @@ def test_padding_on_either_side(labelled: bool, stored: bool) -> None:
             ours = torch.stack([*terms.values()]).sum()
         same_gradients(student, ours, plain_loss(student, teacher, right, objective))
     assert expected > 0.1
+
+
+def test_what_an_evaluation_can_tell() -> None:
+    """Without labels the teacher's term, without a teacher that of the labels, each as it is beside the other."""
+    student, teacher, batch = llama(1, 2), llama(0, 3), text.Collator(PAD)(completion_rows(4))
+    batch["labels"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
+    unlabelled = {name: x for name, x in batch.items() if name != "labels"}
+    objective = LanguageModel(alpha=0.6, temperature=2.0, divergence="js_div")
+    ours, theirs = objective.run(student, batch), objective.run(teacher, batch)
+    whole, missing = objective.possible(ours, theirs, batch)
+    assert not missing
+    assert whole.keys() == {"kd", "ce"}
+    for name, given, inputs, match in (
+        ("kd", theirs, unlabelled, "alpha < 1 needs rows with labels"),
+        ("ce", None, batch, "needs a teacher, or rows with its top-k"),
+    ):
+        terms, missing = objective.possible(ours, given, inputs)
+        assert terms.keys() == {name}
+        torch.testing.assert_close(terms[name], whole[name])
+        assert match in str(*missing.values())
+        with pytest.raises(Missing, match=match):
+            objective(ours, given, inputs)
+    terms, missing = objective.possible(ours, None, unlabelled)
+    assert not terms
+    assert missing.keys() == {"kd", "ce"}
 
 
 def test_samples_begin_at_the_prompt() -> None:

@@ -40,7 +40,7 @@ LISTS = {"distilbert": "transformer.layer", "xlnet": "layer"} | dict.fromkeys((*
 # Other than the first three of each kind, of which the configs' defaults would be right.
 SOME = (0, 3, 1)
 
-assert set(CONFIGS) == set(hf.ADAPTERS)
+assert {*CONFIGS, "vit", "deit", "dinov2"} == set(hf.ADAPTERS)  # and those of images
 
 
 def model_of(name: str, head: str = "", **changes: Any) -> Any:

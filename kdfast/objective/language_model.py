@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdfast import linear_kd_loss, linear_topk_kd_loss
 from kdfast.last_hidden import LastHidden, language_model, last_hidden
 from kdfast.objective._own_heads import of_own_heads
-from kdfast.objective._protocol import model_inputs
+from kdfast.objective._protocol import Missing, model_inputs, unwrapped
 from kdfast.objective.term import token_mask
 from kdfast.ops import _checks
 from kdfast.ops._divergence import check_divergence, check_tail
@@ -136,6 +136,30 @@ class LanguageModel:
             terms["aux"] = student_outputs.router_loss * share
         return terms
 
+    def possible(
+        self, student_outputs: LastHidden, teacher_outputs: LastHidden | None, inputs: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Missing]]:
+        """For evaluations: the terms that have what they need, and what the others lack."""
+        missing = self._missing(teacher_outputs, inputs)
+        if not missing:
+            return self(student_outputs, teacher_outputs, inputs), {}
+        if len(missing) == 2:
+            return {}, missing
+        # One of the two alone; of the labels, beside the student in the teacher's place.
+        taught = "kd" not in missing
+        alone = replace(self, alpha=float(taught), divergence=self.divergence if taught else "kl_div")
+        terms = alone(student_outputs, teacher_outputs if taught else student_outputs, inputs)
+        weight = self.alpha if taught else 1 - self.alpha
+        return {n: x if n == "aux" else weight * x for n, x in terms.items() if n not in missing}, missing
+
+    def _missing(self, teacher: LastHidden | None, inputs: Mapping[str, Any]) -> dict[str, Missing]:
+        missing = {}
+        if teacher is None and TOPK[0] not in inputs:
+            missing["kd"] = Missing("LanguageModel: needs a teacher, or rows with its top-k (kdfast.teacher_cache)")
+        if self.alpha < 1 and "labels" not in inputs:
+            missing["ce"] = Missing("LanguageModel: alpha < 1 needs rows with labels")
+        return missing
+
     def _parts(
         self,
         student: LastHidden,
@@ -177,12 +201,10 @@ class LanguageModel:
         return linear_kd_loss(hidden, weight, *of_teacher, labels, return_components=True, **settings)
 
     def _check(self, student: LastHidden, teacher: LastHidden | None, inputs: Mapping[str, Any]) -> None:
-        if teacher is None and TOPK[0] not in inputs:
-            raise ValueError("LanguageModel: needs a teacher, or rows with its top-k (kdfast.teacher_cache)")
         if teacher is not None and TOPK[0] in inputs:
             raise ValueError("LanguageModel: expected a teacher or rows with its top-k, got both")
-        if self.alpha < 1 and "labels" not in inputs:
-            raise ValueError("LanguageModel: alpha < 1 needs rows with labels")
+        for error in self._missing(teacher, inputs).values():
+            raise error
         tokens = _tokens(inputs, student.aligned)
         for side, outputs in (("student", student), ("teacher", teacher)):
             if outputs is not None and outputs.hidden.shape[:2] != tokens.shape:
@@ -239,7 +261,7 @@ def _checked(model: nn.Module) -> Any:
     except TypeError:
         others = "for classifiers: Hinton, or Terms(kl=Logits(), ce=Labels())"
         _checks.wrong_type(who, argument, f"a language model with output embeddings ({others})", type(model).__name__)
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    base = unwrapped(inner)  # of peft's models
     if "transformers" not in sys.modules or _is_encoder_decoder(base):
         return inner
     from transformers.models.auto import modeling_auto as auto
