@@ -311,6 +311,40 @@ def test_what_an_evaluation_can_tell() -> None:
     assert missing.keys() == {"kd", "ce"}
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+def test_predictions(tmp_path: Path, lora: bool) -> None:
+    """What compute_metrics and predict get are the model's own logits, with labels and without."""
+    student, teacher, rows = llama(1, 2), llama(0, 3), completion_rows(4)
+    if lora:
+        student = get_peft_model(student, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)).eval()
+    batch = text.Collator(PAD)(rows)
+    with torch.no_grad():
+        logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    seen = []
+    trainer = kdfast.DistillationTrainer(
+        student,
+        TrainingArguments(output_dir=str(tmp_path), **ARGUMENTS),
+        teacher=teacher,
+        objective=OBJECTIVE,
+        data_collator=text.Collator(PAD),
+        compute_metrics=lambda given: seen.append(given) or {"rows": len(given.predictions)},
+    )
+    assert trainer.evaluate(rows)["eval_rows"] == 4
+    torch.testing.assert_close(torch.tensor(seen[0].predictions), logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(torch.tensor(seen[0].label_ids), batch["labels"])
+    unlabelled = [{"input_ids": row["input_ids"]} for row in rows]
+    trainer.data_collator = lambda given: {
+        name: x
+        for name, x in text.padded([row["input_ids"] for row in given], [[1]] * 4, PAD).items()
+        if name != "labels"
+    }
+    with pytest.warns(UserWarning, match="evaluation without ce: LanguageModel: alpha < 1 needs rows with labels"):
+        output = trainer.predict(unlabelled)
+    torch.testing.assert_close(torch.tensor(output.predictions), logits, rtol=1e-4, atol=1e-5)
+    assert output.label_ids is None
+    assert output.metrics["test_kd"] == output.metrics["test_loss"] > 0.01
+
+
 def test_samples_begin_at_the_prompt() -> None:
     """Wherever the padding is, on both sides too."""
     model, rows = llama(1, 2), completion_rows(4)
