@@ -37,8 +37,8 @@ def capped(z: Tensor, softcap: float | None) -> Tensor:
 
 
 def probes(row: Tensor) -> Tensor:
-    """[1, 5, V] float32 in place of one row of a head's logits [1, 1, V]: the row and four of one number each."""
-    row = row.detach().float()
+    """[1, 5, V] float32 (float64) in place of one row of a head's logits [1, 1, V]: the row and four of one number each."""
+    row = row.detach().to(torch.promote_types(row.dtype, torch.float32))
     return torch.cat([row, *(torch.full_like(row, x) for x in (0.0, _SMALL, _LARGE, 2 * _LARGE))], 1)
 
 
@@ -47,7 +47,7 @@ def seen(rows: Tensor, logits: Tensor) -> Finish | None:
     if logits.shape != rows.shape or logits.requires_grad:
         return None
     exact = logits.dtype in (torch.float32, torch.float64)
-    rows, logits = rows[0].float(), logits.detach()[0].float()
+    rows, logits = rows[0], logits.detach()[0].to(rows.dtype)
     zero, small, large, larger = logits[1:]
     softcap = float(large[0]) if bool((large == large[0]).all()) and torch.equal(large, larger) else None
     if softcap is not None and not 0 < softcap < _LARGE:

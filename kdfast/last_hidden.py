@@ -177,6 +177,8 @@ class _Call:
     def result(self, hidden: Tensor, router: Tensor | None) -> LastHidden:
         """Only after the forward: FSDP2 may then have put shards in place of the parameters that it used."""
         finish, maker = self.finish, self.maker
+        if finish.added is not None:  # seen before the model was moved, perhaps
+            finish = finish._replace(added=finish.added.to(self.row.device))
         config = getattr(self.inner, "config", None)
         others: Any = {"router_loss": router, "aligned": bool(getattr(config, "is_encoder_decoder", False))}
         if maker is None:

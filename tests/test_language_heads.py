@@ -175,6 +175,42 @@ def test_both(objective: LanguageModel) -> None:
         agree(adapted(llama(1, 2)), llama(0, 3), LanguageModel(memory_budget=4815))
 
 
+@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
+def test_a_stored_teacher(labelled: bool) -> None:
+    """Its top-k, here all of it, is the teacher."""
+    student, teacher = adapted(llama(1, 2)), llama(0, 3)
+    objective = LanguageModel(alpha=0.6 if labelled else 1.0, temperature=2.0)
+    expected = plain_loss(student, teacher, BATCH, objective)
+    wanted = gradients(student, expected)
+    with torch.no_grad():
+        top = (teacher(**{n: BATCH[n] for n in ("input_ids", "attention_mask")}).logits / 2.0).log_softmax(-1).topk(301)
+    stored = {"teacher_topk_logprobs": top.values, "teacher_topk_indices": top.indices}
+    for items, factor in ((None, 1.0), (3 * objective.num_items(BATCH).float(), 3.0)):
+        counted = {} if items is None else {"num_items": items}
+        terms = objective(objective.run(student, BATCH), None, BATCH | stored | counted)
+        loss = torch.stack([*terms.values()]).sum()
+        torch.testing.assert_close(loss * factor, expected, rtol=1e-4, atol=0)
+        for name, gradient in gradients(student, loss).items():
+            torch.testing.assert_close(gradient * factor, wanted[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["live", "stored"])
+def test_where_nothing_counts(stored: bool) -> None:
+    """The loss is 0, not NaN, and so are the gradients."""
+    student, teacher = adapted(llama(1, 2)), llama(0, 3)
+    batch = BATCH | {"labels": torch.full_like(IDS, -100)}
+    top = {
+        "teacher_topk_logprobs": torch.zeros(*IDS.shape, 1),
+        "teacher_topk_indices": torch.zeros(*IDS.shape, 1).long(),
+    }
+    for counted in ({}, {"num_items": torch.tensor(0.0)}):
+        given = batch | counted | (top if stored else {})
+        of_teacher = None if stored else OBJECTIVE.run(teacher, batch)
+        terms = OBJECTIVE(OBJECTIVE.run(student, batch), of_teacher, given)
+        assert all(value == 0 for value in terms.values())
+        assert all((gradient == 0).all() for gradient in gradients(student, terms["kd"]).values())
+
+
 def test_adapters_that_are_switched_later() -> None:
     """Nothing is remembered of an earlier state."""
     student, teacher = adapted(llama(1, 2)).requires_grad_(True), llama(0, 3)

@@ -67,5 +67,6 @@ def _of_topk(logits: Tensor, own: Mapping[str, Tensor], settings: Mapping[str, A
     soft = temperature**2 * topk_kl_div(logits, own["topk_logprobs"], own["topk_indices"], **same)
     if "labels" not in own:
         return alpha * soft, soft.detach(), torch.zeros_like(soft)
-    hard = F.cross_entropy(logits[:, : settings["vocab_size"]], own["labels"], reduction="sum") / items
+    hard = F.cross_entropy(logits[:, : settings["vocab_size"]], own["labels"], reduction="sum")
+    hard = hard / torch.as_tensor(items, device=hard.device).clamp(min=1e-6)  # 0 where nothing counts
     return alpha * soft + (1 - alpha) * hard, soft.detach(), hard.detach()

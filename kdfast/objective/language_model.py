@@ -131,9 +131,9 @@ class LanguageModel:
         hard = (1 - self.alpha) * parts.cross_entropy
         terms = {"kd": parts.loss - hard} | ({"ce": hard} if self.alpha < 1 else {})
         if student_outputs.router_loss is not None:
-            items = inputs.get("num_items")  # of several micro-batches: this one's share
-            share = 1.0 if items is None else counted.sum() / items
-            terms["aux"] = student_outputs.router_loss * share
+            own = counted.sum()
+            items = torch.as_tensor(inputs.get("num_items", own), device=own.device)  # of several micro-batches
+            terms["aux"] = student_outputs.router_loss * (own / items.clamp(min=1e-6))
         return terms
 
     def possible(
