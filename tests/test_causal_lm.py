@@ -162,7 +162,7 @@ def test_rows_of_files(tmp_path: Path) -> None:
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"learning_rate": 2.0}, "learning_rate must be between 0 and 1"),
         ({"on_policy": -1.0}, "on_policy must be between 0 and 1"),
-        ({"divergence": "kl"}, "divergence must be one of"),
+        ({"divergence": "kl"}, "divergence: expected one of"),
         ({"student_layers": (7,)}, "layers: expected numbers from 0 to 3, got"),
         ({"data": "no-such.jsonl"}, "data no-such.jsonl is not a file"),
         ({"teacher": "/no/such/model"}, "teacher /no/such/model: "),

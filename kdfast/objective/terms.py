@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdfast._router import warn_of_router_loss
 from kdfast.objective._protocol import Missing, model_inputs, unwrapped
 from kdfast.objective.of_layers import Attention
 from kdfast.objective.of_logits import Labels, Logits
@@ -109,6 +110,7 @@ class Terms(nn.Module):
 
     def forward(self, student_outputs: Any, teacher_outputs: Any, inputs: Inputs) -> dict[str, Tensor]:
         """The terms, weighted."""
+        warn_of_router_loss(type(self).__name__, getattr(student_outputs, "outputs", student_outputs))
         values, missing = self.possible(student_outputs, teacher_outputs, inputs)
         for error in missing.values():
             raise error

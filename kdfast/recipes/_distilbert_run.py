@@ -47,7 +47,7 @@ class MaskedTokens:
         self, student_outputs: LastHidden, teacher_outputs: Any, inputs: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         on = inputs["labels"] != OFF
-        logits = F.linear(student_outputs.hidden[on], student_outputs.weight, student_outputs.bias).float()
+        logits = student_outputs.make_logits(student_outputs.hidden[on])
         total = F.cross_entropy(logits, inputs["labels"][on], reduction="sum")
         return {"mlm": total / inputs.get("num_items", on.sum()).clamp(min=1)}
 
