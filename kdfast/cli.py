@@ -119,7 +119,10 @@ def cache_teacher(
     layers: Annotated[
         str | None, typer.Option(help="For hidden and cls, such as 0,6,12: 0 is the embeddings, N after N layers.")
     ] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens per row; longer ones are cut.", min=1)] = 1024,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens per row; longer ones are cut. Default: 1024, or the model's positions.", min=1),
+    ] = None,
     text_column: Annotated[str, typer.Option(help="Where the text is.")] = "text",
     batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
     shard_mb: Annotated[int, typer.Option(help="Megabytes per file, and in memory until it is written.")] = 512,

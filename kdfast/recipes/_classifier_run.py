@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 import yaml
@@ -20,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from kdfast import data, report, stages, students, tasks, teacher_cache
+from kdfast import data, pairing, report, stages, students, tasks, teacher_cache
 from kdfast.evaluation import (
     BATCH,
     Candidate,
@@ -29,6 +30,7 @@ from kdfast.evaluation import (
     length,
     load_tokenizer,
     measure,
+    named,
     pretrained,
     shortcut,
 )
@@ -60,10 +62,12 @@ class ClassifierRun:
         """Trains, measures and shows; returns the metrics of the models by their folders."""
         transformers.utils.logging.set_verbosity_error()  # a new classification head is not worth a warning here
         transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
         r = self.recipe
         self.task = self._task()
         source = r.base or r.teacher or data.fetch(data.MINILM)
         self.tokenizer = load_tokenizer("teacher" if r.teacher else "base", r.teacher or source)
+        self._check_tokenizers()
         train, test = (part.to_list() for part in tasks.tokenize(self.task, self.tokenizer, r.max_length))
         self.curve = len(test[:CURVE_ROWS])
         # Batches that are made in this order have hardly any padding; training has an order of its own.
@@ -107,13 +111,26 @@ class ClassifierRun:
         count = len(layers) if r.student is None else pretrained(AutoConfig, "student", r.student).num_hidden_layers
         return layers, r.all_stages(count, depth, self.task.kind)
 
+    def _check_tokenizers(self) -> None:
+        """Rows are made by one tokenizer, the teacher's."""
+        r = self.recipe
+        for name, source in (("base", r.base if r.teacher else None), ("student", r.student)):
+            if source is not None:
+                pairing.check_tokens(named(name, source), load_tokenizer(name, source), self.tokenizer)
+
     def _check(self, source: str | Path) -> None:
         """Tries every stage on two rows, with models that are like the later ones, before the first is trained for long."""
         r = self.recipe
-        teacher = self._load("base", source) if r.teacher is None else classifier(self.task, "teacher", r.teacher)
+        teacher = self._load("base", source) if r.teacher is None else self._given_teacher(r.teacher)
         base = self._load("base", r.base) if r.teacher and r.base else teacher
         layers, todo = self._plan(teacher)
         student = self._student(base if r.student_start == "base" else teacher, layers)
+        titles = {"teacher": (r.teacher, teacher), "base": (r.base, base), "student": (r.student, student)}
+        for name, (given, model) in titles.items():
+            pairing.check_length(named(name, given or name), model, r.max_length)
+            pairing.check_ids(named(name, given or name), model, (*self.train, *self.test))
+        if r.teacher and (note := pairing.matched_by_number("the teacher", teacher.config, self.task.names)):
+            self.console.print(note)
         rows = DataCollatorWithPadding(self.tokenizer)(self.train[:2])
         for stage in todo:
             terms: Any = stage.objective
@@ -134,12 +151,20 @@ class ClassifierRun:
         if hasattr(config, "attention_probs_dropout_prob"):
             options["attention_probs_dropout_prob"] = 0.0
         transformers.set_seed(self.recipe.seed)  # for the classifier's initial weights
-        return pretrained(AutoModelForSequenceClassification, argument, source, **options)
+        pairing.check_names(named(argument, source), config, self.task.names)
+        model = pretrained(AutoModelForSequenceClassification, argument, source, **options)
+        pairing.pad_alike(named(argument, source), model, self.tokenizer)
+        return model
+
+    def _given_teacher(self, source: str) -> Any:
+        model = classifier(self.task, "teacher", source)
+        pairing.pad_alike(named("teacher", source), model, self.tokenizer)
+        return model
 
     def _teacher(self, source: str | Path) -> Any:
         r, folder = self.recipe, self.folder / "teacher"
         if r.teacher is not None:
-            return classifier(self.task, "teacher", r.teacher)
+            return self._given_teacher(r.teacher)
         if stages.finished(folder) is None:
             stage = Stage("teacher", "teacher", labels_only(self.task.kind), epochs=r.teacher_epochs)
             self._train(stage, self._frozen(self._load("base", source)), None, None)
@@ -155,9 +180,6 @@ class ClassifierRun:
         r = self.recipe
         if r.student is not None:
             student = self._load("student", r.student)
-            if student.config.vocab_size != model.config.vocab_size:
-                got = f"{student.config.vocab_size} tokens, not the teacher's {model.config.vocab_size}"
-                raise ValueError(f"student {r.student} has a vocabulary of {got}")
         elif r.student_config is None:
             # The teacher's logits are made without dropout: a student without any comes closer to the same function.
             student = students.from_layers(model, layers, dropout=0.0)

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from kdfast import report, stages
+from kdfast import pairing, report, stages
 from kdfast.evaluation import device, load_tokenizer, pretrained
 from kdfast.recipes._recipe import Recipe
 
@@ -118,9 +118,7 @@ class LanguageRun:
         if (lacking := sorted(loading["missing_keys"])) and not new_head:
             names = ", ".join(lacking[:4]) + (f" and {len(lacking) - 4} more" if len(lacking) > 4 else "")
             raise ValueError(f"teacher {source} is no {self.kind}: it has no {names}")
-        limit = getattr(model.config, "max_position_embeddings", self.recipe.max_length)
-        if self.recipe.max_length > limit:
-            raise ValueError(f"max_length must be at most the teacher's {limit}, got {self.recipe.max_length}")
+        pairing.check_length(f"teacher {source}", model, self.recipe.max_length)
         return model.eval().to(device())
 
     def data_file(self) -> Path:
