@@ -30,6 +30,9 @@ def evaluate(
         str | None, typer.Option(help="Column of the text, or two of pairs. Default: found by name.")
     ] = None,
     label_column: Annotated[str | None, typer.Option(help="Default: found by name.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="classification, regression or multi_label. Default: by the labels.")
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Classifier to measure beside it, a folder or Hub name. Default: a run's own.")
     ] = None,
@@ -68,6 +71,7 @@ def evaluate(
         given: dict[str, Any] = {
             "text_columns": None if text_columns is None else [name.strip() for name in text_columns.split(",")],
             "label_column": label_column,
+            "kind": kind,
             "test_rows": test_rows,
         }
         run = chosen.recipe
@@ -76,8 +80,16 @@ def evaluate(
             data = run.data
         task = tasks.load(data, **given)
         length = max_length or (64 if run is None else run.max_length)
+        console = Console()
+        for note in task.notes:
+            typer.echo(note)
         results = evaluation.evaluate(
-            chosen.sources, task, max_length=length, teacher=chosen.teacher, batch_size=batch_size
+            chosen.sources,
+            task,
+            max_length=length,
+            teacher=chosen.teacher,
+            batch_size=batch_size,
+            tell=typer.echo,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
@@ -86,7 +98,7 @@ def evaluate(
     except KeyboardInterrupt:
         fail("stopped", 130)
     rows = len(task.test)
-    Console().print(report.evaluation_table(results, task.name, rows))
+    console.print(report.evaluation_table(results, task.name, rows))
     if output is not None:
         facts = {"data": task.name, "kind": task.kind, "metric": task.metric, "rows": rows, "max_length": length}
         sources = {name: str(of) for name, of in chosen.sources.items()}

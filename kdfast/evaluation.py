@@ -86,6 +86,9 @@ def evaluate(
         if note := pairing.matched_by_number(named(name, source), model.config, task.names):
             tell(note)
         candidates[name] = Candidate(f"test: {name}", model, source, tokenizer, rows)
+    if teacher is not None:
+        for name, of in candidates.items():
+            pairing.check_same_classes(named(name, of.source), of.model.config, candidates[teacher].model.config)
     return measure(candidates, task, teacher, batch_size)
 
 

@@ -121,21 +121,21 @@ def matched_by_number(named: str, config: Any, names: Sequence[str]) -> str | No
     return f"the data's classes are matched with those of {named} by their numbers alone: {told}"
 
 
-def check_same_classes(who: str, model: Any, teacher: Any) -> None:
+def check_same_classes(who: str, config: Any, teachers: Any) -> None:
     """A student's logits are compared with its teacher's column by column.
 
     Args:
         who: what the message begins with.
-        model, teacher: modules; of transformers, or nothing is known of their classes.
+        config, teachers: of two models; others than transformers' tell nothing of their classes.
 
     Raises:
         ValueError: both have the same names of classes in another order.
     """
-    if not all(hasattr(getattr(one, "config", None), "id2label") for one in (model, teacher)):
+    if not (hasattr(config, "id2label") and hasattr(teachers, "id2label")):
         return
-    own, theirs = _classes(model.config), _classes(teacher.config)
-    if _turned(theirs, own):
+    own, theirs = _classes(config), _classes(teachers)
+    if _turned(own, theirs):
         raise ValueError(
-            f"{who}: teacher: expected its classes (config.id2label) in the model's order, {', '.join(own)}, got "
-            f"{', '.join(theirs)}"
+            f"{who}: expected the classes (id2label of its config) in the teacher's order, {', '.join(theirs)}, got "
+            f"{', '.join(own)}"
         )

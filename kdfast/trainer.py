@@ -13,6 +13,7 @@ from kdfast._step import Means, agreement, inside_forward, without
 from kdfast.data import LengthGroupedSampler
 from kdfast.objective import Objective, Term, model_inputs
 from kdfast.objective._protocol import SAMPLE, TEACHER
+from kdfast.pairing import check_same_classes
 
 try:
     import accelerate  # noqa: F401  (transformers asks for it only when training starts)
@@ -51,7 +52,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     Raises:
         TypeError: the objective is a term on its own, outside `Terms`.
-        ValueError: teacher and student are the same module, or a setting that the objective replaces
+        ValueError: teacher and student are the same module, name the same classes in another order, or a setting that the objective replaces
             (`compute_loss_func`, `label_smoothing_factor`) is given.
     """
 
@@ -76,6 +77,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             raise TypeError(
                 f"DistillationTrainer: objective: expected named terms, such as Terms(it={name}()), got {name} alone"
             )
+        check_same_classes(
+            "DistillationTrainer: model", getattr(model, "config", None), getattr(teacher, "config", None)
+        )
         super().__init__(model, args, **kwargs)
         # Whether the Trainer takes the loss as already divided by the number of items of the accumulated batch.
         self.model_accepts_loss_kwargs = hasattr(objective, "num_items")

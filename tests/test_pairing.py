@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import re
 from pathlib import Path
@@ -14,13 +13,9 @@ import pytest
 import tiny_berts
 import torch
 from command_line import call, refused
-from rich.console import Console
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
     BloomConfig,
     BloomForSequenceClassification,
     GPT2Config,
@@ -32,7 +27,6 @@ from transformers import (
     PhiConfig,
     PhiForSequenceClassification,
     PreTrainedConfig,
-    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForSequenceClassification,
     RobertaConfig,
@@ -42,57 +36,22 @@ from transformers import (
     XLNetConfig,
     XLNetForSequenceClassification,
 )
+from word_classifiers import LIMIT, SIZES, WIDE, WORDS, bert, run, save, tokenizer, write_reviews
 
 from kdfast import evaluation, pairing, stages, tasks
 from kdfast.recipes import hinton, minilm
-
-WORDS = ["[PAD]", "[UNK]", "[EOS]", "good", "fine", "bad", "poor", "film", "plot", "the"]
-SIZES: dict[str, Any] = {"vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-WIDE = {"intermediate_size": 32}
-LIMIT = 24
-
-
-def _tokenizer(order: list[str] = WORDS, pad: str | None = "[PAD]", **options: Any) -> Any:
-    rules = Tokenizer(models.WordLevel({word: i for i, word in enumerate(order)}, unk_token="[UNK]"))
-    rules.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    padding = {} if pad is None else {"pad_token": pad}
-    return PreTrainedTokenizerFast(tokenizer_object=rules, unk_token="[UNK]", eos_token="[EOS]", **padding, **options)
-
-
-def _bert(seed: int, **options: Any) -> Any:
-    torch.manual_seed(seed)
-    config = {**SIZES, **WIDE, "max_position_embeddings": LIMIT, "initializer_range": 0.5, **options}
-    return BertForSequenceClassification(BertConfig(**config)).eval()
-
-
-def _save(folder: Path, model: Any, tokenizer: Any = None) -> str:
-    model.save_pretrained(folder)
-    (_tokenizer() if tokenizer is None else tokenizer).save_pretrained(folder)
-    return str(folder)
-
-
-def _reviews(path: Path, labels: tuple[Any, Any] = (0, 1), rows: int = 60) -> str:
-    lines = [f"{'bad poor'.split()[i % 2]} the film{' plot' * (i % 5)},{labels[0]}" for i in range(0, rows, 2)]
-    lines += [f"{'good fine'.split()[i % 2]} the film{' plot' * (i % 5)},{labels[1]}" for i in range(0, rows, 2)]
-    path.write_text("text,label\n" + "\n".join(lines))
-    return str(path)
 
 
 @pytest.fixture
 def reviews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    return _reviews(tmp_path / "reviews.csv")
-
-
-def _run(folder: Path, recipe: Any) -> tuple[dict[str, Any], str]:
-    shown = io.StringIO()
-    return recipe.run(folder, Console(file=shown, width=200)), shown.getvalue()
+    return write_reviews(tmp_path / "reviews.csv")
 
 
 # ---- tokenizers
 def test_tokens_have_the_teachers_numbers() -> None:
-    teachers = _tokenizer()
-    for own in (_tokenizer(), _tokenizer(model_max_length=8, padding_side="left"), _tokenizer([*WORDS, "more"])):
+    teachers = tokenizer()
+    for own in (tokenizer(), tokenizer(model_max_length=8, padding_side="left"), tokenizer([*WORDS, "more"])):
         own("good film", truncation=True, max_length=4)  # which a tokenizer remembers
         pairing.check_tokens("student s", own, teachers)
     expected = "student s: expected the teacher's tokenizer,"
@@ -101,7 +60,7 @@ def test_tokens_have_the_teachers_numbers() -> None:
         (WORDS[:-1], "in which 'the' is token 9, got one in which it is none (1 tokens differ)"),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(f'{expected} {message}')}$"):
-            pairing.check_tokens("student s", _tokenizer(order), teachers)
+            pairing.check_tokens("student s", tokenizer(order), teachers)
 
 
 @pytest.mark.parametrize("argument", ["student", "base"])
@@ -109,8 +68,8 @@ def test_another_tokenizer_of_equal_size_is_refused(
     argument: str, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(stages, "train_stage", lambda *a: pytest.fail("trained"))
-    teacher = _save(tmp_path / "teacher", _bert(0))
-    other = _save(tmp_path / "other", _bert(1), _tokenizer([*WORDS[:3], *WORDS[:2:-1]]))
+    teacher = save(tmp_path / "teacher", bert(0))
+    other = save(tmp_path / "other", bert(1), tokenizer([*WORDS[:3], *WORDS[:2:-1]]))
     command = ["distill", "minilm", "--data", reviews, "--teacher", teacher, f"--{argument}", other]
 
     def message(*arguments: object) -> str:
@@ -124,31 +83,31 @@ def test_another_tokenizer_of_equal_size_is_refused(
     )
     assert expected in message(*command)
     bare = tmp_path / "bare"
-    _bert(1).save_pretrained(bare)
+    bert(1).save_pretrained(bare)
     assert f"{argument} {bare} has no tokenizer: save it beside the model" in message(*command[:-1], bare)
     assert not (tmp_path / "run").exists()
 
 
 def test_student_with_the_teachers_tokenizer_and_more_rows(reviews: str, tmp_path: Path) -> None:
     """Embeddings may be padded to another number of rows; what counts are the tokens."""
-    teacher = _save(tmp_path / "teacher", _bert(0))
-    student = _save(tmp_path / "student", _bert(1, vocab_size=16, num_hidden_layers=1))
+    teacher = save(tmp_path / "teacher", bert(0))
+    student = save(tmp_path / "student", bert(1, vocab_size=16, num_hidden_layers=1))
     recipe = hinton.Recipe(data=reviews, teacher=teacher, student=student, max_length=16, epochs=1, baseline=False)
-    _run(tmp_path / "run", recipe)
+    run(tmp_path / "run", recipe)
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "student")
     assert saved.get_input_embeddings().num_embeddings == 16
     start = AutoModelForSequenceClassification.from_pretrained(student)
     assert torch.equal(saved.get_input_embeddings().weight, start.get_input_embeddings().weight)  # frozen
-    few = _save(tmp_path / "few", _bert(1, vocab_size=8))
+    few = save(tmp_path / "few", bert(1, vocab_size=8))
     with pytest.raises(ValueError, match="few knows 8 tokens, its tokenizer made number 9"):
-        _run(tmp_path / "again", dataclasses.replace(recipe, student=few))
+        run(tmp_path / "again", dataclasses.replace(recipe, student=few))
 
 
 # ---- positions
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        (_bert(0), LIMIT),
+        (bert(0), LIMIT),
         (RobertaForSequenceClassification(RobertaConfig(**SIZES, max_position_embeddings=LIMIT, pad_token_id=1)), LIMIT - 2),
         (GPT2ForSequenceClassification(GPT2Config(vocab_size=10, n_embd=16, n_layer=1, n_head=2, n_positions=LIMIT)), LIMIT),
         (LlamaForSequenceClassification(LlamaConfig(**SIZES, **WIDE, max_position_embeddings=LIMIT)), LIMIT),
@@ -186,17 +145,17 @@ def test_rows_longer_than_positions_are_refused_up_front(
 ) -> None:
     monkeypatch.setattr(stages, "train_stage", lambda *a: pytest.fail("trained"))
     given = {
-        name: _save(tmp_path / name, _bert(i, max_position_embeddings=12 if name == short else LIMIT))
+        name: save(tmp_path / name, bert(i, max_position_embeddings=12 if name == short else LIMIT))
         for i, name in enumerate(("teacher", "base", "student"))
     }
     recipe = minilm.Recipe(data=reviews, **given, max_length=13)
     expected = f"^max_length must be at most 12, the positions of {short} {re.escape(given[short])}, got 13$"
     with pytest.raises(ValueError, match=expected):
-        _run(tmp_path / "run", recipe)
+        run(tmp_path / "run", recipe)
     if short == "student":
         narrow = dataclasses.replace(recipe, student=None, student_config="max_position_embeddings=12")
-        with pytest.raises(ValueError, match="^max_length must be at most 12, the positions of student, got 13$"):
-            _run(tmp_path / "run", narrow)
+        with pytest.raises(ValueError, match=r"^max_length must be at most 12, the positions of student, got 13$"):
+            run(tmp_path / "run", narrow)
     assert not (tmp_path / "run").exists()
 
 
@@ -204,7 +163,7 @@ def test_cached_rows_are_as_long_as_the_model_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    model = _save(
+    model = save(
         tmp_path / "model", RobertaForSequenceClassification(RobertaConfig(**SIZES, max_position_embeddings=LIMIT))
     )
     (tmp_path / "rows.txt").write_text("\n".join(["good film " * 30, "bad film"]))
@@ -234,11 +193,11 @@ def test_classifiers_of_decoders(kind: str, configured: int | None, reviews: str
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     model.config.pad_token_id = configured  # 3 is a word: rows that end in it would lose it
-    teacher = _save(tmp_path / "teacher", model)
+    teacher = save(tmp_path / "teacher", model)
     recipe = hinton.Recipe(
         data=reviews, teacher=teacher, student_layers=(0,), max_length=16, batch_size=8, learning_rate=1e-3, baseline=False
     )  # fmt: skip
-    results, _ = _run(tmp_path / "run", recipe)
+    results, _ = run(tmp_path / "run", recipe)
     assert AutoConfig.from_pretrained(tmp_path / "run" / "student").pad_token_id == 0
     test = tasks.load(reviews).test
     student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "student").eval()
@@ -246,7 +205,7 @@ def test_classifiers_of_decoders(kind: str, configured: int | None, reviews: str
     with torch.no_grad():
         for it in (model, student):
             it.config.pad_token_id = None  # rows on their own have none
-            logits.append(torch.cat([it(**_tokenizer()(text, return_tensors="pt")).logits for text in test["text"]]))
+            logits.append(torch.cat([it(**tokenizer()(text, return_tensors="pt")).logits for text in test["text"]]))
     right = [(of.argmax(-1) == torch.tensor(test["labels"])).float().mean().item() for of in logits]
     assert [results[name]["accuracy"] for name in ("teacher", "student")] == pytest.approx(right)
     apart = torch.nn.functional.kl_div(
@@ -261,27 +220,27 @@ def test_classifiers_of_decoders(kind: str, configured: int | None, reviews: str
 def test_tokenizers_without_a_pad_token_that_the_model_knows(reviews: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     task = tasks.load(reviews)
-    for name, tokenizer, expected in (
-        ("without", _tokenizer(pad=None), "without: expected a tokenizer with a pad token, got one without: set its pad_token"),
-        ("new", _tokenizer(pad="<new>"), "new knows 10 tokens, its tokenizer made number 10"),
+    for name, words, expected in (
+        ("without", tokenizer(pad=None), "without: expected a tokenizer with a pad token, got one without: set its pad_token"),
+        ("new", tokenizer(pad="<new>"), "new knows 10 tokens, its tokenizer made number 10"),
     ):  # fmt: skip
-        source = _save(tmp_path / name, DECODERS["gpt2"](), tokenizer)
+        source = save(tmp_path / name, DECODERS["gpt2"](), words)
         with pytest.raises(ValueError, match=expected) as refusal:
             evaluation.evaluate({"it": source}, task, max_length=16)
         assert "\n" not in str(refusal.value)
         with pytest.raises(ValueError, match=f"teacher {tmp_path}/{expected}"):
-            _run(tmp_path / "run", hinton.Recipe(data=reviews, teacher=source, max_length=16))
+            run(tmp_path / "run", hinton.Recipe(data=reviews, teacher=source, max_length=16))
     assert not (tmp_path / "run").exists()
 
 
 def test_positions_that_are_counted_from_the_padding_keep_theirs(tmp_path: Path) -> None:
     sizes = {**SIZES, "max_position_embeddings": LIMIT}
     model = RobertaForSequenceClassification(RobertaConfig(**sizes, pad_token_id=1))
-    pairing.pad_alike("it", model, _tokenizer())
+    pairing.pad_alike("it", model, tokenizer())
     assert model.config.pad_token_id == 1
-    bert = _bert(0, pad_token_id=None)
-    pairing.pad_alike("it", bert, _tokenizer(pad="film"))
-    assert bert.config.pad_token_id == WORDS.index("film")
+    model = bert(0, pad_token_id=None)
+    pairing.pad_alike("it", model, tokenizer(pad="film"))
+    assert model.config.pad_token_id == WORDS.index("film")
 
 
 def test_bert_of_the_tests_has_positions() -> None:

@@ -93,15 +93,16 @@ class ClassifierRun:
 
     def _task(self) -> tasks.Task:
         r = self.recipe
-        columns: dict[str, Any] = {"text_columns": r.text_columns, "label_column": r.label_column}
+        columns: dict[str, Any] = {"text_columns": r.text_columns, "label_column": r.label_column, "kind": r.kind}
         try:
             task = tasks.load(r.data, **columns, train_rows=r.train_rows, test_rows=r.test_rows)
         except tasks.TaskError as error:
             raise ValueError(str(error).removeprefix("tasks: ").replace("source: ", "data: ", 1)) from None
         held_out = ", held out of the file's" if task.held_out else ""
-        self.console.print(
-            f"{data.shown_name(task.name)}: {len(task.train):,} training rows, {len(task.test):,} test rows{held_out}"
-        )
+        rows = f"{len(task.train):,} training rows, {len(task.test):,} test rows{held_out}"
+        self.console.print(f"{data.shown_name(task.name)}: {rows}; {task.described}")
+        for note in task.notes:
+            self.console.print(note, markup=False)
         return task
 
     def _plan(self, teacher: Any) -> tuple[tuple[int, ...], list[Stage]]:
@@ -129,8 +130,11 @@ class ClassifierRun:
         for name, (given, model) in titles.items():
             pairing.check_length(named(name, given or name), model, r.max_length)
             pairing.check_ids(named(name, given or name), model, (*self.train, *self.test))
+        if r.teacher and r.student:
+            own = pretrained(AutoConfig, "student", r.student)  # whose classes `_load` names anew
+            pairing.check_same_classes(named("student", r.student), own, teacher.config)
         if r.teacher and (note := pairing.matched_by_number("the teacher", teacher.config, self.task.names)):
-            self.console.print(note)
+            self.console.print(note, markup=False)
         rows = DataCollatorWithPadding(self.tokenizer)(self.train[:2])
         for stage in todo:
             terms: Any = stage.objective
@@ -166,7 +170,8 @@ class ClassifierRun:
         if r.teacher is not None:
             return self._given_teacher(r.teacher)
         if stages.finished(folder) is None:
-            stage = Stage("teacher", "teacher", labels_only(self.task.kind), epochs=r.teacher_epochs)
+            options: Any = {"epochs": r.teacher_epochs, "learning_rate": r.teacher_learning_rate}
+            stage = Stage("teacher", "teacher", labels_only(self.task.kind), **options)
             self._train(stage, self._frozen(self._load("base", source)), None, None)
         return self._load("teacher", folder)
 

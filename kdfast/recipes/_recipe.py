@@ -47,7 +47,8 @@ class Recipe:
     def one_of(self, values: tuple[Any, ...], *names: str) -> None:
         for name in names:
             if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, values))}, got {getattr(self, name)}")
+                known = ", ".join(str(value) for value in values if value is not None)
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)}")
 
     def positive(self, *names: str) -> None:
         for name in names:
