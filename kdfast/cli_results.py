@@ -11,6 +11,7 @@ import typer
 import yaml
 
 from kdfast import compare as comparing
+from kdfast._disk import saving
 from kdfast.cli_distill import RECIPES
 from kdfast.cli_shared import fail
 from kdfast.compare import CONFIG, located
@@ -95,8 +96,6 @@ def evaluate(
         raise typer.BadParameter(str(error)) from None
     except AssetError as error:
         fail(str(error), 1)
-    except KeyboardInterrupt:
-        fail("stopped", 130)
     rows = len(task.test)
     console.print(report.evaluation_table(results, task.name, rows))
     if output is not None:
@@ -184,8 +183,9 @@ def compare(
         raise typer.BadParameter(str(error)) from None
     Console().print(report.comparison_table(comparison))
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "comparison.json").write_text(json.dumps(comparison.as_dict(), indent=1) + "\n")
-        (output / "comparison.md").write_text(report.comparison_markdown(comparison) + "\n")
+        with saving(output):
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "comparison.json").write_text(json.dumps(comparison.as_dict(), indent=1) + "\n")
+            (output / "comparison.md").write_text(report.comparison_markdown(comparison) + "\n")
         report.plot_comparison(output / "comparison.png", comparison)
         typer.echo(f"In {output}: comparison.json, comparison.md, comparison.png")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import kdfast
 from kdfast import kl_div
+from kdfast._disk import saving
 from kdfast.compare import Comparison, standard_error
 
 Metrics = dict[str, float]
@@ -166,7 +167,8 @@ def plot_losses(path: Path, history: Sequence[Mapping[str, float]], terms: Mappi
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    with saving(path):
+        figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
@@ -198,7 +200,8 @@ def plot_learning_curves(
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    with saving(path):
+        figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
@@ -347,5 +350,6 @@ def plot_comparison(path: Path, comparison: Comparison) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(comparison.title)
-    figure.savefig(path, dpi=150)
+    with saving(path):
+        figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -303,7 +303,7 @@ def _select(
     if not len(selected):
         raise mismatch("source", f"text in {', '.join(texts)} of {name}", "none")
     if dropped := len(part) - len(selected):
-        notes.append(f"{dropped:,} of {len(part):,} {which} rows without text in {', '.join(texts)} are left out")
+        notes.append(f"{dropped:,} of {len(part):,} {which} rows have no text and are left out")
     return selected
 
 

@@ -80,7 +80,7 @@ def test_labels_that_are_not_of_the_kind(labels: list[Any], kind: str | None, me
 def test_texts_among_the_numbers_of_test_rows(tmp_path: Path) -> None:
     _json(tmp_path / "train.jsonl", [0.5, 1.5])
     _json(tmp_path / "test.jsonl", ["high", "low"])
-    with pytest.raises(TaskError, match="expected test labels of .* among numbers, got high, low"):
+    with pytest.raises(TaskError, match=r"expected test labels of .* among numbers, got high, low"):
         tasks.load(tmp_path)
 
 
@@ -192,8 +192,8 @@ def test_rows_that_are_left_out_are_counted(
     task = tasks.load(folder)
     assert (len(task.train), len(task.test)) == (2000, 60)
     assert task.notes == (
-        "3 of 2,003 training rows without text in text are left out",
-        "1 of 61 test rows without text in text are left out",
+        "3 of 2,003 training rows have no text and are left out",
+        "1 of 61 test rows have no text and are left out",
     )
     assert call(monkeypatch, "evaluate", save(tmp_path / "model", bert(0)), "--data", folder, "--max-length", 16) == 0
     shown = capsys.readouterr().out
@@ -217,5 +217,5 @@ def test_teacher_has_a_learning_rate_of_its_own(tmp_path: Path) -> None:
     assert peaks[None]["teacher"] == pytest.approx(1e-3, rel=0.5)
     assert peaks[3e-5]["teacher"] == pytest.approx(peaks[None]["teacher"] * 0.03)
     assert peaks[3e-5]["student"] == peaks[None]["student"]
-    with pytest.raises(ValueError, match="teacher_learning_rate must be between 0 and 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"teacher_learning_rate must be between 0 and 1, got 1\.5"):
         hinton.Recipe(teacher_learning_rate=1.5)
