@@ -14,7 +14,7 @@ from kdfast import compare as comparing
 from kdfast._disk import saving
 from kdfast.cli_distill import RECIPES
 from kdfast.cli_shared import fail
-from kdfast.compare import CONFIG, located
+from kdfast.paths import CONFIG
 from kdfast.recipes._classifier import ClassifierRecipe
 
 
@@ -138,7 +138,7 @@ def _chosen(model: str, teacher: str | None) -> _Chosen:
     titles = json.loads((folder / "metrics.json").read_text())["task"]["titles"]
     sources = {title: folder / name for name, title in titles.items()}
     if recipe.teacher is not None:
-        sources[titles["teacher"]] = located(recipe.teacher, folder)
+        sources[titles["teacher"]] = recipe.teacher
     return _Chosen(sources, titles["teacher"], recipe)
 
 

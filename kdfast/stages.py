@@ -29,10 +29,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdfast._disk import saving, why_not_writable
 from kdfast.objective import model_inputs
+from kdfast.paths import CONFIG, located
 
 History = list[dict[str, float]]
-
-CONFIG = "config.yaml"  # a run folder's settings
 
 
 class StageInterrupted(KeyboardInterrupt):
@@ -172,7 +171,7 @@ def check_run_folder(folder: Path, settings: Mapping[str, Any], fresh: bool) -> 
         return
     stored = yaml.safe_load((folder / CONFIG).read_text())
     for name, value in settings.items():
-        if stored.get(name) != value:
+        if located(name, stored.get(name), folder) != located(name, value, folder):
             keep = f" (with --teacher {folder / 'teacher'}: its own)" if finished(folder / "teacher") else ""
             raise ValueError(
                 f"output folder {folder} holds a run with {name} {stored.get(name)}, not {value}; "

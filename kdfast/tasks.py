@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kdfast import data
+from kdfast.glue import GLUE
 from kdfast.labels import Labels, TaskError, has_labels, mismatch, values_of
 from kdfast.teacher_cache._text import read
 
@@ -33,18 +34,6 @@ except ModuleNotFoundError as error:
 
 __all__ = ["GLUE", "METRICS", "Task", "TaskError", "fingerprint", "load", "metrics", "tokenize"]
 
-# The tasks of GLUE, each with the number that its models are compared by.
-GLUE = {
-    "cola": "matthews",
-    "mnli": "accuracy",
-    "mrpc": "f1",
-    "qnli": "accuracy",
-    "qqp": "f1",
-    "rte": "accuracy",
-    "sst2": "accuracy",
-    "stsb": "pearson",
-    "wnli": "accuracy",
-}
 METRICS = {"classification": "accuracy", "multi_label": "micro_f1", "regression": "pearson"}
 TEXT_COLUMNS = (
     ("text",),

@@ -299,6 +299,8 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
     rows = [row["input_ids"] for row in [*run.train, *run.test]]
     wanted = [[known[word] for word in f"[CLS] {_gloss(i)} [SEP]".split()] for i in range(100)]
     assert sorted(rows) == sorted(wanted)
+    (note,) = run.notes  # of the one short text
+    assert note.endswith("texts: 1 of 91 rows have fewer than 12 tokens, or mostly unknown ones, and are left out")
     assert run.trainer(tmp_path / "student").args.max_steps == 3 * 12  # passes of 90 rows
     fewer = _prepared(tmp_path / "run", dataclasses.replace(SHORT, data=str(tmp_path / "texts.txt"), train_rows=20))
     assert len(fewer.train) == 20

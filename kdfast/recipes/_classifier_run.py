@@ -35,6 +35,7 @@ from kdfast.evaluation import (
     shortcut,
 )
 from kdfast.objective import CLS, Labels, Logits
+from kdfast.paths import absolute
 from kdfast.recipes._classifier import ClassifierRecipe, Stage, labels_only
 from kdfast.trainer import DistillationTrainer
 
@@ -281,7 +282,7 @@ class ClassifierRun:
         if not stored.is_file():
             results = self._measure(titles, histories, cached[0][1].cache)
             facts = {
-                "data": self.task.name,
+                "data": absolute("data", self.task.name),
                 "kind": self.task.kind,
                 "metric": self.task.metric,
                 "test": tasks.fingerprint(self.task.test),

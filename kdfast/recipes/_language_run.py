@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,9 +14,10 @@ from rich.console import Console
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from kdfast import pairing, report, stages
+from kdfast import data, pairing, report, stages
 from kdfast.evaluation import device, load_tokenizer, pretrained
 from kdfast.recipes._recipe import Recipe
+from kdfast.teacher_cache._identity import tokenizer_sha256
 
 # Files that would be read as if they were prose, or not at all.
 NO_TEXT = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip")
@@ -50,6 +51,8 @@ class LanguageRun:
         kind: what that is.
         data_files: what `data` may be, and those endings of `NO_TEXT` that it may have.
         teacher, start, tokenizer: what `prepare` leaves; `start` is the student before it is trained.
+        train, test: so does it the rows, to train on and held out.
+        notes: and what to tell of them.
 
     Raises:
         ValueError: the folder holds a run with other settings, or something that is not a run.
@@ -68,6 +71,9 @@ class LanguageRun:
     teacher: Any
     start: Any
     tokenizer: Any
+    train: Any
+    test: Any
+    notes: Sequence[str] = ()
 
     def __init__(self, recipe: Recipe, folder: Path, console: Console, fresh: bool = False) -> None:
         self.recipe: Any = recipe
@@ -143,6 +149,10 @@ class LanguageRun:
         """
         transformers.utils.logging.disable_progress_bar()
         self.prepare()
+        source = data.shown_name(self.recipe.data or "demonstration")
+        self.console.print(f"{source}: {len(self.train):,} training rows, {len(self.test):,} held out")
+        for note in self.notes:
+            self.console.print(note, markup=False)
         stages.write_config(self.folder, self.recipe.as_dict())
         self.train_teacher()
         folder = self.folder / "student"
@@ -176,6 +186,7 @@ class LanguageRun:
                 "peak_memory_mb": next(event["peak_memory_mb"] for event in history if "peak_memory_mb" in event),
             }
             facts = {"settings": self.recipe.as_dict(), "versions": report.versions(), "training": training}
+            facts["tokenizer"] = tokenizer_sha256(self.tokenizer)[:12]
             stages.write_json(stored, {**facts, "models": results})
         measured: dict[str, report.Metrics] = json.loads(stored.read_text())["models"]
         return measured

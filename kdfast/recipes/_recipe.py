@@ -12,6 +12,8 @@ from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from kdfast.paths import absolute, located
+
 
 def setting(default: Any, help: str) -> Any:
     """A field of a recipe, with the text that `kdfast distill` shows for it."""
@@ -56,8 +58,8 @@ class Recipe:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     def as_dict(self) -> dict[str, Any]:
-        """As YAML and JSON have it: the recipe's name first, lists for tuples."""
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """As YAML and JSON have it: the recipe's name first, lists for tuples, files and folders that are there as absolute paths."""
+        values = {k: list(v) if isinstance(v, tuple) else absolute(k, v) for k, v in dataclasses.asdict(self).items()}
         return {"recipe": self.name, **values}
 
     def to_yaml(self) -> str:
@@ -66,7 +68,7 @@ class Recipe:
 
     @classmethod
     def read_yaml(cls, path: Path) -> dict[str, Any]:
-        """The settings in a file, such as config.yaml of a run's folder.
+        """The settings in a file, such as config.yaml of a run's folder. Paths are where they are now, if the run was moved.
 
         Raises:
             ValueError: no such file, no settings in it, another recipe's, or names that this one does not have.
@@ -87,7 +89,8 @@ class Recipe:
             raise ValueError(
                 f"config {path}: {cls.name} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}"
             )
-        return {name: _converted(f"config {path}: {name}", fields[name], value) for name, value in values.items()}
+        found = {name: located(name, value, path.parent) for name, value in values.items()}
+        return {name: _converted(f"config {path}: {name}", fields[name], value) for name, value in found.items()}
 
     def run(self, folder: Path, console: Any, fresh: bool = False) -> dict[str, Any]:
         """Does what is not done yet in a run's folder; returns the metrics of its models.
