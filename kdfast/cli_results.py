@@ -59,7 +59,7 @@ def evaluate(
         from rich.console import Console
 
         from kdfast import evaluation, report, stages, tasks
-        from kdfast.data import AssetError
+        from kdfast.data import AssetError, shown_name
     except ImportError as error:
         fail(f"{error}: pip install kdfast[train]", 1)
     transformers.utils.logging.set_verbosity_error()
@@ -97,7 +97,7 @@ def evaluate(
     except AssetError as error:
         fail(str(error), 1)
     rows = len(task.test)
-    console.print(report.evaluation_table(results, task.name, rows))
+    console.print(report.evaluation_table(results, shown_name(task.name), rows))
     if output is not None:
         facts = {"data": task.name, "kind": task.kind, "metric": task.metric, "rows": rows, "max_length": length}
         sources = {name: str(of) for name, of in chosen.sources.items()}
@@ -172,7 +172,7 @@ def compare(
     try:
         from rich.console import Console
 
-        from kdfast import report
+        from kdfast import plots, report
     except ImportError as error:
         fail(f"{error}: pip install kdfast[train]", 1)
     try:
@@ -187,5 +187,5 @@ def compare(
             output.mkdir(parents=True, exist_ok=True)
             (output / "comparison.json").write_text(json.dumps(comparison.as_dict(), indent=1) + "\n")
             (output / "comparison.md").write_text(report.comparison_markdown(comparison) + "\n")
-        report.plot_comparison(output / "comparison.png", comparison)
+        plots.plot_comparison(output / "comparison.png", comparison)
         typer.echo(f"In {output}: comparison.json, comparison.md, comparison.png")

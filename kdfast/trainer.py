@@ -45,7 +45,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     Evaluation reports the mean of every term (`eval_kl`), and of classifiers whose teacher's logits are there, how often the
     two agree and how far they are apart: `eval_agreement`, a share of rows, and `eval_kl_to_teacher`, KL(teacher ‖ student)
-    at temperature 1 in nats.
+    at temperature 1 in nats; of several labels at once, both of each label alone; of regressors `eval_mse_to_teacher`.
 
     Gradient accumulation and several processes give what one large batch would where the objective counts its items, as
     `Terms` and `LanguageModel` do. Others are averaged over micro-batches: exact where these are equally large.
@@ -111,7 +111,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         else:
             terms = step(model)
             against = getattr(outputs, "logits", None), getattr(teacher_outputs, "logits", None)
-            self._evaluated.add(terms | agreement(*against), len(next(iter(inputs.values()))))
+            self._evaluated.add(
+                terms | agreement(*against, getattr(self.model, "config", None)), len(next(iter(inputs.values())))
+            )
         loss = torch.stack(list(terms.values())).sum()
         if not return_outputs:
             return loss

@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from kdfast import data, pairing, report, stages, students, tasks, teacher_cache
+from kdfast import data, pairing, plots, report, stages, students, tasks, teacher_cache
 from kdfast.evaluation import (
     BATCH,
     Candidate,
@@ -152,12 +152,16 @@ class ClassifierRun:
     def _load(self, argument: str, source: str | Path) -> Any:
         """A classifier of the task. PyTorch's fused attention has no dropout on the CPU; the rest of the dropout stays."""
         config = pretrained(AutoConfig, argument, source)
-        options: dict[str, Any] = {"ignore_mismatched_sizes": False} | self.task.head
+        options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True} | self.task.head
         if hasattr(config, "attention_probs_dropout_prob"):
             options["attention_probs_dropout_prob"] = 0.0
         transformers.set_seed(self.recipe.seed)  # for the classifier's initial weights
         pairing.check_names(named(argument, source), config, self.task.names)
-        model = pretrained(AutoModelForSequenceClassification, argument, source, **options)
+        model, loading = pretrained(AutoModelForSequenceClassification, argument, source, **options)
+        if unlike := sorted(name for name, *_ in loading["mismatched_keys"]):
+            raise ValueError(
+                f"{named(argument, source)}: {', '.join(unlike)} are not of {self.task.described}, as the data"
+            )
         pairing.pad_alike(named(argument, source), model, self.tokenizer)
         return model
 
@@ -293,7 +297,7 @@ class ClassifierRun:
                 {"settings": self.recipe.as_dict(), "versions": report.versions(), "task": facts, "models": results},
             )
         results = json.loads(stored.read_text())["models"]
-        report.plot_learning_curves(
+        plots.plot_learning_curves(
             self.folder / "learning_curves.png",
             {title: histories[folder] for folder, title in titles.items() if folder != "teacher"},
             self.task.metric,

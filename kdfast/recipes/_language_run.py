@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from kdfast import data, pairing, report, stages
+from kdfast import data, pairing, plots, report, stages
 from kdfast.evaluation import device, load_tokenizer, pretrained
 from kdfast.recipes._recipe import Recipe
 from kdfast.teacher_cache._identity import tokenizer_sha256
@@ -161,7 +161,7 @@ class LanguageRun:
         student = self.auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(device())
         history = stages.finished(folder) or []
         results = self._measured({"teacher": self.teacher, "start": self.start, "student": student}, history)
-        report.plot_losses(self.folder / "learning_curve.png", history, self.losses)
+        plots.plot_losses(self.folder / "learning_curve.png", history, self.losses)
         self.console.print(
             report.language_table({self.titles[name]: row for name, row in results.items()}, self.caption)
         )
