@@ -59,7 +59,8 @@ def cache_teacher(
             pairing.pad_alike(model, teacher, tokenizer)
     except ValueError as error:
         raise CacheError(f"teacher_cache: {error}") from None
-    rows = text_rows(data, tokenizer, text_column=text_column, max_length=max_length)
+    notes: list[str] = []
+    rows = text_rows(data, tokenizer, text_column=text_column, max_length=max_length, tell=notes.append)
     options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     before: list[tuple[int, float]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -76,6 +77,8 @@ def cache_teacher(
         cache = write(teacher, rows, output, tokenizer=tokenizer, outputs=outputs, progress=progress, **options)
     tokens, seconds = (last - first for first, last in zip(before[0], before[-1], strict=True))
     speed = {"seconds": f"{seconds:.1f}", "tokens/s": f"{tokens / seconds:,.0f}"} if tokens else {}
+    for note in notes:
+        print(note)
     _show(cache.manifest, f"{output}: {', '.join(cache.manifest.settings.outputs)} of {model}", speed)
 
 
