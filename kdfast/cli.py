@@ -162,7 +162,7 @@ def cache_teacher(
         )
     except cache_error as error:
         fail(str(error), 2)
-    except (OSError, ImportError) as error:
+    except ImportError as error:
         fail(str(error), 1)
     except KeyboardInterrupt:
         fail("stopped; the same command continues after the last finished file", 130)

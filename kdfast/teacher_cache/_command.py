@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from transformers import AutoConfig, AutoTokenizer
 
 from kdfast import pairing
+from kdfast._disk import saving
 from kdfast.teacher_cache._manifest import CacheError, Manifest, mismatch
 from kdfast.teacher_cache._read import TeacherCache
 from kdfast.teacher_cache._text import text_rows
@@ -74,6 +75,7 @@ def cache_teacher(
             before.append((tokens_done, time.perf_counter()))
             bar.update(task, completed=rows_done)
 
+        stack.enter_context(saving(output))
         cache = write(teacher, rows, output, tokenizer=tokenizer, outputs=outputs, progress=progress, **options)
     tokens, seconds = (last - first for first, last in zip(before[0], before[-1], strict=True))
     speed = {"seconds": f"{seconds:.1f}", "tokens/s": f"{tokens / seconds:,.0f}"} if tokens else {}
