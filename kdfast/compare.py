@@ -25,7 +25,7 @@ MEASURED_ON = {
 # Settings of a classifier on which the student's training on the labels alone depends, beside the teacher that it starts from.
 ALONE = (
     *("seed", "student", "student_start", "student_layers", "student_config", "freeze_embeddings", "train_rows"),
-    *("epochs", "learning_rate", "warmup", "batch_size", "max_length"),
+    *("epochs", "learning_rate", "warmup", "batch_size", "max_length", "precision", "save_dtype"),
 )
 
 

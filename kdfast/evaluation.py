@@ -151,7 +151,8 @@ def classifier(task: tasks.Task, argument: str, source: str | Path) -> Any:
         ValueError: it cannot be loaded, has no head, another number of classes or another order of them.
     """
     who = named(argument, source)
-    model, loading = pretrained(AutoModelForSequenceClassification, argument, source, output_loading_info=True)
+    options = {"output_loading_info": True, "dtype": torch.float32}
+    model, loading = pretrained(AutoModelForSequenceClassification, argument, source, **options)
     if absent := sorted(loading["missing_keys"]):
         raise ValueError(f"{who} is no classifier: it has no weights for {', '.join(absent[:4])}")
     if model.config.num_labels != max(1, len(task.names)):

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from kdfast import precision
 from kdfast._disk import saving, why_not_writable
 from kdfast.objective import model_inputs
 from kdfast.paths import CONFIG, located
@@ -36,12 +37,6 @@ History = list[dict[str, float]]
 
 class StageInterrupted(KeyboardInterrupt):
     """Training was stopped by a signal, and a checkpoint was saved."""
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices natively; emulated, bfloat16 is slower than float32."""
-    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()  # a torch that cannot tell counts as no
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -194,8 +189,15 @@ def finished(folder: Path) -> History | None:
     return json.loads(marker.read_text())["history"] if marker.is_file() else None
 
 
-def train_stage(trainer: Trainer, folder: Path, title: str) -> History:
-    """Trains until done, from the checkpoint in `trainer.args.output_dir` if there is one; the model goes to `folder`.
+def trained_in(folder: Path) -> str | None:
+    """The precision of a finished stage's training; None where `folder` has none that tells."""
+    marker = folder / "stage.json"
+    return json.loads(marker.read_text()).get("precision") if marker.is_file() else None
+
+
+def train_stage(trainer: Trainer, folder: Path, title: str, dtype: str = "float32") -> History:
+    """Trains until done, from the checkpoint in `trainer.args.output_dir` if there is one; the model goes to `folder`, its
+    weights in `dtype`.
 
     Raises:
         StageInterrupted: stopped by Ctrl-C or SIGTERM; a checkpoint was saved.
@@ -215,9 +217,9 @@ def train_stage(trainer: Trainer, folder: Path, title: str) -> History:
         raise StageInterrupted
     history: History = trainer.state.log_history
     with saving(folder):
-        trainer.model.save_pretrained(folder)
+        trainer.model.to(getattr(torch, dtype)).save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
-    write_json(folder / "stage.json", {"history": history})
+    write_json(folder / "stage.json", {"history": history, "precision": precision.of_arguments(trainer.args)})
     shutil.rmtree(checkpoints)
     return history
 

@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_texts
 import torch
 import yaml
-from language_models import PAD, VOCABULARY, llama, plain_loss
+from language_models import PAD, llama, plain_loss
 from rich.console import Console
 from tiny_berts import bert
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_texts import sentence
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BertForMaskedLM,
     BertLMHeadModel,
     BertModel,
-    PreTrainedTokenizerFast,
     TrainerCallback,
 )
 
@@ -38,25 +38,11 @@ from kdfast.teacher_cache._identity import tokenizer_sha256
 SETTINGS = causal_lm.Recipe(
     student_layers=(0, 2), steps=12, learning_rate=1e-2, max_length=16, max_new_tokens=6, batch_size=4, test_rows=10
 )
-WORDS = [f"w{i}" for i in range(40)]
-
-
-def _sentence(i: int) -> str:
-    return " ".join(WORDS[(i * k + k) % 40] for k in range(1, 8))
 
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    model, texts = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("texts")
-    llama(0, 4).save_pretrained(model)
-    known = {"<unk>": 0, "<pad>": 1, "<end>": PAD} | {word: 3 + i for i, word in enumerate(WORDS)}
-    words = Tokenizer(models.WordLevel(known | {f"x{i}": i for i in range(len(known), VOCABULARY)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>").save_pretrained(model)
-    lines = [f"{i // 2}_{i % 2}\t0.5\t{_sentence(i)}" for i in range(240)]  # 120 texts of two sentences
-    (texts / "news.tsv").write_text("\r\n".join(lines[:120]) + "\r\n")
-    (texts / "products.tsv").write_text("\n".join(lines[120:]))
-    return {data.SMOLLM2.folder: model, data.ARTICLES.folder: texts}
+    return tiny_texts.causal(tmp_path_factory.mktemp("assets"))
 
 
 @pytest.fixture(autouse=True)
@@ -125,9 +111,9 @@ def test_stopped_run_continues_to_the_same_student(tmp_path: Path, monkeypatch: 
     expected, _ = _run(tmp_path / "through", settings)
     train_stage = stages.train_stage
 
-    def stopped(trainer: Any, folder: Path, title: str) -> Any:
+    def stopped(trainer: Any, folder: Path, title: str, dtype: str) -> Any:
         trainer.add_callback(_Signal())
-        return train_stage(trainer, folder, title)
+        return train_stage(trainer, folder, title, dtype)
 
     with monkeypatch.context() as patch:
         patch.setattr(stages, "train_stage", stopped)
@@ -167,7 +153,7 @@ def test_rows_of_files(tmp_path: Path) -> None:
     rows = rows_of(dataclasses.replace(SETTINGS, data=str(tmp_path / "rows.jsonl")))
     assert len(rows) == 18
     assert all(row["labels"] == [-100, -100, *row["input_ids"][2:]] and row["input_ids"][-1] == PAD for row in rows)
-    (tmp_path / "texts.txt").write_text("\n\n".join(_sentence(i) for i in range(40)))
+    (tmp_path / "texts.txt").write_text("\n\n".join(sentence(i) for i in range(40)))
     settings = dataclasses.replace(SETTINGS, data=str(tmp_path / "texts.txt"))
     assert all(row["labels"] == row["input_ids"] and len(row["labels"]) == 16 for row in rows_of(settings))
     rows = rows_of(dataclasses.replace(settings, on_policy=1.0))

@@ -132,12 +132,12 @@ def test_same_command_continues_without_repeating(name: str, tmp_path: Path, mon
     results, shown = _run(tmp_path / "through", short)
     train_stage, trained = stages.train_stage, []
 
-    def stop_at_the_student(trainer: Any, stage: Path, title: str) -> Any:
+    def stop_at_the_student(trainer: Any, stage: Path, title: str, dtype: str) -> Any:
         if stage.name == "student" and "student" not in trained:
             trained.append("student")
             raise stages.StageInterrupted
         trained.append(stage.name)
-        return train_stage(trainer, stage, title)
+        return train_stage(trainer, stage, title, dtype)
 
     monkeypatch.setattr(stages, "train_stage", stop_at_the_student)
     with pytest.raises(stages.StageInterrupted):

@@ -22,7 +22,7 @@ from kdfast.recipes import hinton, patient_kd
 from kdfast.recipes._classifier import Stage
 
 SHORT: dict[str, Any] = {"epochs": 1, "teacher_epochs": 1, "learning_rate": 2e-3, "batch_size": 8, "train_rows": 48}
-SHORT |= {"test_rows": 32}
+SHORT |= {"test_rows": 32, "precision": "float32"}
 
 
 pytestmark = pytest.mark.usefixtures("no_download")

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_texts
 import torch
 import torch.nn.functional as F
 import yaml
 from rich.console import Console
+from tiny_texts import SMALL, gloss
 from torch import Tensor
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
     RobertaConfig,
     RobertaForMaskedLM,
     TrainerCallback,
@@ -32,49 +32,15 @@ from kdfast import cli, data, stages
 from kdfast.recipes import distilbert
 from kdfast.recipes._distilbert_run import DistilBERTRun, MaskedTokens
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-WORDS = [f"w{chr(97 + i // 5)}{chr(97 + i % 5)}" for i in range(45)]
-SMALL: dict[str, Any] = {
-    "vocab_size": len(SPECIAL) + len(WORDS),
-    "hidden_size": 32,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.2,  # logits far enough apart for the terms to matter
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
 SHORT = distilbert.Recipe(
     teacher_steps=120, steps=60, batch_size=8, max_length=24, test_rows=40, learning_rate=5e-3, dropout=0.0
 )
 
 
-def _gloss(i: int) -> str:
-    """Words of one of 15 topics: the others tell which three a masked one may be."""
-    return " ".join(WORDS[3 * (i % 15) + (i // 15 + k * k) % 3] for k in range(11 + i % 8))
-
-
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An encoder of four layers with its tokenizer, the same as a masked language model, and WordNet's files."""
-    folder = tmp_path_factory.mktemp("assets")
-    torch.manual_seed(0)
-    model = BertForMaskedLM(BertConfig(num_hidden_layers=4, **SMALL))
-    for name, part in (("encoder", model.bert), ("masked-lm", model)):
-        part.save_pretrained(folder / name)
-        (folder / name / "vocab.txt").write_text("\n".join([*SPECIAL, *WORDS]))
-        (folder / name / "tokenizer_config.json").write_text(
-            '{"tokenizer_class": "BertTokenizer", "do_lower_case": true}'
-        )
-    (folder / "wordnet").mkdir()
-    lines = [f"{i:08} 03 n 01 entity | {_gloss(i)}  " for i in range(600)]
-    for name, part in zip(data.WORDNET_FILES, (lines[:300], lines[300:400], lines[400:500], lines[500:]), strict=True):
-        (folder / "wordnet" / name).write_text("\n".join(["  1 This software and database", *part]))
-    return {
-        data.MINILM.requirement: folder / "encoder",
-        data.WORDNET.requirement: folder / "wordnet",
-        "masked-lm": folder / "masked-lm",
-    }
+    return tiny_texts.masked(tmp_path_factory.mktemp("assets"))
 
 
 pytestmark = pytest.mark.usefixtures("no_download")
@@ -195,12 +161,15 @@ def _plain_loss(student: Any, teacher: Any, batch: dict[str, Tensor], r: distilb
     ],
     ids=["5-2-1", "restricted", "accumulated", "layers"],
 )
-def test_as_a_plain_torch_loop(
-    changes: dict[str, Any], assets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stages, "cpu_has_bf16", lambda: False)
+def test_as_a_plain_torch_loop(changes: dict[str, Any], assets: dict[str, Path], tmp_path: Path) -> None:
     r = dataclasses.replace(
-        SHORT, teacher=str(assets["masked-lm"]), steps=20, batch_size=6, learning_rate=1e-3, **changes
+        SHORT,
+        teacher=str(assets["masked-lm"]),
+        steps=20,
+        batch_size=6,
+        learning_rate=1e-3,
+        precision="float32",
+        **changes,
     )
     run = _prepared(tmp_path, r)
     trainer = run.trainer(tmp_path / "student")
@@ -269,11 +238,11 @@ def test_stopped_run_continues_to_the_same_student(tmp_path: Path, monkeypatch: 
     expected, _ = _run(tmp_path / "through", recipe)
     train_stage, begun = stages.train_stage, []
 
-    def stopped_once(trainer: Any, folder: Path, title: str) -> Any:
+    def stopped_once(trainer: Any, folder: Path, title: str, dtype: str) -> Any:
         if folder.name not in begun:
             trainer.add_callback(_Signal())
         begun.append(folder.name)
-        return train_stage(trainer, folder, title)
+        return train_stage(trainer, folder, title, dtype)
 
     monkeypatch.setattr(stages, "train_stage", stopped_once)
     for _ in range(2):
@@ -291,13 +260,13 @@ def test_stopped_run_continues_to_the_same_student(tmp_path: Path, monkeypatch: 
 
 # ---- data, other teachers, mistakes ----
 def test_rows_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "texts.txt").write_text("\n\n".join([_gloss(i).replace(" ", "\n", 1) for i in range(100)] + ["wa"]))
+    (tmp_path / "texts.txt").write_text("\n\n".join([gloss(i).replace(" ", "\n", 1) for i in range(100)] + ["wa"]))
     run = _prepared(tmp_path / "run", dataclasses.replace(SHORT, data=str(tmp_path / "texts.txt"), steps=None))
     assert len(run.test) == 10  # a tenth
     assert len(run.train) == 90
     known = run.tokenizer.get_vocab()
     rows = [row["input_ids"] for row in [*run.train, *run.test]]
-    wanted = [[known[word] for word in f"[CLS] {_gloss(i)} [SEP]".split()] for i in range(100)]
+    wanted = [[known[word] for word in f"[CLS] {gloss(i)} [SEP]".split()] for i in range(100)]
     assert sorted(rows) == sorted(wanted)
     (note,) = run.notes  # of the one short text
     assert note.endswith("texts: 1 of 91 rows have fewer than 12 tokens, or mostly unknown ones, and are left out")
@@ -360,7 +329,7 @@ def test_teacher_without_a_head_and_short_texts(assets: dict[str, Path], tmp_pat
         ("short.txt", b"wa wb\n\n" * 50, "expected texts of at least 12 tokens that the teacher knows, to train on"),
         (
             "lines.txt",
-            _gloss(1).encode() + b"\n" * 50,
+            gloss(1).encode() + b"\n" * 50,
             "expected at least 10 texts with empty lines between them, a te",
         ),
         (

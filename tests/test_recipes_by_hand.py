@@ -28,6 +28,7 @@ SETTINGS: dict[str, Any] = {
     "batch_size": BATCH,
     "train_rows": STEPS * BATCH,
     "test_rows": 8,
+    "precision": "float32",
 }
 # The gradient of a key bias is zero but for rounding, as softmax ignores it; Adam's default of 1e-8 would turn that
 # rounding into steps of full size.
@@ -150,16 +151,16 @@ def test_stages_follow_a_plain_loop(case: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(data, "fetch", lambda package: assets[package.requirement])
     train_stage, compared = stages.train_stage, []
 
-    def compare(trainer: Any, folder: Path, title: str) -> Any:
+    def compare(trainer: Any, folder: Path, title: str, dtype: str) -> Any:
         trainer.args.logging_steps, trainer.args.adam_epsilon = 1, EPSILON
         if folder.name not in expected:
-            return train_stage(trainer, folder, title)
+            return train_stage(trainer, folder, title, dtype)
         loss_of, teacher_folder = expected[folder.name]
         where = {"teacher": tmp_path / "run" / "teacher", "base": assets[data.MINILM.requirement]}[teacher_folder]
         teacher = AutoModelForSequenceClassification.from_pretrained(where).eval()
         copied, batches = copy.deepcopy(trainer.model), list(trainer.get_train_dataloader())
         losses = by_hand(copied, teacher, batches, loss_of)
-        history = train_stage(trainer, folder, title)
+        history = train_stage(trainer, folder, title, dtype)
         assert len(batches) == STEPS
         got = [event["loss"] for event in history if "loss" in event]
         torch.testing.assert_close(got, losses, rtol=1e-5, atol=1e-5)

@@ -171,14 +171,14 @@ def test_student_of_a_teacher_in_use() -> None:
                     module.float()
         dtypes = {key: value.dtype for key, value in teacher.state_dict().items()}
         with hf.Reader(teacher):
-            student = students.from_layers(teacher, range(LAYERS))
+            student = students.from_layers(teacher, range(LAYERS), dtype=None)
         assert {key: value.dtype for key, value in student.state_dict().items()} == dtypes
         assert getattr(student, "pooler", None) is None
         assert all(p.requires_grad for p in student.parameters())
         assert "kdfast" not in student.config._attn_implementation
         assert not any(module._forward_hooks for module in student.modules())
     rotary = model_of("llama")
-    student = students.from_layers(rotary.bfloat16(), range(LAYERS))
+    student = students.from_layers(rotary.bfloat16(), range(LAYERS), dtype=None)
     assert student.rotary_emb.inv_freq.dtype == torch.float32  # as after from_pretrained(dtype=torch.bfloat16)
     assert students.from_layers(transformers.BertModel(model_of("bert").config, False), [1]).pooler is None
 
@@ -396,5 +396,6 @@ def test_distilbert_refuses() -> None:
 @pytest.mark.cuda
 def test_students_on_a_gpu() -> None:
     teacher = model_of("llama", "words").cuda().bfloat16()
-    for student in (students.from_layers(teacher, SOME), students.narrower(teacher, hidden_size=16).model):
+    kept = {"dtype": None}
+    for student in (students.from_layers(teacher, SOME, **kept), students.narrower(teacher, hidden_size=16, **kept)[0]):
         assert {(x.device.type, x.dtype) for x in student.state_dict().values()} == {("cuda", torch.bfloat16)}

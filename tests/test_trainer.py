@@ -252,16 +252,6 @@ def test_checkpoint_cut_short_is_passed_over(tmp_path: Path) -> None:
     assert stages.last_checkpoint(tmp_path / "none") is None
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "expected"), [({"avx512_bf16": True}, True), ({"avx512_f": True, "avx512_bf16": False}, False)]
-)
-def test_bf16_only_where_the_processor_has_it(
-    capabilities: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert stages.cpu_has_bf16() is expected
-
-
 def test_rows_are_grouped_by_length(tmp_path: Path) -> None:
     rows = [{"input_ids": [1] * (3 + i % 9), "labels": 0} for i in range(40)]
     trainer = _trainer(tmp_path, _bert(1), rows, train_sampling_strategy="group_by_length", seed=5)

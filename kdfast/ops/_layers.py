@@ -5,6 +5,7 @@ A layer is [B, H, R, C] here: sequences, heads, rows, numbers of a row; or [B, R
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops import _checks
+from kdfast.ops import _checks, _transforms
 from kdfast.ops._divergence import refuse_double_backward, scaled
 
 Layers = Tensor | Sequence[Tensor]
@@ -56,6 +57,7 @@ class Masks:
 
 
 def as_list(op: str, argument: str, x: Layers) -> list[Tensor]:
+    """Layers of one shape; of several dtypes, as autocast leaves some models' states, in the widest."""
     layers = [x] if isinstance(x, Tensor) else list(x) if isinstance(x, Sequence) else [x]
     if not layers:
         _checks.wrong_value(op, argument, "a layer or more", "none")
@@ -65,13 +67,20 @@ def as_list(op: str, argument: str, x: Layers) -> list[Tensor]:
         if not isinstance(layer, Tensor):
             _checks.wrong_type(op, argument, "a tensor or a sequence of tensors", _checks.kind(layer))
         _checks.check_float(op, argument, layer)
-        if layer.dtype != layers[0].dtype:
-            _checks.wrong_type(op, argument, f"layers of one dtype, the first's {layers[0].dtype}", layer.dtype)
         if layer.shape != layers[0].shape:
             _checks.wrong_value(
                 op, argument, f"layers of one shape, the first's {list(layers[0].shape)}", list(layer.shape)
             )
-    return layers
+    return in_one_dtype(layers)
+
+
+def in_one_dtype(tensors: list[Tensor]) -> list[Tensor]:
+    """The widest of theirs, that holds all of them exactly."""
+    dtypes = {x.dtype for x in tensors}
+    if len(dtypes) == 1:
+        return tensors
+    widest = functools.reduce(torch.promote_types, dtypes)
+    return [x.to(widest) for x in tensors]
 
 
 def check_layers(
@@ -248,6 +257,7 @@ class _OfLayers(torch.autograd.Function):
         if ctx.in_forward:
             gradients = scaled(saved, grad_loss)
         else:
+            _transforms.refuse_batched(ctx.op, grad_loss)
             lists = _split(saved[MASKS:], ctx.layers)
             again = getattr(torch.ops.kdfast, ctx.native + "_backward")
             gradients = again(grad_loss.contiguous(), *lists, *saved[:MASKS], *ctx.numbers)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from kdfast import data, report, stages, students, text
+from kdfast import data, precision, report, stages, students, text
 from kdfast.objective import LanguageModel
 from kdfast.on_policy import OnPolicyTrainer
-from kdfast.recipes._language_run import LanguageRun, PeakMemory, has_bf16
+from kdfast.recipes._language_run import LanguageRun, PeakMemory
 
 CURVE_ROWS = 8  # of the held-out rows, for the points of the learning curve; the table is measured on all
 
@@ -132,8 +132,7 @@ class CausalLMRun(LanguageRun):
         r = self.recipe
         arguments = TrainingArguments(
             output_dir=str(folder / "checkpoints"),
-            use_cpu=not torch.cuda.is_available(),
-            bf16=has_bf16(),
+            **precision.arguments(r.precision),
             seed=r.seed,
             max_steps=r.steps,
             per_device_train_batch_size=r.batch_size,

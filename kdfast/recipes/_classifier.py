@@ -25,7 +25,7 @@ class Stage:
         start: "student" made as the settings say, or the folder of an earlier stage.
         cls_layers: hidden states of the teacher.
         epochs, learning_rate: None: the recipe's.
-        measured: whether it is a result, or only the start of another stage.
+        measured: whether it is a student of the result, and not a teacher or the start of another stage.
     """
 
     folder: str

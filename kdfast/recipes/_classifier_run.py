@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from kdfast import data, pairing, plots, report, stages, students, tasks, teacher_cache
+from kdfast import data, pairing, plots, precision, report, stages, students, tasks, teacher_cache
 from kdfast.evaluation import (
     BATCH,
     Candidate,
@@ -57,6 +57,7 @@ class ClassifierRun:
 
     def __init__(self, recipe: ClassifierRecipe, folder: Path, console: Console, fresh: bool = False) -> None:
         self.recipe, self.folder, self.console = recipe, folder, console
+        precision.resolved(recipe.precision)  # refuses what this machine has not
         stages.check_run_folder(folder, recipe.as_dict(), fresh)
 
     def execute(self) -> dict[str, report.Metrics]:
@@ -153,6 +154,7 @@ class ClassifierRun:
         """A classifier of the task. PyTorch's fused attention has no dropout on the CPU; the rest of the dropout stays."""
         config = pretrained(AutoConfig, argument, source)
         options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True} | self.task.head
+        options["dtype"] = torch.float32  # however it is stored: small steps are lost on weights of 16 bits
         if hasattr(config, "attention_probs_dropout_prob"):
             options["attention_probs_dropout_prob"] = 0.0
         transformers.set_seed(self.recipe.seed)  # for the classifier's initial weights
@@ -175,8 +177,8 @@ class ClassifierRun:
         if r.teacher is not None:
             return self._given_teacher(r.teacher)
         if stages.finished(folder) is None:
-            options: Any = {"epochs": r.teacher_epochs, "learning_rate": r.teacher_learning_rate}
-            stage = Stage("teacher", "teacher", labels_only(self.task.kind), **options)
+            rates: Any = {"epochs": r.teacher_epochs, "learning_rate": r.teacher_learning_rate}
+            stage = Stage("teacher", "teacher", labels_only(self.task.kind), measured=False, **rates)
             self._train(stage, self._frozen(self._load("base", source)), None, None)
         return self._load("teacher", folder)
 
@@ -247,18 +249,18 @@ class ClassifierRun:
             compute_metrics=self._quality,
         )
         with _shortcut(trainer.model, stage.objective):
-            stages.train_stage(trainer, self.folder / stage.folder, stage.title)
+            dtype = self.recipe.save_dtype if stage.measured else "float32"
+            stages.train_stage(trainer, self.folder / stage.folder, stage.title, dtype)
 
     def _quality(self, prediction: Any) -> report.Metrics:
         logits, labels = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
         return tasks.metrics(self.task.metric, logits, labels)
 
     def _arguments(self, stage: Stage, rows: int) -> TrainingArguments:
-        r, on_cpu = self.recipe, not torch.cuda.is_available()
+        r = self.recipe
         return TrainingArguments(
             output_dir=str(self.folder / stage.folder / "checkpoints"),
-            use_cpu=on_cpu,
-            bf16=stages.cpu_has_bf16() if on_cpu else torch.cuda.is_bf16_supported(),
+            **precision.arguments(r.precision),
             seed=r.seed,
             num_train_epochs=stage.epochs or r.epochs,
             per_device_train_batch_size=r.batch_size,
@@ -268,7 +270,7 @@ class ClassifierRun:
             lr_scheduler_type="linear",
             warmup_steps=r.warmup,
             weight_decay=0.01,
-            eval_strategy="steps" if stage.measured and stage.folder != "teacher" else "no",
+            eval_strategy="steps" if stage.measured else "no",
             eval_steps=max(1, rows // (2 * r.batch_size)),
             save_steps=250,  # a minute or two of work, and hardly any time for writing
             save_total_limit=1,
@@ -292,10 +294,9 @@ class ClassifierRun:
                 "test": tasks.fingerprint(self.task.test),
                 "titles": titles,
             }
-            stages.write_json(
-                stored,
-                {"settings": self.recipe.as_dict(), "versions": report.versions(), "task": facts, "models": results},
-            )
+            trained = {name: stages.trained_in(self.folder / name) for name in titles}
+            settings = {"settings": self.recipe.as_dict(), "versions": report.versions(), "precision": trained}
+            stages.write_json(stored, {**settings, "task": facts, "models": results})
         results = json.loads(stored.read_text())["models"]
         plots.plot_learning_curves(
             self.folder / "learning_curves.png",

@@ -16,11 +16,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, TrainingArguments
 
-from kdfast import data, kl_div, masking, report, stages, students, text
+from kdfast import data, kl_div, masking, precision, report, stages, students, text
 from kdfast.last_hidden import LastHidden, last_hidden
 from kdfast.masking import OFF
 from kdfast.objective import model_inputs
-from kdfast.recipes._language_run import LanguageRun, PeakMemory, has_bf16
+from kdfast.recipes._language_run import LanguageRun, PeakMemory
 from kdfast.trainer import DistillationTrainer
 
 CURVE_ROWS = 64  # of the held-out rows, for the points of the learning curve; the table is measured on all
@@ -216,8 +216,7 @@ class DistilBERTRun(LanguageRun):
         r = self.recipe
         return TrainingArguments(
             output_dir=str(folder / "checkpoints"),
-            use_cpu=not torch.cuda.is_available(),
-            bf16=has_bf16(),
+            **precision.arguments(r.precision),
             seed=r.seed,
             max_steps=steps,
             per_device_train_batch_size=r.batch_size,

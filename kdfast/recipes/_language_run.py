@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from kdfast import data, pairing, plots, report, stages
+from kdfast import data, pairing, plots, precision, report, stages
 from kdfast.evaluation import device, load_tokenizer, pretrained
 from kdfast.recipes._recipe import Recipe
 from kdfast.teacher_cache._identity import tokenizer_sha256
@@ -78,6 +78,7 @@ class LanguageRun:
     def __init__(self, recipe: Recipe, folder: Path, console: Console, fresh: bool = False) -> None:
         self.recipe: Any = recipe
         self.folder, self.console = folder, console
+        precision.resolved(recipe.precision)  # refuses what this machine has not
         stages.check_run_folder(folder, recipe.as_dict(), fresh)
 
     # ---- a recipe's own ----
@@ -157,7 +158,7 @@ class LanguageRun:
         self.train_teacher()
         folder = self.folder / "student"
         if stages.finished(folder) is None:
-            stages.train_stage(self.trainer(folder), folder, self.titles["student"])
+            stages.train_stage(self.trainer(folder), folder, self.titles["student"], self.recipe.save_dtype)
         student = self.auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(device())
         history = stages.finished(folder) or []
         results = self._measured({"teacher": self.teacher, "start": self.start, "student": student}, history)
@@ -182,6 +183,7 @@ class LanguageRun:
                 results[name]["tokens_per_second"] = 1e3 * int(batch["attention_mask"].sum()) / milliseconds[name]
             speeds = [event["train_tokens_per_second"] for event in history if "train_tokens_per_second" in event]
             training = {
+                "precision": stages.trained_in(self.folder / "student"),
                 "tokens_per_second": speeds[-1],  # since it was last continued, its evaluations included
                 "peak_memory_mb": next(event["peak_memory_mb"] for event in history if "peak_memory_mb" in event),
             }
@@ -190,8 +192,3 @@ class LanguageRun:
             stages.write_json(stored, {**facts, "models": results})
         measured: dict[str, report.Metrics] = json.loads(stored.read_text())["models"]
         return measured
-
-
-def has_bf16() -> bool:
-    """Whether training is in bfloat16."""
-    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else stages.cpu_has_bf16()

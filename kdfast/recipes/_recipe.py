@@ -14,6 +14,8 @@ import yaml
 
 from kdfast.paths import absolute, located
 
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+
 
 def setting(default: Any, help: str) -> Any:
     """A field of a recipe, with the text that `kdfast distill` shows for it."""
@@ -32,9 +34,19 @@ class Recipe:
     quick: ClassVar[Mapping[str, Any]] = {}  # settings of a short run, to see everything work
 
     seed: int = setting(0, "Seed of initialisation, order of rows and dropout.")
+    precision: str = setting(
+        "auto",
+        "Of the products in training: float32, bfloat16, or on a GPU float16; auto: bfloat16 where it is native. Weights are "
+        "float32.",
+    )
+    save_dtype: str = setting(
+        "float32", "Of the saved student's weights: float32, bfloat16 or float16; it is measured as it is saved."
+    )
 
     def __post_init__(self) -> None:
         self.at_least(0, "seed")
+        self.one_of(PRECISIONS, "precision")
+        self.one_of(PRECISIONS[1:], "save_dtype")
 
     def at_least(self, least: int, *names: str) -> None:
         for name in names:

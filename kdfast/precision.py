@@ -1,0 +1,40 @@
+"""In which precision recipes train: decided here and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def resolved(precision: str) -> str:
+    """float32, bfloat16 or float16. `auto` is bfloat16 where the processor, or the GPU, multiplies matrices of it natively;
+    emulated, it is slower than float32.
+
+    Raises:
+        ValueError: float16 without a GPU, where transformers' Trainer has none.
+    """
+    on_gpu = torch.cuda.is_available()
+    if precision == "auto":
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_has_bf16()
+        return "bfloat16" if native else "float32"
+    if precision == "float16" and not on_gpu:
+        raise ValueError("precision: expected auto, float32 or bfloat16 where there is no GPU, got float16")
+    return precision
+
+
+def arguments(precision: str) -> dict[str, Any]:
+    """Of `TrainingArguments`: the device and the precision of autocast; weights and optimizer states stay float32."""
+    chosen = resolved(precision)
+    return {"use_cpu": not torch.cuda.is_available(), "bf16": chosen == "bfloat16", "fp16": chosen == "float16"}
+
+
+def of_arguments(arguments: Any) -> str:
+    """The other way round."""
+    return "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices natively."""
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()  # a torch that cannot tell counts as no
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
