@@ -73,11 +73,11 @@ def without(model: nn.Module, name: str) -> Iterator[None]:
             model.add_module(name, taken)
 
 
-def agreement(student: Any, teacher: Any, config: Any = None) -> dict[str, Tensor]:
+def agreement(student: Any, teacher: Any, model: Any = None) -> dict[str, Tensor]:
     """`to_teacher` of the logits [B, C] of a classifier or regressor and its teacher; nothing of other outputs.
 
-    `config`: of the student, which may tell its kind.
+    `model`: the student, whose config may tell its kind.
     """
     if student is None or teacher is None or student.dim() != 2 or student.shape != teacher.shape:
         return {}
-    return to_teacher(student, teacher, kind_of(config, student.shape[-1]))
+    return to_teacher(student, teacher, kind_of(getattr(model, "config", None), student.shape[-1]))

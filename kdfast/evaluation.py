@@ -89,7 +89,7 @@ def evaluate(
         candidates[name] = Candidate(f"test: {name}", model, source, tokenizer, rows)
     if teacher is not None:
         for name, of in candidates.items():
-            pairing.check_same_classes(named(name, of.source), of.model.config, candidates[teacher].model.config)
+            pairing.check_same_classes(named(name, of.source), of.model, candidates[teacher].model)
     return measure(candidates, task, teacher, batch_size)
 
 

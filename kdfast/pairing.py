@@ -121,19 +121,20 @@ def matched_by_number(named: str, config: Any, names: Sequence[str]) -> str | No
     return f"the data's classes are matched with those of {named} by their numbers alone: {told}"
 
 
-def check_same_classes(who: str, config: Any, teachers: Any) -> None:
+def check_same_classes(who: str, student: Any, teacher: Any) -> None:
     """A student's logits are compared with its teacher's column by column.
 
     Args:
         who: what the message begins with.
-        config, teachers: of two models; others than transformers' tell nothing of their classes.
+        student, teacher: models or their configs; others than transformers' tell nothing of their classes.
 
     Raises:
         ValueError: both have the same names of classes in another order.
     """
-    if not (hasattr(config, "id2label") and hasattr(teachers, "id2label")):
+    configs = [getattr(one, "config", one) for one in (student, teacher)]
+    if not all(hasattr(config, "id2label") for config in configs):
         return
-    own, theirs = _classes(config), _classes(teachers)
+    own, theirs = map(_classes, configs)
     if _turned(own, theirs):
         raise ValueError(
             f"{who}: expected the classes (id2label of its config) in the teacher's order, {', '.join(theirs)}, got "

@@ -77,9 +77,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             raise TypeError(
                 f"DistillationTrainer: objective: expected named terms, such as Terms(it={name}()), got {name} alone"
             )
-        check_same_classes(
-            "DistillationTrainer: model", getattr(model, "config", None), getattr(teacher, "config", None)
-        )
+        check_same_classes("DistillationTrainer: model", model, teacher)
         super().__init__(model, args, **kwargs)
         # Whether the Trainer takes the loss as already divided by the number of items of the accumulated batch.
         self.model_accepts_loss_kwargs = hasattr(objective, "num_items")
@@ -111,9 +109,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         else:
             terms = step(model)
             against = getattr(outputs, "logits", None), getattr(teacher_outputs, "logits", None)
-            self._evaluated.add(
-                terms | agreement(*against, getattr(self.model, "config", None)), len(next(iter(inputs.values())))
-            )
+            self._evaluated.add(terms | agreement(*against, self.model), len(next(iter(inputs.values()))))
         loss = torch.stack(list(terms.values())).sum()
         if not return_outputs:
             return loss

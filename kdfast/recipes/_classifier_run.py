@@ -134,7 +134,7 @@ class ClassifierRun:
             pairing.check_ids(named(name, given or name), model, (*self.train, *self.test))
         if r.teacher and r.student:
             own = pretrained(AutoConfig, "student", r.student)  # whose classes `_load` names anew
-            pairing.check_same_classes(named("student", r.student), own, teacher.config)
+            pairing.check_same_classes(named("student", r.student), own, teacher)
         if r.teacher and (note := pairing.matched_by_number("the teacher", teacher.config, self.task.names)):
             self.console.print(note, markup=False)
         rows = DataCollatorWithPadding(self.tokenizer)(self.train[:2])
