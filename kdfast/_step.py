@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast import kl_div
+from kdfast.distances import kind_of, to_teacher
 
 
 class Means:
@@ -73,11 +73,11 @@ def without(model: nn.Module, name: str) -> Iterator[None]:
             model.add_module(name, taken)
 
 
-def agreement(student: Any, teacher: Any) -> dict[str, Tensor]:
-    """Of the logits [B, C] of two classifiers of the same classes, C at least 2."""
-    if student is None or teacher is None or student.dim() != 2 or student.shape[-1] < 2:
+def agreement(student: Any, teacher: Any, model: Any = None) -> dict[str, Tensor]:
+    """`to_teacher` of the logits [B, C] of a classifier or regressor and its teacher; nothing of other outputs.
+
+    `model`: the student, whose config may tell its kind.
+    """
+    if student is None or teacher is None or student.dim() != 2 or student.shape != teacher.shape:
         return {}
-    if student.shape != teacher.shape:
-        return {}
-    same = (student.argmax(-1) == teacher.argmax(-1)).float().mean()
-    return {"agreement": same, "kl_to_teacher": kl_div(student, teacher)}
+    return to_teacher(student, teacher, kind_of(getattr(model, "config", None), student.shape[-1]))

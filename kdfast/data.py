@@ -309,7 +309,7 @@ def wordnet(folder: Path) -> list[str]:
 
 def shown_name(source: str) -> str:
     """A path without its folders; anything else, a name on the Hub say, as it is."""
-    return Path(source).name if Path(source).exists() else source
+    return Path(source).name if Path(source).is_absolute() or Path(source).exists() else source
 
 
 class TeacherCollator:

@@ -17,6 +17,7 @@ from kdfast.data import LengthGroupedSampler
 from kdfast.objective import Missing, Objective, model_inputs
 from kdfast.objective._protocol import TARGETS, parameters_of, teacher_inputs
 from kdfast.objective.term import rows_of
+from kdfast.pairing import check_same_classes
 
 try:
     import accelerate  # noqa: F401  (transformers asks for it only when training starts)
@@ -50,7 +51,8 @@ class DistillationTrainer(ObjectiveTrainer):
 
     Evaluation reports the mean of every term (`eval_kl`) over all that it counts, whatever the batches, and their sum
     (`eval_loss`); and of classifiers whose teacher's logits are there, how often the two agree and how far they are apart:
-    `eval_agreement`, a share of rows, and `eval_kl_to_teacher`, KL(teacher ‖ student) at temperature 1 in nats. A term whose
+    `eval_agreement`, a share of rows, and `eval_kl_to_teacher`, KL(teacher ‖ student) at temperature 1 in nats, of several
+    labels at once both of each label alone; of regressors `eval_mse_to_teacher`. A term whose
     labels or stored teacher the rows lack is left out with a warning; without any term there is no `eval_loss`.
     Predictions are the logits, of question answering those of starts and ends.
 
@@ -59,7 +61,7 @@ class DistillationTrainer(ObjectiveTrainer):
 
     Raises:
         TypeError: the objective is a class, or a term on its own, outside `Terms`; the teacher is no module.
-        ValueError: teacher and student share parameters, or a setting that the objective replaces
+        ValueError: teacher and student share parameters, name the same classes in another order, or a setting that the objective replaces
             (`compute_loss_func`, `label_smoothing_factor`) is given.
     """
 
@@ -81,6 +83,7 @@ class DistillationTrainer(ObjectiveTrainer):
             )
         super().__init__(model, args, **kwargs)
         check_apart(teacher, self.model)
+        check_same_classes("DistillationTrainer: model", self.model, teacher)
         # Whether the Trainer takes the loss as already divided by the number of items of the accumulated batch.
         self.model_accepts_loss_kwargs = hasattr(objective, "num_items")
         # Those of the objective, where a model's forward names none.
@@ -161,7 +164,8 @@ class DistillationTrainer(ObjectiveTrainer):
             teacher_outputs, outputs = self._teacher_outputs(part), self._run(model, part)
             terms = self._possible_terms(outputs, teacher_outputs, part)
             logits = () if prediction_loss_only else self._logits(outputs)
-            compared = agreement(getattr(outputs, "logits", None), getattr(teacher_outputs, "logits", None))
+            own_logits, its_logits = (getattr(of, "logits", None) for of in (outputs, teacher_outputs))
+            compared = agreement(own_logits, its_logits, self.model)
         for name, weight in self._counts(part, terms).items():
             self._evaluated[name].add({name: terms[name]}, weight if own else 0)
         self._compared.add(compared, own)
