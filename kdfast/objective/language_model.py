@@ -14,7 +14,7 @@ from kdfast import linear_kd_loss, linear_topk_kd_loss
 from kdfast.last_hidden import LastHidden, language_model, last_hidden
 from kdfast.objective._own_heads import of_own_heads
 from kdfast.objective._protocol import Missing, model_inputs, unwrapped
-from kdfast.objective.term import token_mask
+from kdfast.objective.term import check_aligned, token_mask
 from kdfast.ops import _checks
 from kdfast.ops._divergence import check_divergence, check_tail
 from kdfast.ops.kd_loss import KDLossComponents
@@ -205,6 +205,7 @@ class LanguageModel:
             raise ValueError("LanguageModel: expected a teacher or rows with its top-k, got both")
         for error in self._missing(teacher, inputs).values():
             raise error
+        check_aligned("LanguageModel", inputs)
         tokens = _tokens(inputs, student.aligned)
         for side, outputs in (("student", student), ("teacher", teacher)):
             if outputs is not None and outputs.hidden.shape[:2] != tokens.shape:
