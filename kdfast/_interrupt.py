@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -17,6 +18,8 @@ def begin() -> None:
     """Where this process is the command, and not somebody's who handles signals already."""
     module = sys.argv[:1] == ["-m"] and "kdfast" in sys.orig_argv  # `python -m kdfast`, which imports the package first
     command = module or Path(*sys.argv[:1]).name == "kdfast"
+    if threading.current_thread() is not threading.main_thread():  # Python refuses handlers elsewhere
+        return
     if command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
 

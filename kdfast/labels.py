@@ -78,25 +78,25 @@ class Labels:
         named = getattr(getattr(feature, "feature", feature) if lists else feature, "names", None)
         if kind == "regression" or (kind is None and types == {float} and not lists):
             return cls("regression", (), {}, _guess(flat) if kind is None else None)
-        kind = "multi_label" if lists else "classification"
+        sure, kind = kind is not None, "multi_label" if lists else "classification"
         if named is not None:
             return cls(kind, tuple(named), {number: number for number in range(len(named))})
         width = len(values[0]) if lists else 0
         if width > 1 and all(len(row) == width for row in values) and all(value in (0, 1) for value in flat):
             return cls(kind, tuple(map(str, range(width))), {})
-        return cls._classes(kind, flat, len(values), name)
+        return cls._classes(kind, flat, None if sure else len(values), name)
 
     @classmethod
-    def _classes(cls, kind: str, flat: list[Any], rows: int, name: str) -> Labels:
-        """In their order."""
+    def _classes(cls, kind: str, flat: list[Any], rows: int | None, name: str) -> Labels:
+        """In their order; of so many rows, unless it is sure that these are classes."""
         types = {type(value) for value in flat}
         whole = types == {float} and all(value.is_integer() for value in flat)
         if len(types) != 1 or not (types <= {bool, int, str} or whole):
             expected = f"labels that are integers, texts, true and false, decimal numbers or lists of classes in {name}"
             raise mismatch("label_column", expected, ", ".join(sorted(one.__name__ for one in types)) or "empty lists")
         known = sorted(set(flat))
-        if len(known) > max(20, len(flat) // 2):  # numbers, most likely
-            expected = f"classes of several rows each, or decimal numbers, in {name}"
+        if rows is not None and len(known) > max(20, len(flat) // 2):  # numbers, most likely
+            expected = f"classes of several rows each, decimal numbers, or kind to say what they are, in {name}"
             raise mismatch("label_column", expected, f"{len(known)} different labels of {rows} rows")
         names = (f"{value:g}" if whole else str(value) for value in known)
         return cls(kind, tuple(names), {value: number for number, value in enumerate(known)})

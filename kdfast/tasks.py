@@ -79,7 +79,8 @@ class Task:
         """Its kind, in words."""
         if self.kind == "regression":
             return "regression"
-        return f"{len(self.names)} classes" + ", any number of a row" * (self.kind == "multi_label")
+        count = len(self.names)
+        return f"{count} labels, any number of them in a row" if self.kind == "multi_label" else f"{count} classes"
 
     @property
     def head(self) -> dict[str, Any]:

@@ -77,6 +77,17 @@ def test_labels_that_are_not_of_the_kind(labels: list[Any], kind: str | None, me
         tasks.load(_json(tmp_path / "a.jsonl", labels), kind=kind)
 
 
+def test_as_many_classes_as_rows_where_that_is_sure(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        _json(tmp_path / f"{part}.jsonl", list(range(30)))
+    with pytest.raises(
+        TaskError, match=r"decimal numbers, or kind to say what they are, in .*, got 30 different labels"
+    ):
+        tasks.load(tmp_path)
+    assert tasks.load(tmp_path, kind="classification").names == tuple(map(str, range(30)))
+    assert list(tasks.load(tmp_path, kind="regression").train["labels"]) == list(range(30))
+
+
 def test_texts_among_the_numbers_of_test_rows(tmp_path: Path) -> None:
     _json(tmp_path / "train.jsonl", [0.5, 1.5])
     _json(tmp_path / "test.jsonl", ["high", "low"])
