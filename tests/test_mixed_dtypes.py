@@ -182,3 +182,17 @@ def test_layers_of_several_dtypes(name: str) -> None:
     ):
         assert got.dtype == x.dtype
         assert relative(got, wanted) < max(1e-5, torch.finfo(got.dtype).eps)
+
+
+@pytest.mark.parametrize("name", ["hidden_mse", "attention_mse", "attention_kl", "qk_attention_mse", "qk_relation_kl"])
+def test_float64_beside_float32_where_a_mask_decides_the_divisor(name: str) -> None:
+    operator = OPERATORS[name]
+    sample = next(
+        sample
+        for sample in operator.samples
+        if {"mask", "key_mask"} & {*sample.kwargs(torch.Generator().manual_seed(0))}
+    )
+    given = inputs(sample, 1.0, torch.float32, torch.float64)
+    exact = value_and_gradient(operator.function, *inputs(sample, 1.0, torch.float64, torch.float64))
+    for got, wanted in zip(value_and_gradient(operator.function, *given), exact, strict=True):
+        assert relative(got, wanted) < 1e-6

@@ -224,6 +224,8 @@ def call(
     teacher = [[x.detach() for x in layers] for layers in teacher]
     if any(layers[0].dtype == torch.float64 for layers in student + teacher):
         student, teacher = ([[x.double() for x in layers] for layers in side] for side in (student, teacher))
+        *of_tokens, divisor = masks
+        masks = (*of_tokens, None if divisor is None else divisor.double())
     if torch.is_grad_enabled() and any(x.requires_grad for layers in student for x in layers):
         tensors = [x for layers in student + teacher for x in layers]
         return _OfLayers.apply(op, native, len(student[0]), numbers, *masks, *tensors)  # type: ignore[no-any-return]
