@@ -28,7 +28,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from kdfast import bench, data, students, text
+from kdfast import students
+from kdfast.bench import harness
+from kdfast.data import demo, text
 from kdfast.objective import LanguageModel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,15 +78,15 @@ class Run:
 
 def runs() -> dict[str, Run]:
     logging.disable_progress_bar()
-    folder = data.fetch(data.SMOLLM2)
+    folder = demo.fetch(demo.SMOLLM2)
     teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval().to(DEVICE)
     student = students.from_layers(teacher, range(0, teacher.config.num_hidden_layers, 3))
     return {way: Run(way, copy.deepcopy(student), teacher) for way in WAYS}
 
 
 def batches(rows: int, length: int, count: int) -> list[Batch]:
-    tokenizer = AutoTokenizer.from_pretrained(data.fetch(data.SMOLLM2), local_files_only=True)
-    train, _ = data.articles(data.fetch(data.ARTICLES))
+    tokenizer = AutoTokenizer.from_pretrained(demo.fetch(demo.SMOLLM2), local_files_only=True)
+    train, _ = demo.articles(demo.fetch(demo.ARTICLES))
     packed = text.packed(train, tokenizer, length)
     collate = text.Collator(tokenizer.eos_token_id)
     made = [collate(packed[i * rows : (i + 1) * rows]) for i in range(count)]
@@ -100,7 +102,7 @@ def peaks(rows: int, length: int) -> dict[str, float]:
     found = {}
     for way, run in runs().items():
         run.step(first)
-        found[way] = bench.peak_memory(lambda run=run: run.step(second), DEVICE)  # type: ignore[misc]
+        found[way] = harness.peak_memory(lambda run=run: run.step(second), DEVICE)  # type: ignore[misc]
     return found
 
 
@@ -112,10 +114,10 @@ def measure(rows: int, length: int, steps: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for batch in batches(rows, length, steps):
         for way, run in both.items():
-            bench.synchronize(DEVICE)
+            harness.synchronize(DEVICE)
             start = time.perf_counter()
             losses[way].append(run.step(batch))
-            bench.synchronize(DEVICE)
+            harness.synchronize(DEVICE)
             times[way].append(time.perf_counter() - start)
     apart = max(abs(a - b) / a for a, b in zip(*losses.values(), strict=True))
     if not apart < TOLERANCE:
@@ -134,7 +136,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a row (default 512)")
     parser.add_argument("--steps", type=int, default=20, help="default 20")
     options = parser.parse_args()
-    facts = bench.environment(DEVICE)
+    facts = harness.environment(DEVICE)
     result = measure(options.rows, options.length, options.steps)
     title = (
         f"{options.rows} × {options.length} tokens, {options.steps} steps: losses differ by {result['difference']:.1e}"
@@ -145,7 +147,7 @@ def main() -> None:
         table.add_row(way, *ends, f"{found['step_s']:.2f}", f"{found['step_peak_mb']:.0f}")
     Console().print(table)
     if options.output is not None:
-        print(bench.write([result], facts, bench.results_path(facts, options.output, "causal-lm-step")))
+        print(harness.write([result], facts, harness.results_path(facts, options.output, "causal-lm-step")))
 
 
 if __name__ == "__main__":

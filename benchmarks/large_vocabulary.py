@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 import kdfast
-from kdfast import bench
+from kdfast.bench import harness
 from kdfast.ops import _chunks, _heads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,7 +105,7 @@ class Case:
 
 
 def peak(rows: int, vocabulary: int, way: str) -> float:
-    return bench.peak_memory(Case(rows, vocabulary).ways[way], DEVICE)
+    return harness.peak_memory(Case(rows, vocabulary).ways[way], DEVICE)
 
 
 def measure(seconds: float) -> list[dict[str, Any]]:
@@ -114,7 +114,7 @@ def measure(seconds: float) -> list[dict[str, Any]]:
     for rows, vocabulary in CASES:
         case = Case(rows, vocabulary)
         apart, ways = case.check(), list(case.ways)
-        times = bench.interleaved(dict(case.ways), DEVICE, seconds)
+        times = harness.interleaved(dict(case.ways), DEVICE, seconds)
         del case
         gc.collect()
         for way in ways:
@@ -185,14 +185,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for JSON, table and plot")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each case, at least 5 rounds (default 20)")
     options = parser.parse_args()
-    facts = bench.environment(DEVICE) | {"dtype": str(DTYPE).removeprefix("torch."), "memory_budget": BUDGET}
+    facts = harness.environment(DEVICE) | {"dtype": str(DTYPE).removeprefix("torch."), "memory_budget": BUDGET}
     results = measure(options.seconds)
     shown = Table(*HEADER)
     for line in table(results):
         shown.add_row(*line)
     Console(width=140).print(shown)
     if options.output is not None:
-        path = bench.write(results, facts, bench.results_path(facts, options.output, "large-vocabulary"))
+        path = harness.write(results, facts, harness.results_path(facts, options.output, "large-vocabulary"))
         rows = [HEADER, ("---", *("---:",) * (len(HEADER) - 1)), *table(results)]
         path.with_suffix(".md").write_text("\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n")
         plot(results, facts, path.with_suffix(".png"))

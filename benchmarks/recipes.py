@@ -16,9 +16,11 @@ from typing import Any
 
 from rich.console import Console
 
-from kdfast import bench, compare, plots, report
+from kdfast.bench import harness
 from kdfast.recipes import hinton, minilm, patient_kd
-from kdfast.recipes._recipe import Recipe
+from kdfast.recipes.base import Recipe
+from kdfast.results import compare, plots, tables
+from kdfast.runs import run
 
 EQUAL: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-4, "warmup": 0.06, "student_layers": (0, 2, 4)}
 
@@ -35,9 +37,9 @@ CELLS: dict[str, Callable[[int, str], Recipe]] = {
 
 
 def base() -> str:
-    from kdfast import data
+    from kdfast.data import demo
 
-    return str(data.fetch(data.MINILM))
+    return str(demo.fetch(demo.MINILM))
 
 
 def main() -> None:
@@ -55,21 +57,21 @@ def main() -> None:
             folders.append(folder)
             if not (folder / "metrics.json").is_file():
                 console.rule(f"{name}, seed {seed}")
-                CELLS[name](seed, str(teacher)).run(folder, console)
+                run(CELLS[name](seed, str(teacher)), folder, console)
     save(folders, arguments.output, console)
 
 
 def save(folders: list[Path], output: Path, console: Console) -> None:
     """The table of finished runs: shown, and as JSON, markdown and plot."""
     comparison = compare.compare(folders)
-    console.print(report.comparison_table(comparison))
-    facts = bench.environment("cpu")
-    path = bench.write(
+    console.print(tables.comparison_table(comparison))
+    facts = harness.environment("cpu")
+    path = harness.write(
         [{**row.as_dict(), "runs": [run.folder.name for run in row.runs]} for row in comparison.rows],
         facts,
-        bench.results_path(facts, output, "recipes"),
+        harness.results_path(facts, output, "recipes"),
     )
-    path.with_suffix(".md").write_text(report.comparison_markdown(comparison) + "\n")
+    path.with_suffix(".md").write_text(tables.comparison_markdown(comparison) + "\n")
     plots.plot_comparison(path.with_suffix(".png"), comparison)
     console.print(f"In {output}: {path.name}, {path.stem}.md, {path.stem}.png")
 

@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from kdfast import bench
-from kdfast.registry import OPERATORS
-from kdfast.registry.operator import apply, tensors
+from kdfast.bench import harness
+from kdfast.bench.registry import OPERATORS
+from kdfast.bench.registry.operator import apply, tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in bench.cases(device=DEVICE)])
-def test_speed(case: bench.Case, benchmark: Any) -> None:
-    result = bench.run(case, DEVICE)
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in harness.cases(device=DEVICE)])
+def test_speed(case: harness.Case, benchmark: Any) -> None:
+    result = harness.run(case, DEVICE)
     benchmark.extra_info.update(asdict(result))
-    benchmark.extra_info["environment"] = bench.environment(DEVICE)
-    student, teacher = bench.make(case, DEVICE)
+    benchmark.extra_info["environment"] = harness.environment(DEVICE)
+    student, teacher = harness.make(case, DEVICE)
     operator = OPERATORS[case.operator]
     more = operator.arguments(student)
 
@@ -32,6 +32,6 @@ def test_speed(case: bench.Case, benchmark: Any) -> None:
         loss = apply(operator.function, student, teacher, **more)
         if case.gradient:
             torch.autograd.grad(loss, tensors(student))
-        bench.synchronize(DEVICE)
+        harness.synchronize(DEVICE)
 
     benchmark(call)

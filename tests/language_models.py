@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kdfast import text
+from kdfast.data import text
 
 VOCABULARY, PAD = 301, 2
 RATE = 1e-3

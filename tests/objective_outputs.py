@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdfast.hf import Features
+from kdfast.models.reader import Features
 
 BATCH, LENGTH, CLASSES = 4, 6, 5
 LENGTHS = torch.tensor([6, 3, 1, 5])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdfast.bench.registry.divergences import DIVERGENCES
 from kdfast.ops import _checks, _divergence
 from kdfast.ops._divergence import (
     KINDS,
@@ -26,7 +27,6 @@ from kdfast.ops._divergence import (
     SAVE_STATE,
     SECOND_LOOK,
 )
-from kdfast.registry.divergences import DIVERGENCES
 
 ROOT = Path(__file__).parents[1]
 OPS = (

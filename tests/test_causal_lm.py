@@ -29,10 +29,12 @@ from transformers import (
     TrainerCallback,
 )
 
-from kdfast import data, stages, text
+from kdfast import runs
+from kdfast.data import demo, text
 from kdfast.objective import LanguageModel
 from kdfast.recipes import causal_lm
-from kdfast.recipes._causal_lm_run import CausalLMRun, quality
+from kdfast.runs import stages
+from kdfast.runs.causal_lm import CausalLMRun, quality
 from kdfast.teacher_cache._identity import tokenizer_sha256
 
 SETTINGS = causal_lm.Recipe(
@@ -47,12 +49,12 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def _no_download(assets: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "fetch", lambda package: assets[package.folder])
+    monkeypatch.setattr(demo, "fetch", lambda package: assets[package.folder])
 
 
 def _run(folder: Path, settings: causal_lm.Recipe = SETTINGS, fresh: bool = False) -> tuple[dict[str, Any], str]:
     shown = io.StringIO()
-    return settings.run(folder, Console(file=shown, width=80), fresh), shown.getvalue()
+    return runs.run(settings, folder, Console(file=shown, width=80), fresh), shown.getvalue()
 
 
 @pytest.mark.parametrize("on_policy", [0.0, 0.5], ids=["text", "on-policy"])
@@ -207,7 +209,7 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
 
 
 def test_teachers_that_are_no_causal_language_models(assets: dict[str, Path], tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(assets[data.SMOLLM2.folder])
+    tokenizer = AutoTokenizer.from_pretrained(assets[demo.SMOLLM2.folder])
     decoder = bert(0, layers=3).config
     decoder.is_decoder = True
     no_model = " is no causal language model: "

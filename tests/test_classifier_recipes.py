@@ -18,9 +18,12 @@ from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 import kdfast
-from kdfast import data, report, stages, tasks
-from kdfast.evaluation import first_token_only
+from kdfast.data import demo, tasks
+from kdfast.models.first_token import first_token_only
 from kdfast.recipes import hinton, minilm, patient_kd
+from kdfast.results import measure
+from kdfast.runs import run as run_recipe
+from kdfast.runs import stages
 
 SHORT: dict[str, Any] = {"epochs": 3, "teacher_epochs": 3, "learning_rate": 2e-3, "batch_size": 8}
 ROWS = {"train_rows": 160, "test_rows": 64}
@@ -39,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("no_download")
 
 def _run(folder: Path, recipe: Any, fresh: bool = False) -> tuple[dict[str, Any], str]:
     shown = io.StringIO()
-    results = recipe.run(folder, Console(file=shown, width=80), fresh)
+    results = run_recipe(recipe, folder, Console(file=shown, width=80), fresh)
     return results, shown.getvalue()
 
 
@@ -118,7 +121,7 @@ def test_saved_student_is_the_measured_one(finished: Finished, assets: dict[str,
 
 def test_embeddings_stay_frozen(finished: Finished, assets: dict[str, Path]) -> None:
     _, folder, _, _ = finished
-    start = AutoModelForSequenceClassification.from_pretrained(assets[data.MINILM.requirement])
+    start = AutoModelForSequenceClassification.from_pretrained(assets[demo.MINILM.requirement])
     trained = AutoModelForSequenceClassification.from_pretrained(folder / "student")
     for a, b in zip(start.bert.embeddings.parameters(), trained.bert.embeddings.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -277,18 +280,18 @@ def test_distance_to_the_teacher_by_hand() -> None:
     student = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 1.0]])
     teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 4.0]])
     p, q = (torch.softmax(logits, -1) for logits in (teacher, student))
-    measured = report.against_teacher(student, teacher)
+    measured = measure.against_teacher(student, teacher)
     assert measured["agreement"] == pytest.approx(1 / 3)
     assert measured["kl_to_teacher"] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
 
 
 def test_predicted_logits_keep_the_order_of_rows(assets: dict[str, Path]) -> None:
-    folder = assets[data.MINILM.requirement]
+    folder = assets[demo.MINILM.requirement]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     texts = [" ".join(tiny_reviews.WORDS[: 1 + (5 * i) % 7]) for i in range(10)]
     rows = [{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]]
-    logits = stages.predict_logits(model, rows, tokenizer, "", batch_size=4)
+    logits = measure.predict_logits(model, rows, tokenizer, "", batch_size=4)
     for text, row in zip(texts, logits, strict=True):
         with torch.no_grad():
             expected = model(**tokenizer(text, return_tensors="pt")).logits[0]

@@ -16,10 +16,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
-from kdfast import data, stages
+from kdfast import runs
+from kdfast.data import demo
 from kdfast.objective import Hidden, Hinton, Relations, Terms
 from kdfast.recipes import hinton, patient_kd
-from kdfast.recipes._classifier import Stage
+from kdfast.recipes.classifier import Stage
+from kdfast.runs import stages
 
 SHORT: dict[str, Any] = {"epochs": 1, "teacher_epochs": 1, "learning_rate": 2e-3, "batch_size": 8, "train_rows": 48}
 SHORT |= {"test_rows": 32, "precision": "float32"}
@@ -30,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("no_download")
 
 def run(folder: Path, recipe: Any) -> str:
     shown = io.StringIO()
-    recipe.run(folder, Console(file=shown, width=80))
+    runs.run(recipe, folder, Console(file=shown, width=80))
     return shown.getvalue()
 
 
@@ -75,7 +77,7 @@ def test_rows_are_told(tmp_path: Path) -> None:
 def test_refused_before_anything_is_trained(assets: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(stages, "train_stage", lambda *a: pytest.fail("trained"))
     teacher = tmp_path / "teacher"
-    base = assets[data.MINILM.requirement]
+    base = assets[demo.MINILM.requirement]
     AutoModelForSequenceClassification.from_pretrained(base, num_labels=3).save_pretrained(teacher)
     AutoTokenizer.from_pretrained(base).save_pretrained(teacher)
     narrow = "hidden_size=16,num_attention_heads=2"
@@ -128,7 +130,7 @@ def test_seconds_count_what_was_trained_before_an_interruption(assets: dict[str,
             tmp_path / "stage" / "checkpoints", tiny_berts.bert(1), tiny_berts.rows(24), Hinton(),
             teacher=tiny_berts.bert(0), max_steps=6, callbacks=[Slow(stop)],
         )  # fmt: skip
-        it.processing_class = AutoTokenizer.from_pretrained(assets[data.MINILM.requirement])
+        it.processing_class = AutoTokenizer.from_pretrained(assets[demo.MINILM.requirement])
         return stages.train_stage(it, tmp_path / "stage", "slow")
 
     with pytest.raises(stages.StageInterrupted):

@@ -13,11 +13,12 @@ import tiny_teacher
 import torch
 
 import kdfast
-from kdfast import cli, data
-from kdfast.cli_distill import RECIPES
+from kdfast.cli import main
+from kdfast.cli.distill import RECIPES
+from kdfast.data import demo
 from kdfast.recipes import hinton
-from kdfast.recipes._classifier_run import ClassifierRun
-from kdfast.stages import StageInterrupted
+from kdfast.runs.classifier import ClassifierRun
+from kdfast.runs.stages import StageInterrupted
 from kdfast.teacher_cache import TeacherCache, text_rows, write
 from kdfast.teacher_cache._teacher import Teacher
 
@@ -25,7 +26,7 @@ from kdfast.teacher_cache._teacher import Teacher
 def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["kdfast", *arguments])
     with pytest.raises(SystemExit) as exit_:
-        cli.main()
+        main.main()
     return exit_.value.code or 0
 
 
@@ -90,7 +91,7 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("raised", "code", "expected"),
     [
-        (data.AssetError("cannot fetch it; put it there"), 1, "kdfast: cannot fetch it; put it there\n"),
+        (demo.AssetError("cannot fetch it; put it there"), 1, "kdfast: cannot fetch it; put it there\n"),
         (StageInterrupted(), 130, "the same command continues"),
         (KeyboardInterrupt(), 130, "the same command continues"),
     ],
@@ -177,7 +178,7 @@ def test_every_setting_has_help(
 def test_missing_extra_is_named() -> None:
     code = (
         "import sys; sys.modules['transformers'] = None; sys.argv = ['kdfast', 'distill', 'hinton']; "
-        "from kdfast import cli; cli.main()"
+        "from kdfast.cli import main; main.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -241,7 +242,7 @@ def test_stopped_cache_is_continued(
         patch.setattr(Teacher, "__call__", stop)
         # A megabyte would hold all rows.
         patch.setattr(
-            "kdfast.teacher_cache._command.write",
+            "kdfast.runs.cache.write",
             lambda *arguments, **options: write(*arguments, **{**options, "shard_bytes": options["shard_bytes"] >> 10}),
         )
         assert _run(patch, *teacher, *options, "--shard-mb", "1") == 130

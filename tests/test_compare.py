@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from command_line import call, classifier_run, refused, width
 
-from kdfast.compare import compare
 from kdfast.recipes import hinton, minilm, patient_kd
+from kdfast.results.compare import compare
 
 
 def _row(accuracy: float, **more: float) -> dict[str, float]:

@@ -12,8 +12,8 @@ from torch.autograd import DeviceType
 
 import kdfast
 from kdfast import _C
-from kdfast.registry import OPERATORS, Operator, Sample
-from kdfast.registry.divergences import DIVERGENCES
+from kdfast.bench.registry import OPERATORS, Operator, Sample
+from kdfast.bench.registry.divergences import DIVERGENCES
 
 pytestmark = pytest.mark.cuda
 

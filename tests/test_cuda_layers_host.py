@@ -11,8 +11,8 @@ from accuracy import check
 from shim import Case, Device, shim
 
 import kdfast
-from kdfast.registry.layers import LAYERS
-from kdfast.registry.operator import Operator, Sample
+from kdfast.bench.registry.layers import LAYERS
+from kdfast.bench.registry.operator import Operator, Sample
 
 __all__ = ["shim"]  # a fixture
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the shim switches fibers on x86-64 only")

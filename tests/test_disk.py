@@ -15,7 +15,8 @@ import torch
 from command_line import call
 from word_classifiers import bert, save, write_reviews
 
-from kdfast import _disk, stages
+from kdfast.results import disk
+from kdfast.runs import stages
 
 LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes}, {bytes})); "
 
@@ -55,19 +56,19 @@ def test_torch_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     told = "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
     with (
         pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/new'") as failure,
-        _disk.saving(tmp_path / "new"),
+        disk.saving(tmp_path / "new"),
     ):
         raise RuntimeError(told)
-    assert _disk.told(failure.value) == f"{tmp_path}/new: no space left on device"
-    with pytest.raises(RuntimeError, match="mat1 and mat2"), _disk.saving(tmp_path):
+    assert disk.told(failure.value) == f"{tmp_path}/new: no space left on device"
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), disk.saving(tmp_path):
         raise RuntimeError("mat1 and mat2 must have the same dtype")
     # A library that names a file of its own keeps it; elsewhere only caches are written.
-    with pytest.raises(FileNotFoundError) as missing, _disk.saving(tmp_path):
+    with pytest.raises(FileNotFoundError) as missing, disk.saving(tmp_path):
         (tmp_path / "none" / "file").write_text("")
-    assert _disk.told(missing.value) == f"{tmp_path}/none/file: no such file or directory"
+    assert disk.told(missing.value) == f"{tmp_path}/none/file: no such file or directory"
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert _disk.told(full) == "No space left on device (a cache or temporary folder: $HF_HOME, $KDFAST_CACHE, $TMPDIR)"
-    assert _disk.told(OSError("cannot write it: so\nand so")) == "cannot write it: so"
+    assert disk.told(full) == "No space left on device (a cache or temporary folder: $HF_HOME, $KDFAST_CACHE, $TMPDIR)"
+    assert disk.told(OSError("cannot write it: so\nand so")) == "cannot write it: so"
 
 
 def test_command_whose_checkpoint_cannot_be_written(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_command_whose_checkpoint_cannot_be_written(tmp_path: Path) -> None:
         "--output",
         tmp_path / "run",
     ]
-    code = f"{LIMITED.format(bytes=20_000)}from kdfast.cli import main; main()"
+    code = f"{LIMITED.format(bytes=20_000)}from kdfast.cli.main import main; main()"
     done = _python(code, *command, HF_DATASETS_CACHE=str(tmp_path / "datasets"))
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
@@ -98,7 +99,7 @@ def test_folder_that_cannot_be_written(
 ) -> None:
     with pytest.raises(OSError, match="'/proc/") as failure:  # where not even root makes a folder
         stages.write_config(Path("/proc/kdfast/run"), {})
-    assert _disk.told(failure.value).startswith("/proc/kdfast")
+    assert disk.told(failure.value).startswith("/proc/kdfast")
     monkeypatch.setattr(os, "access", lambda place, mode: str(place) != str(tmp_path))
     for flags, reason in ((0, "permission denied"), (os.ST_RDONLY, "read-only file system")):
         monkeypatch.setattr(os, "statvfs", lambda place, flags=flags: type("Facts", (), {"f_flag": flags}))
@@ -131,8 +132,8 @@ def test_ctrl_c_while_importing(module: str, command: str, as_script: bool, tmp_
     (tmp_path / "fake" / module).mkdir(parents=True)
     (tmp_path / "fake" / module / "__init__.py").write_text(SIGNALS)
     script = tmp_path / "kdfast"
-    script.write_text("from kdfast.cli import main\nmain()\n")
-    here = str(Path(_disk.__file__).parents[1])
+    script.write_text("from kdfast.cli.main import main\nmain()\n")
+    here = str(Path(disk.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, *([str(script)] if as_script else ["-m", "kdfast"]), *command.split()],
         capture_output=True,

@@ -28,9 +28,12 @@ from transformers import (
     TrainerCallback,
 )
 
-from kdfast import cli, data, stages
+from kdfast import runs
+from kdfast.cli import main
+from kdfast.data import demo
 from kdfast.recipes import distilbert
-from kdfast.recipes._distilbert_run import DistilBERTRun, MaskedTokens
+from kdfast.runs import stages
+from kdfast.runs.distilbert import DistilBERTRun, MaskedTokens
 
 SHORT = distilbert.Recipe(
     teacher_steps=120, steps=60, batch_size=8, max_length=24, test_rows=40, learning_rate=5e-3, dropout=0.0
@@ -48,7 +51,7 @@ pytestmark = pytest.mark.usefixtures("no_download")
 
 def _run(folder: Path, recipe: distilbert.Recipe = SHORT, fresh: bool = False) -> tuple[dict[str, Any], str]:
     shown = io.StringIO()
-    return recipe.run(folder, Console(file=shown, width=80), fresh), shown.getvalue()
+    return runs.run(recipe, folder, Console(file=shown, width=80), fresh), shown.getvalue()
 
 
 def _prepared(folder: Path, recipe: distilbert.Recipe) -> DistilBERTRun:
@@ -61,7 +64,7 @@ def _prepared(folder: Path, recipe: distilbert.Recipe) -> DistilBERTRun:
 def finished(assets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     folder = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "fetch", lambda package: assets[package.requirement])
+        patch.setattr(demo, "fetch", lambda package: assets[package.requirement])
         return folder, *_run(folder)
 
 
@@ -315,7 +318,7 @@ def test_mistakes(wrong: dict[str, Any], match: str, tmp_path: Path) -> None:
 
 
 def test_teacher_without_a_head_and_short_texts(assets: dict[str, Path], tmp_path: Path) -> None:
-    encoder = dataclasses.replace(SHORT, teacher=str(assets[data.MINILM.requirement]))
+    encoder = dataclasses.replace(SHORT, teacher=str(assets[demo.MINILM.requirement]))
     with pytest.raises(ValueError, match=r"is no masked language model: it has no cls\.predictions\.bias"):
         _prepared(tmp_path / "run", encoder)
     maskless = tmp_path / "maskless"
@@ -354,7 +357,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["kdfast", "distill", "distilbert", *arguments])
         with pytest.raises(SystemExit) as exit_:
-            cli.main()
+            main.main()
         return exit_.value.code or 0, *capsys.readouterr()
 
     monkeypatch.setenv("COLUMNS", "120")

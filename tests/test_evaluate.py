@@ -24,7 +24,8 @@ from transformers import (
     DistilBertForSequenceClassification,
 )
 
-from kdfast import evaluation, tasks
+from kdfast.data import metrics, tasks
+from kdfast.models import loading
 from kdfast.recipes import hinton
 
 # ---- evaluate ----
@@ -132,7 +133,7 @@ def test_regressor_has_both_correlations(reviews: Path, tmp_path: Path, monkeypa
     assert call(monkeypatch, "evaluate", folder, *options, "--teacher", folder, "--output", output) == 0
     row = json.loads(output.read_text())["models"]["model"]
     test = tasks.load(reviews, label_column="stars").test
-    expected = tasks.metrics("pearson", _logits(model, folder, test["text"]), torch.tensor(test["labels"]))
+    expected = metrics.metrics("pearson", _logits(model, folder, test["text"]), torch.tensor(test["labels"]))
     assert (row["pearson"], row["spearman"]) == pytest.approx((expected["pearson"], expected["spearman"]), abs=1e-4)
     assert "kl_to_teacher" not in row
 
@@ -240,31 +241,31 @@ def test_models_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("base", "base", f"base: {nowhere}"),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
-            evaluation.pretrained(Kind, argument, source)
-    assert evaluation.pretrained(Kind, "base", "here", dtype=1) == {"dtype": 1, "local_files_only": True}
+            loading.pretrained(Kind, argument, source)
+    assert loading.pretrained(Kind, "base", "here", dtype=1) == {"dtype": 1, "local_files_only": True}
     answer(None)
-    assert evaluation.pretrained(Kind, "base", "here") == {}
+    assert loading.pretrained(Kind, "base", "here") == {}
     with pytest.raises(ValueError, match=r"^base org/model: org/model is nowhere$"):
-        evaluation.pretrained(Kind, "base", "org/model")
+        loading.pretrained(Kind, "base", "org/model")
     answer(HFValidationError("no name"))
     with pytest.raises(ValueError, match=r"^base a b: there is no such folder, and the Hub has no such model"):
-        evaluation.pretrained(Kind, "base", "a b")
+        loading.pretrained(Kind, "base", "a b")
     asked.clear()
     (tmp_path / "file").touch()
     for source in ("./none", "runs/mine/student", "~/none", tmp_path / "none"):
         with pytest.raises(ValueError, match=r"there is no such folder$"):
-            evaluation.pretrained(Kind, "base", source)
+            loading.pretrained(Kind, "base", source)
     with pytest.raises(ValueError, match=r"expected a folder or a name on the Hub, got a file$"):
-        evaluation.pretrained(Kind, "base", tmp_path / "file")
+        loading.pretrained(Kind, "base", tmp_path / "file")
     with pytest.raises(ValueError, match=r"is nowhere$"):
-        evaluation.pretrained(Kind, "base", tmp_path)
+        loading.pretrained(Kind, "base", tmp_path)
     assert asked == []
 
 
 def test_help_fits_and_needs_no_transformers() -> None:
     code = (
         "import sys; sys.modules['transformers'] = sys.modules['datasets'] = sys.modules['matplotlib'] = None; "
-        "from kdfast import cli; cli.main()"
+        "from kdfast.cli import main; main.main()"
     )
     plain = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1"}
     for command, words in {

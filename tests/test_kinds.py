@@ -16,11 +16,11 @@ from rich.console import Console
 from transformers import TrainingArguments
 from word_classifiers import WORDS, bert, run, save, tokenizer
 
-from kdfast import plots, report
-from kdfast.distances import kind_of, to_teacher
+from kdfast.data.distances import kind_of, to_teacher
 from kdfast.objective import Logits, Terms
 from kdfast.recipes import hinton
-from kdfast.trainer import DistillationTrainer
+from kdfast.results import plots, tables
+from kdfast.train.trainer import DistillationTrainer
 
 
 def _logits(seed: int, rows: int, width: int) -> torch.Tensor:
@@ -189,12 +189,12 @@ def test_spread_of_latencies_where_it_is_wide(table: str) -> None:
         titles = {"teacher": "teacher", "student": "student, labels alone"}
         results = {name: _measured(slowest) for name in titles}
         if table == "results":
-            made = report.results_table(results, titles, "movie_reviews", "accuracy")
+            made = tables.results_table(results, titles, "movie_reviews", "accuracy")
         else:
             results = {
                 title: {k: v for k, v in row.items() if k != "training_seconds"} for title, row in results.items()
             }
-            made = report.evaluation_table(results, "movie_reviews", 2000)
+            made = tables.evaluation_table(results, "movie_reviews", 2000)
         out = io.StringIO()
         Console(file=out, width=80).print(made)
         return out.getvalue()
@@ -213,5 +213,5 @@ def test_spread_of_latencies_where_it_is_wide(table: str) -> None:
 
 def test_sub_millisecond_spreads_keep_a_digit() -> None:
     row = {"latency_ms_batch_1": 0.3, "latency_ms_batch_1_fastest": 0.27, "latency_ms_batch_1_slowest": 12.4}
-    assert report._spread(row, "latency_ms_batch_1") == "\n0.3–12"
-    assert report._spread({"pearson": -0.5}, "pearson") == ""
+    assert tables._spread(row, "latency_ms_batch_1") == "\n0.3–12"
+    assert tables._spread({"pearson": -0.5}, "pearson") == ""

@@ -11,11 +11,14 @@ from command_line import call, refused
 from transformers import AutoModelForSequenceClassification
 from word_classifiers import bert, run, save, tokenizer, write_reviews
 
-from kdfast import evaluation, pairing, stages, tasks
+from kdfast.data import metrics, tasks
+from kdfast.data.tasks import TaskError
+from kdfast.models import pairing
 from kdfast.objective import Hinton
 from kdfast.recipes import hinton
-from kdfast.tasks import TaskError
-from kdfast.trainer import DistillationTrainer
+from kdfast.results import measure
+from kdfast.runs import stages
+from kdfast.train.trainer import DistillationTrainer
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +57,7 @@ def test_kinds(labels: list[Any], kind: str | None, expected: tuple[Any, ...], t
     task = tasks.load(tmp_path, kind=kind)
     assert (task.kind, task.names, list(task.train["labels"]), task.notes) == expected
     assert task.test["labels"] == task.train["labels"]
-    assert task.metric == tasks.METRICS[task.kind]
+    assert task.metric == metrics.METRICS[task.kind]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +157,7 @@ def test_integers_beside_a_teacher_with_names_are_told(
     teacher = save(tmp_path / "teacher", bert(0, **_names("POSITIVE", "NEGATIVE")))
     matched = "by their numbers alone: 0 = POSITIVE, 1 = NEGATIVE"
     with pytest.warns(UserWarning, match=f"those of it {teacher} {matched}"):
-        evaluation.evaluate({"it": teacher}, tasks.load(data), max_length=16)
+        measure.evaluate({"it": teacher}, tasks.load(data), max_length=16)
     assert call(monkeypatch, "evaluate", teacher, "--data", data, "--max-length", 16) == 0
     assert f"classes are matched with those of {teacher} {matched}\n" in capsys.readouterr().out
     recipe = hinton.Recipe(data=data, teacher=teacher, max_length=16, epochs=1, baseline=False)
@@ -175,7 +178,7 @@ def test_opposite_classes_are_refused_in_python(tmp_path: Path, monkeypatch: pyt
     data = write_reviews(tmp_path / "reviews.csv")  # whose classes are numbers
     sources = {"student": save(tmp_path / "student", student), "teacher": save(tmp_path / "teacher", teacher)}
     with pytest.raises(ValueError, match=f"^student {sources['student']}: {expected}$"):
-        evaluation.evaluate(sources, tasks.load(data), max_length=16, teacher="teacher", tell=str)
+        measure.evaluate(sources, tasks.load(data), max_length=16, teacher="teacher", tell=str)
     with pytest.raises(ValueError, match=f"^student {sources['student']}: {expected}$"):
         run(tmp_path / "run", hinton.Recipe(data=data, **sources, max_length=16))
     # Of a base or a student that has no classifier of the data's, or one with its classes turned.

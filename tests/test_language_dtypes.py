@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 import kdfast
-from kdfast import text
-from kdfast._head import product
-from kdfast.last_hidden import LastHidden
+from kdfast.data import text
+from kdfast.models.head import product
+from kdfast.models.last_hidden import LastHidden
 from kdfast.objective import LanguageModel
-from kdfast.recipes._distilbert_run import MaskedTokens
+from kdfast.runs.distilbert import MaskedTokens
 
 BATCH = text.Collator(PAD)(completion_rows(6))
 OBJECTIVE = LanguageModel(alpha=0.6, temperature=2.0)

@@ -15,8 +15,8 @@ from language_models import PAD, completion_rows, llama, plain_loss
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from kdfast import text
-from kdfast.last_hidden import last_hidden
+from kdfast.data import text
+from kdfast.models.last_hidden import last_hidden
 from kdfast.objective import LanguageModel
 
 BATCH = text.Collator(PAD)(completion_rows(4))

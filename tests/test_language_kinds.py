@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 import kdfast
-from kdfast import text
-from kdfast._router import router_loss
+from kdfast.data import text
+from kdfast.models.router import router_loss
 from kdfast.objective import LanguageModel, LinearSchedule, Logits, Terms
 from kdfast.objective._protocol import Missing
-from kdfast.on_policy import sample_completions
+from kdfast.train.on_policy import sample_completions
 
 OBJECTIVE = LanguageModel(alpha=0.6, temperature=2.0)
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "decoder_start_token_id": 0, "dropout_rate": 0.0}

@@ -15,10 +15,10 @@ from language_models import ARGUMENTS, PAD, VOCABULARY, completion_rows, llama, 
 from transformers import TrainingArguments
 
 import kdfast
-from kdfast import text
-from kdfast.last_hidden import last_hidden
+from kdfast.data import text
+from kdfast.models.last_hidden import last_hidden
 from kdfast.objective import LanguageModel
-from kdfast.on_policy import OnPolicyTrainer, sample_completions
+from kdfast.train.on_policy import OnPolicyTrainer, sample_completions
 
 STEPS, BATCH = 20, 4
 SMALL: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 import kdfast
-from kdfast import text
+from kdfast.data import text
 from kdfast.objective import LanguageModel
 
 RANKS, STEPS, BATCH = 2, 6, 2

@@ -294,7 +294,7 @@ def test_relation_of_a_tensor_with_itself() -> None:
 
 def test_qk_losses_keep_no_scores() -> None:
     """What a loss with gradients needs beside its inputs stays far below one matrix of scores."""
-    from kdfast.bench import peak_memory
+    from kdfast.bench.harness import peak_memory
 
     length, heads = 4096, 4
     q, k, tq, tk = (torch.randn(1, heads, length, 16).requires_grad_(i < 2) for i in range(4))

@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from kdfast.masking import RareWordMasking, blocks, count_tokens
+from kdfast.data.masking import RareWordMasking, blocks, count_tokens
 from kdfast.teacher_cache import TeacherCache, write
 
 VOCABULARY = 50

@@ -12,10 +12,10 @@ from accuracy import check, inputs, value_and_gradient
 from torch import Tensor
 
 import kdfast
+from kdfast.bench.registry import OPERATORS, Operator, Sample
+from kdfast.bench.registry.linear import LINEAR
+from kdfast.bench.registry.operator import apply, mapped, tensors
 from kdfast.ops.linear_reference import linear_kd_loss as linear_reference
-from kdfast.registry import OPERATORS, Operator, Sample
-from kdfast.registry.linear import LINEAR
-from kdfast.registry.operator import apply, mapped, tensors
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FIRST = [pytest.param(operator, operator.samples[0], id=name) for name, operator in OPERATORS.items()]

@@ -7,10 +7,10 @@ import torch
 from accuracy import check, inputs, value_and_gradient
 
 from kdfast import _C
-from kdfast.registry import OPERATORS, Operator, Sample
-from kdfast.registry.divergences import DIVERGENCES
-from kdfast.registry.linear import LINEAR
-from kdfast.registry.operator import apply, mapped
+from kdfast.bench.registry import OPERATORS, Operator, Sample
+from kdfast.bench.registry.divergences import DIVERGENCES
+from kdfast.bench.registry.linear import LINEAR
+from kdfast.bench.registry.operator import apply, mapped
 
 CASES = [
     pytest.param(operator, sample, id=f"{operator.name}-{sample.name}")

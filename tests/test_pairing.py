@@ -38,8 +38,11 @@ from transformers import (
 )
 from word_classifiers import LIMIT, SIZES, WIDE, WORDS, bert, run, save, tokenizer, write_reviews
 
-from kdfast import evaluation, pairing, stages, tasks
+from kdfast.data import tasks
+from kdfast.models import pairing
 from kdfast.recipes import hinton, minilm
+from kdfast.results import measure
+from kdfast.runs import stages
 
 
 @pytest.fixture
@@ -213,7 +216,7 @@ def test_classifiers_of_decoders(kind: str, configured: int | None, reviews: str
     )
     assert apart > 1e-4
     assert results["student"]["kl_to_teacher"] == pytest.approx(apart.item(), rel=1e-3)
-    measured = evaluation.evaluate({"teacher": teacher}, tasks.load(reviews), max_length=16)
+    measured = measure.evaluate({"teacher": teacher}, tasks.load(reviews), max_length=16)
     assert measured["teacher"]["accuracy"] == pytest.approx(right[0])
 
 
@@ -226,7 +229,7 @@ def test_tokenizers_without_a_pad_token_that_the_model_knows(reviews: str, tmp_p
     ):  # fmt: skip
         source = save(tmp_path / name, DECODERS["gpt2"](), words)
         with pytest.raises(ValueError, match=expected) as refusal:
-            evaluation.evaluate({"it": source}, task, max_length=16)
+            measure.evaluate({"it": source}, task, max_length=16)
         assert "\n" not in str(refusal.value)
         with pytest.raises(ValueError, match=f"teacher {tmp_path}/{expected}"):
             run(tmp_path / "run", hinton.Recipe(data=reviews, teacher=source, max_length=16))

@@ -12,9 +12,9 @@ import yaml
 from command_line import call
 from word_classifiers import bert, save, write_reviews
 
-from kdfast import stages
-from kdfast.paths import absolute, located
 from kdfast.recipes import hinton
+from kdfast.recipes.paths import absolute, located
+from kdfast.runs import stages
 
 NAMES = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
 

@@ -26,8 +26,11 @@ from transformers import (
     BertForMaskedLM,
 )
 
-from kdfast import data, precision, students
+from kdfast import students
+from kdfast.data import demo
 from kdfast.recipes import causal_lm, distilbert, hinton, minilm, patient_kd
+from kdfast.runs import arguments
+from kdfast.runs import run as run_recipe
 
 CLASSIFIERS: dict[str, Any] = {
     "epochs": 1,
@@ -55,16 +58,16 @@ Runs = Callable[..., tuple[Path, dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
-    """By recipe and what `kdfast.data.fetch` is asked for; of classifiers also a teacher, of two classes."""
+    """By recipe and what `kdfast.data.demo.fetch` is asked for; of classifiers also a teacher, of two classes."""
     reviews, masked, causal = (tmp_path_factory.mktemp(name) for name in ("reviews", "masked", "causal"))
     of_classifiers = tiny_reviews.make(reviews)
-    base = of_classifiers[data.MINILM.requirement]
+    base = of_classifiers[demo.MINILM.requirement]
     named = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
     AutoModelForSequenceClassification.from_pretrained(base, **named).save_pretrained(reviews / "teacher")
     AutoTokenizer.from_pretrained(base).save_pretrained(reviews / "teacher")
     of_classifiers |= {"teacher": reviews / "teacher", "base": base}
     of_masked, of_causal = tiny_texts.masked(masked), tiny_texts.causal(causal)
-    of_masked["teacher"], of_causal["teacher"] = of_masked["masked-lm"], of_causal[data.SMOLLM2.folder]
+    of_masked["teacher"], of_causal["teacher"] = of_masked["masked-lm"], of_causal[demo.SMOLLM2.folder]
     return dict.fromkeys(("hinton", "patient-kd", "minilm"), of_classifiers) | {
         "distilbert": of_masked,
         "causal-lm": of_causal,
@@ -79,12 +82,12 @@ def runs(assets: dict[str, dict[str, Path]], tmp_path_factory: pytest.TempPathFa
     def run(name: str, **settings: Any) -> tuple[Path, dict[str, Any]]:
         of, folder = assets[name], tmp_path_factory.mktemp("runs") / "run"
 
-        def fetch(package: data.Package) -> Path:
+        def fetch(package: demo.Package) -> Path:
             return of[package.requirement if package.requirement in of else package.folder]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(data, "fetch", fetch)
-            dataclasses.replace(RECIPES[name], **settings).run(folder, Console(file=io.StringIO()))
+            patch.setattr(demo, "fetch", fetch)
+            run_recipe(dataclasses.replace(RECIPES[name], **settings), folder, Console(file=io.StringIO()))
         return folder, json.loads((folder / "metrics.json").read_text())
 
     return run
@@ -103,20 +106,20 @@ def test_bf16_only_where_the_processor_has_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert precision.cpu_has_bf16() is expected
-    assert precision.resolved("auto") == ("bfloat16" if expected else "float32")
-    assert precision.arguments("auto") == {"use_cpu": True, "bf16": expected, "fp16": False}
+    assert arguments.cpu_has_bf16() is expected
+    assert arguments.chosen("auto") == ("bfloat16" if expected else "float32")
+    assert arguments.of_precision("auto") == {"use_cpu": True, "bf16": expected, "fp16": False}
     for chosen in ("float32", "bfloat16"):  # whatever the processor has
-        assert precision.resolved(chosen) == chosen
+        assert arguments.chosen(chosen) == chosen
     with pytest.raises(
         ValueError, match="precision: expected auto, float32 or bfloat16 where there is no GPU, got float16"
     ):
-        precision.resolved("float16")
+        arguments.chosen("float16")
 
 
 def test_float16_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert precision.arguments("float16") == {"use_cpu": False, "bf16": False, "fp16": True}
+    assert arguments.of_precision("float16") == {"use_cpu": False, "bf16": False, "fp16": True}
 
 
 def test_settings_are_checked() -> None:
@@ -129,7 +132,7 @@ def test_settings_are_checked() -> None:
 def test_no_run_begins_in_a_precision_that_is_not_there(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="precision: expected auto, float32 or bfloat16"):
-        dataclasses.replace(RECIPES[name], precision="float16").run(tmp_path / "run", Console())
+        run_recipe(dataclasses.replace(RECIPES[name], precision="float16"), tmp_path / "run", Console())
     assert not (tmp_path / "run").exists()
 
 

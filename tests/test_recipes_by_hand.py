@@ -16,8 +16,10 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup
 
-from kdfast import data, stages
+from kdfast import runs
+from kdfast.data import demo
 from kdfast.recipes import hinton, minilm, patient_kd
+from kdfast.runs import stages
 
 STEPS, BATCH, RATE, WARMUP = 20, 8, 1e-3, 0.1
 SETTINGS: dict[str, Any] = {
@@ -148,7 +150,7 @@ def by_hand(student: Any, teacher: Any, batches: list[dict[str, Tensor]], loss_o
 def test_stages_follow_a_plain_loop(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, expected = CASES[case]
     assets = tiny_reviews.make(tmp_path)
-    monkeypatch.setattr(data, "fetch", lambda package: assets[package.requirement])
+    monkeypatch.setattr(demo, "fetch", lambda package: assets[package.requirement])
     train_stage, compared = stages.train_stage, []
 
     def compare(trainer: Any, folder: Path, title: str, dtype: str) -> Any:
@@ -156,7 +158,7 @@ def test_stages_follow_a_plain_loop(case: str, tmp_path: Path, monkeypatch: pyte
         if folder.name not in expected:
             return train_stage(trainer, folder, title, dtype)
         loss_of, teacher_folder = expected[folder.name]
-        where = {"teacher": tmp_path / "run" / "teacher", "base": assets[data.MINILM.requirement]}[teacher_folder]
+        where = {"teacher": tmp_path / "run" / "teacher", "base": assets[demo.MINILM.requirement]}[teacher_folder]
         teacher = AutoModelForSequenceClassification.from_pretrained(where).eval()
         copied, batches = copy.deepcopy(trainer.model), list(trainer.get_train_dataloader())
         losses = by_hand(copied, teacher, batches, loss_of)
@@ -171,5 +173,5 @@ def test_stages_follow_a_plain_loop(case: str, tmp_path: Path, monkeypatch: pyte
         return history
 
     monkeypatch.setattr(stages, "train_stage", compare)
-    recipe.run(tmp_path / "run", Console(file=io.StringIO()))
+    runs.run(recipe, tmp_path / "run", Console(file=io.StringIO()))
     assert compared == list(expected)

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import kdfast
-from kdfast.registry.divergences import DIVERGENCES
+from kdfast.bench.registry.divergences import DIVERGENCES
 
 ROWS, WIDTH = 6, 840  # a multiple of 4: even shards
 # The columns at which 4 (or, merged in pairs, 2) uneven shards start; the last one holds nothing.

@@ -14,8 +14,8 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from torch.utils.data import DataLoader
 from transformers import BertForSequenceClassification, DataCollatorWithPadding
 
-from kdfast import data, tasks
-from kdfast.tasks import TaskError
+from kdfast.data import demo, metrics, tasks
+from kdfast.data.tasks import TaskError
 
 
 @pytest.fixture(autouse=True)
@@ -194,9 +194,9 @@ def test_named_classes_in_lists(tmp_path: Path) -> None:
 def test_movie_reviews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [f"{i}\t{(-1) ** i * 1.5}\ttext {i}" for i in range(2100)]
     (tmp_path / "movie_reviews.tsv").write_text("\n".join(lines))
-    monkeypatch.setattr(data, "fetch", lambda package: tmp_path)
+    monkeypatch.setattr(demo, "fetch", lambda package: tmp_path)
     task = tasks.load()
-    train, test = data.movie_reviews(tmp_path)
+    train, test = demo.movie_reviews(tmp_path)
     assert (task.name, task.kind, task.names) == ("movie_reviews", "classification", ("negative", "positive"))
     for part, reviews in ((task.train, train), (task.test, test)):
         assert part["text"] == [review.text for review in reviews]
@@ -242,7 +242,7 @@ def test_models_take_the_rows_and_the_head(labels: list[Any], tmp_path: Path) ->
         "multi_label": torch.nn.functional.binary_cross_entropy_with_logits,
     }[task.kind](logits, batch["labels"])
     torch.testing.assert_close(answer.loss, loss)
-    assert all(0 <= abs(value) <= 1 for value in tasks.metrics(task.metric, answer.logits, batch["labels"]).values())
+    assert all(0 <= abs(value) <= 1 for value in metrics.metrics(task.metric, answer.logits, batch["labels"]).values())
 
 
 # ---- metrics, by hand
@@ -253,25 +253,25 @@ def _logits(predicted: list[int], classes: int) -> torch.Tensor:
 
 
 def test_accuracy() -> None:
-    assert tasks.metrics("accuracy", _logits([2, 0, 1, 1], 3), torch.tensor([2, 1, 1, 1])) == {"accuracy": 0.75}
+    assert metrics.metrics("accuracy", _logits([2, 0, 1, 1], 3), torch.tensor([2, 1, 1, 1])) == {"accuracy": 0.75}
 
 
 def test_f1_is_of_class_1() -> None:
     predicted, labels = [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0]  # 2 found, 1 wrongly, 1 missed: 4 / (4 + 1 + 1)
     expected = {"f1": pytest.approx(2 / 3), "accuracy": pytest.approx(4 / 6)}
-    assert tasks.metrics("f1", _logits(predicted, 2), torch.tensor(labels)) == expected
-    assert tasks.metrics("f1", _logits([0, 0], 2), torch.tensor([0, 0])) == {"f1": 0.0, "accuracy": 1.0}
+    assert metrics.metrics("f1", _logits(predicted, 2), torch.tensor(labels)) == expected
+    assert metrics.metrics("f1", _logits([0, 0], 2), torch.tensor([0, 0])) == {"f1": 0.0, "accuracy": 1.0}
 
 
 def test_matthews() -> None:
     # TP 2, TN 3, FP 1, FN 2: (2·3 - 1·2) / √(3·4·4·5)
     predicted, labels = [1, 1, 0, 0, 0, 1, 0, 0], [1, 1, 0, 0, 0, 0, 1, 1]
     expected = {"matthews": pytest.approx(4 / 240**0.5), "accuracy": 5 / 8}
-    assert tasks.metrics("matthews", _logits(predicted, 2), torch.tensor(labels)) == expected
-    assert tasks.metrics("matthews", _logits([0, 1], 2), torch.tensor([1, 0]))["matthews"] == pytest.approx(-1)
-    assert tasks.metrics("matthews", _logits([1, 1], 2), torch.tensor([1, 0]))["matthews"] == 0
+    assert metrics.metrics("matthews", _logits(predicted, 2), torch.tensor(labels)) == expected
+    assert metrics.metrics("matthews", _logits([0, 1], 2), torch.tensor([1, 0]))["matthews"] == pytest.approx(-1)
+    assert metrics.metrics("matthews", _logits([1, 1], 2), torch.tensor([1, 0]))["matthews"] == 0
     # Three classes (Gorodkin): (c·s - Σ p·t) / √((s² - Σp²)(s² - Σt²)) with s 4, c 3, p [1, 1, 2], t [1, 2, 1]
-    three = tasks.metrics("matthews", _logits([0, 1, 2, 2], 3), torch.tensor([0, 1, 1, 2]))
+    three = metrics.metrics("matthews", _logits([0, 1, 2, 2], 3), torch.tensor([0, 1, 1, 2]))
     assert three["matthews"] == pytest.approx((3 * 4 - 5) / 10)
 
 
@@ -279,9 +279,9 @@ def test_correlations() -> None:
     # Deviations -2 -1 0 1 2 and -2 -1 -1 0 4: 13 / √(10·22). Ranks 1 to 5, and 1 2.5 2.5 4 5: 9.5 / √(10·9.5)
     logits, labels = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), torch.tensor([0.0, 1.0, 1.0, 2.0, 6.0])
     expected = {"pearson": pytest.approx(13 / 220**0.5), "spearman": pytest.approx(9.5 / 95**0.5)}
-    assert tasks.metrics("pearson", logits[:, None], labels) == expected
-    assert tasks.metrics("pearson", logits, logits.exp())["spearman"] == pytest.approx(1)
-    assert tasks.metrics("pearson", torch.ones(5), labels) == {"pearson": 0.0, "spearman": 0.0}
+    assert metrics.metrics("pearson", logits[:, None], labels) == expected
+    assert metrics.metrics("pearson", logits, logits.exp())["spearman"] == pytest.approx(1)
+    assert metrics.metrics("pearson", torch.ones(5), labels) == {"pearson": 0.0, "spearman": 0.0}
 
 
 def test_multi_label_metrics() -> None:
@@ -289,10 +289,10 @@ def test_multi_label_metrics() -> None:
     labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     # 3 found, 1 wrongly, 1 missed; the first row is right as a whole.
     expected = {"micro_f1": pytest.approx(6 / 8), "exact_match": pytest.approx(1 / 3)}
-    assert tasks.metrics("micro_f1", logits, labels) == expected
+    assert metrics.metrics("micro_f1", logits, labels) == expected
 
 
 def test_unknown_metric() -> None:
     known = "accuracy, f1, matthews, micro_f1, pearson"
     with pytest.raises(TaskError, match=re.escape(f"tasks: metric: expected one of {known}, got 'bleu'")):
-        tasks.metrics("bleu", torch.zeros(2, 2), torch.zeros(2))
+        metrics.metrics("bleu", torch.zeros(2, 2), torch.zeros(2))

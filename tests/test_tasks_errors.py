@@ -11,8 +11,8 @@ import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from kdfast import tasks
-from kdfast.tasks import TaskError
+from kdfast.data import tasks
+from kdfast.data.tasks import TaskError
 
 
 @pytest.fixture(autouse=True)

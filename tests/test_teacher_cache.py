@@ -30,7 +30,7 @@ from transformers import (
 from kdfast.objective import Hinton
 from kdfast.teacher_cache import CacheError, TeacherCache
 from kdfast.teacher_cache._teacher import Teacher
-from kdfast.trainer import DistillationTrainer
+from kdfast.train.trainer import DistillationTrainer
 
 
 @pytest.mark.parametrize(

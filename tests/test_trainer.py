@@ -24,9 +24,9 @@ from transformers import (
 )
 
 import kdfast
-from kdfast import stages
-from kdfast.data import LengthGroupedSampler
+from kdfast.data.sampler import LengthGroupedSampler
 from kdfast.objective import Hinton
+from kdfast.runs import stages
 
 STEPS, BATCH, RATE = 20, 4, 1e-3
 # The gradient of a key bias is zero but for rounding, as softmax ignores it; Adam's default of 1e-8 would turn that

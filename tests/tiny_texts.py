@@ -1,4 +1,4 @@
-"""Tiny models with tokenizers and texts, in place of the demonstration's: what `kdfast.data.fetch` gives."""
+"""Tiny models with tokenizers and texts, in place of the demonstration's: what `kdfast.data.demo.fetch` gives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from language_models import PAD, VOCABULARY, llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-from kdfast import data
+from kdfast.data import demo
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 GLOSSED = [f"w{chr(97 + i // 5)}{chr(97 + i % 5)}" for i in range(45)]
@@ -44,11 +44,11 @@ def masked(folder: Path) -> dict[str, Path]:
         )
     (folder / "wordnet").mkdir()
     lines = [f"{i:08} 03 n 01 entity | {gloss(i)}  " for i in range(600)]
-    for name, part in zip(data.WORDNET_FILES, (lines[:300], lines[300:400], lines[400:500], lines[500:]), strict=True):
+    for name, part in zip(demo.WORDNET_FILES, (lines[:300], lines[300:400], lines[400:500], lines[500:]), strict=True):
         (folder / "wordnet" / name).write_text("\n".join(["  1 This software and database", *part]))
     return {
-        data.MINILM.requirement: folder / "encoder",
-        data.WORDNET.requirement: folder / "wordnet",
+        demo.MINILM.requirement: folder / "encoder",
+        demo.WORDNET.requirement: folder / "wordnet",
         "masked-lm": folder / "masked-lm",
     }
 
@@ -69,4 +69,4 @@ def causal(folder: Path) -> dict[str, Path]:
     lines = [f"{i // 2}_{i % 2}\t0.5\t{sentence(i)}" for i in range(240)]  # 120 texts of two sentences
     (texts / "news.tsv").write_text("\r\n".join(lines[:120]) + "\r\n")
     (texts / "products.tsv").write_text("\n".join(lines[120:]))
-    return {data.SMOLLM2.folder: model, data.ARTICLES.folder: texts}
+    return {demo.SMOLLM2.folder: model, demo.ARTICLES.folder: texts}

@@ -11,6 +11,8 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+from kdfast.runs import run as run_recipe
+
 WORDS = ["[PAD]", "[UNK]", "[EOS]", "good", "fine", "bad", "poor", "film", "plot", "the"]
 SIZES: dict[str, Any] = {"vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDE = {"intermediate_size": 32}
@@ -45,4 +47,4 @@ def write_reviews(path: Path, labels: tuple[Any, Any] = (0, 1), rows: int = 60) 
 
 def run(folder: Path, recipe: Any) -> tuple[dict[str, Any], str]:
     shown = io.StringIO()
-    return recipe.run(folder, Console(file=shown, width=200)), shown.getvalue()
+    return run_recipe(recipe, folder, Console(file=shown, width=200)), shown.getvalue()

@@ -4,7 +4,8 @@
 and `Relations`, each with a weight that is constant or follows a schedule. `LanguageModel` is for language models.
 """
 
-from kdfast.objective._protocol import Missing, Objective, model_inputs
+from kdfast.models.inputs import model_inputs
+from kdfast.objective._protocol import Missing, Objective
 from kdfast.objective.language_model import LanguageModel
 from kdfast.objective.layer_maps import layer_map
 from kdfast.objective.of_layers import CLS, Attention, Cosine, Embedding, Hidden, Relations

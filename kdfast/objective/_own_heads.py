@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kdfast import kd_loss, topk_kl_div
-from kdfast.last_hidden import LastHidden
+from kdfast.models.last_hidden import LastHidden
 from kdfast.ops import _checks, _chunks
 from kdfast.ops.kd_loss import KDLossComponents
 

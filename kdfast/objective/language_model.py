@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from kdfast import linear_kd_loss, linear_topk_kd_loss
-from kdfast.last_hidden import LastHidden, language_model, last_hidden
+from kdfast.data.text import OFF
+from kdfast.models.inputs import model_inputs, unwrapped
+from kdfast.models.last_hidden import LastHidden, language_model, last_hidden
 from kdfast.objective._own_heads import of_own_heads
-from kdfast.objective._protocol import Missing, model_inputs, unwrapped
+from kdfast.objective._protocol import Missing
 from kdfast.objective.term import check_aligned, token_mask
 from kdfast.ops import _checks
 from kdfast.ops._divergence import check_divergence, check_tail
 from kdfast.ops.kd_loss import KDLossComponents
 from kdfast.ops.linear import check_budget
-from kdfast.text import OFF
 
 TOPK = ("teacher_topk_logprobs", "teacher_topk_indices")
 

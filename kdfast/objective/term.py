@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from kdfast.objective._protocol import TEACHER, Missing
+from kdfast.models.inputs import TEACHER
+from kdfast.objective._protocol import Missing
 from kdfast.objective.schedules import NOT_NEGATIVE, Weight, check_weight
 
 Inputs = Mapping[str, Any]

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast._router import warn_of_router_loss
-from kdfast.objective._protocol import Missing, model_inputs, unwrapped
+from kdfast.models.inputs import model_inputs, unwrapped
+from kdfast.models.router import warn_of_router_loss
+from kdfast.objective._protocol import Missing
 from kdfast.objective.of_layers import Attention
 from kdfast.objective.of_logits import Labels, Logits
 from kdfast.objective.term import Inputs, Stored, Term, any_column, check_per_row
@@ -75,9 +76,9 @@ class Terms(nn.Module):
 
     def for_student(self, model: nn.Module) -> Terms:
         """This objective, which counts the scores of a causal student's attention as such from now on."""
-        from kdfast import hf  # imports transformers, which logits do not need
+        from kdfast.models import reader  # imports transformers, which logits do not need
 
-        adapter = hf.ADAPTERS.get(getattr(getattr(unwrapped(model), "config", None), "model_type", ""))
+        adapter = reader.ADAPTERS.get(getattr(getattr(unwrapped(model), "config", None), "model_type", ""))
         for term in self.terms.values():
             if isinstance(term, Attention) and adapter is not None:
                 term.causal = adapter.causal
@@ -89,12 +90,12 @@ class Terms(nn.Module):
         needs = {term.needs for term in self.terms.values()}
         if not needs & {"hidden", "attention"}:
             return model(**own)
-        from kdfast import hf  # imports transformers, which logits do not need
+        from kdfast.models import reader  # imports transformers, which logits do not need
 
         if "attention" in needs:
-            return hf.Reader.of(model)(**own)
+            return reader.Reader.of(model)(**own)
         try:
-            return hf.read_hidden(model, **own)
+            return reader.read_hidden(model, **own)
         except TypeError as error:
             if "output_hidden_states" not in str(error):
                 raise

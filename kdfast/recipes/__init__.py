@@ -1,1 +1,13 @@
-"""Published distillation systems, each a short file over the operators and the trainer."""
+"""Published distillation systems, each a short file of settings and stages. How they are run is another room: kdfast/runs.
+May import: objective, data."""
+
+from kdfast.recipes import causal_lm, distilbert, hinton, minilm, patient_kd
+from kdfast.recipes.base import Recipe
+
+RECIPES: tuple[type[Recipe], ...] = (
+    hinton.Recipe,
+    patient_kd.Recipe,
+    minilm.Recipe,
+    distilbert.Recipe,
+    causal_lm.Recipe,
+)

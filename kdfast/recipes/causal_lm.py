@@ -13,16 +13,15 @@ Logits of the whole vocabulary are never there for more than a chunk of tokens (
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kdfast.objective import LanguageModel
-from kdfast.recipes import _recipe
-from kdfast.recipes._recipe import setting
+from kdfast.recipes import base
+from kdfast.recipes.base import setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(_recipe.Recipe):
+class Recipe(base.Recipe):
     """A causal language model into some of its layers, on text: alpha · T² · D(student, teacher) + (1 - alpha) · CE.
 
     Logits of the whole vocabulary are only made for a chunk of tokens at a time. With on-policy 1 and js_div this is GKD
@@ -31,6 +30,7 @@ class Recipe(_recipe.Recipe):
 
     name = "causal-lm"
     quick: ClassVar = {"steps": 40, "test_rows": 16}
+    measured_on = ("data", "max_length", "test_rows")
 
     data: str | None = setting(
         None,
@@ -74,8 +74,3 @@ class Recipe(_recipe.Recipe):
 
     def objective(self) -> LanguageModel:
         return LanguageModel(self.alpha, self.temperature, self.divergence, self.beta, self.skew)
-
-    def run(self, folder: Path, console: Any, fresh: bool = False) -> dict[str, Any]:
-        from kdfast.recipes._causal_lm_run import CausalLMRun  # imports transformers, which settings do not need
-
-        return CausalLMRun(self, folder, console, fresh).execute()

@@ -29,16 +29,15 @@ Where the paper and its code disagree or leave a choice, the default is the rele
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kdfast.objective import Cosine, Labels, Logits, Terms
-from kdfast.recipes import _recipe
-from kdfast.recipes._recipe import setting
+from kdfast.recipes import base
+from kdfast.recipes.base import setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(_recipe.Recipe):
+class Recipe(base.Recipe):
     """A masked language model into half of its layers, on text without labels: DistilBERT (Sanh et al. 2019).
 
     5 · T² · KL(teacher ‖ student) of all tokens + 2 · CE(student, masked tokens) + 1 · (1 - cos) of the last hidden states,
@@ -49,6 +48,7 @@ class Recipe(_recipe.Recipe):
 
     name = "distilbert"
     quick: ClassVar = {"teacher_steps": 40, "steps": 40, "train_rows": 8000, "test_rows": 100}
+    measured_on = ("data", "max_length", "test_rows", "mask_probability", "mask_smoothing")
 
     data: str | None = setting(
         None,
@@ -111,8 +111,3 @@ class Recipe(_recipe.Recipe):
             "mse": Logits("logit_mse", tokens=tokens, weight=self.mse_weight * vocabulary),
         }
         return Terms(**{name: term for name, term in terms.items() if term.weight})
-
-    def run(self, folder: Path, console: Any, fresh: bool = False) -> dict[str, Any]:
-        from kdfast.recipes._distilbert_run import DistilBERTRun  # imports transformers, which settings do not need
-
-        return DistilBERTRun(self, folder, console, fresh).execute()

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdfast.recipes._classifier import ClassifierRecipe, Stage, soft_targets
-from kdfast.recipes._recipe import setting
+from kdfast.recipes.base import setting
+from kdfast.recipes.classifier import ClassifierRecipe, Stage, soft_targets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kdfast.objective import Relations, Terms
-from kdfast.recipes._classifier import ClassifierRecipe, Stage, labels_only
-from kdfast.recipes._recipe import setting
+from kdfast.recipes.base import setting
+from kdfast.recipes.classifier import ClassifierRecipe, Stage, labels_only
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdfast.objective import CLS, Terms, layer_map
-from kdfast.recipes._classifier import ClassifierRecipe, Stage, soft_targets
-from kdfast.recipes._recipe import setting
+from kdfast.recipes.base import setting
+from kdfast.recipes.classifier import ClassifierRecipe, Stage, soft_targets
 
 # What the authors selected, by task and number of student layers (result_summary of their repository), all "skip".
 GLUE: dict[tuple[str, int], dict[str, Any]] = {

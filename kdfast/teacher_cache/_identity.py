@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdfast.data.text import as_list
 from kdfast.teacher_cache._manifest import mismatch
 
 SAMPLES = 256  # values of each tensor that are hashed
@@ -82,11 +83,6 @@ def token_ids(row: Any, number: int) -> list[int]:
         got = f"{ids!r:.40}" if ids else "none"
         raise mismatch("rows", f"input_ids in row {number}, a list or tensor of integers [L]", got)
     return ids
-
-
-def as_list(value: Any) -> Any:
-    """A tensor or array as a list, anything else as it is."""
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def row_bytes(input_ids: list[int]) -> bytes:

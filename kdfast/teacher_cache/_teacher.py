@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.teacher_cache._identity import as_list, token_ids
+from kdfast.data.text import as_list
+from kdfast.teacher_cache._identity import token_ids
 from kdfast.teacher_cache._manifest import Settings, mismatch
 
 # Logits that are worked on at a time: about what the processor caches (twice as fast as 128 MB at a width of 32,000), and

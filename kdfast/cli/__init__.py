@@ -1,0 +1,1 @@
+"""The command `kdfast`, and nothing that Python code needs. May import: everything."""

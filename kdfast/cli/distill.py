@@ -1,0 +1,131 @@
+"""`kdfast distill RECIPE`: one command per recipe, its options made of the recipe's settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdfast.cli.shared import fail, layer_numbers
+from kdfast.recipes import RECIPES
+from kdfast.recipes.base import Recipe
+from kdfast.results.disk import told
+
+ENDS = """
+
+Ends with a table and leaves the models, metrics.json, config.yaml and a plot in the output folder. The demonstration's
+models and data are fetched once into $KDFAST_CACHE (default ~/.cache/kdfast).
+
+Ctrl-C saves a checkpoint and stops. The same command continues; what is finished is not repeated."""
+
+
+def add_recipes(app: typer.Typer) -> None:
+    for recipe in RECIPES:
+        app.command(recipe.name)(_command(recipe))
+
+
+def _command(recipe: type[Recipe]) -> Callable[..., None]:
+    settings = dataclasses.fields(recipe)
+
+    def distill(
+        output: Path | None, config: Path | None, print_config: bool, quick: bool, resume: bool, **given: Any
+    ) -> None:
+        try:
+            values = {} if config is None else recipe.read_yaml(config)
+            values |= recipe.quick if quick else {}
+            values |= {name: value for name, value in given.items() if value is not None}
+            chosen = recipe(**{name: _parsed(settings, name, value) for name, value in values.items()})
+        except (ValueError, TypeError) as error:
+            raise typer.BadParameter(str(error)) from None
+        if print_config:
+            typer.echo(chosen.to_yaml(), nl=False)
+            return
+        _run(chosen, Path("runs") / (recipe.name + "-quick" * quick) if output is None else output, fresh=not resume)
+
+    shared = {
+        "output": (Path | None, typer.Option(help=f"Run folder. Default: runs/{recipe.name}."), None),
+        "config": (Path | None, typer.Option(help="YAML file of settings; options here go before it."), None),
+        "print_config": (bool, typer.Option("--print-config", help="Show all settings as YAML and stop."), False),
+        "quick": (bool, typer.Option("--quick", help=f"A short run: {_listed(recipe.quick)}."), False),
+        "resume": (
+            bool,
+            typer.Option(
+                "--resume/--fresh", help="Continue the run in the output folder, or remove it and start over."
+            ),
+            True,
+        ),
+    }
+    types_of = typing.get_type_hints(recipe)
+    own = {
+        field.name: (_option_type(types_of[field.name]), _option(field), None)
+        for field in settings
+        if field.name != "seed"
+    }
+    own["seed"] = next((int | None, _option(field), None) for field in settings if field.name == "seed")
+    first = {"output": shared.pop("output")}
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+        for name, (kind, option, default) in (first | own | shared).items()
+    ]
+    distill.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    distill.__annotations__ = {}
+    distill.__doc__ = inspect.cleandoc(recipe.__doc__ or "") + ENDS
+    return distill
+
+
+def _run(recipe: Recipe, output: Path, fresh: bool) -> None:
+    # Here and not above: transformers takes seconds to import, and --help does not need it.
+    try:
+        from rich.console import Console
+
+        from kdfast.data.demo import AssetError
+        from kdfast.runs import (
+            run,
+            stages,  # noqa: F401
+        )
+    except ImportError as error:
+        fail(f"{error}: pip install kdfast[train]", 1)
+    try:
+        run(recipe, output, Console(), fresh)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    except AssetError as error:
+        fail(str(error), 1)
+    except OSError as error:
+        fail(f"{told(error)}; the same command continues where this one was", 1)
+    except KeyboardInterrupt:
+        fail("stopped; the same command continues where this one was", 130)
+
+
+def _option(field: dataclasses.Field[Any]) -> Any:
+    default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    if isinstance(default, bool):
+        default = "yes" if default else "no"
+    # Not typer's own: the option's default is None, what was not given.
+    told = "" if default is None else f" Default: {default}."
+    return typer.Option(help=field.metadata["help"] + told, show_default=False)
+
+
+def _option_type(kind: Any) -> Any:
+    """Of the command line: lists are texts with commas, and None is what was not given."""
+    inner = next((part for part in typing.get_args(kind) if part is not types.NoneType), kind)
+    if isinstance(kind, types.UnionType):
+        kind = inner
+    return (str if typing.get_origin(kind) is tuple else kind) | None
+
+
+def _parsed(settings: tuple[dataclasses.Field[Any], ...], name: str, value: Any) -> Any:
+    kind = next(str(field.type) for field in settings if field.name == name)
+    if not isinstance(value, str) or "tuple" not in kind:
+        return value
+    return layer_numbers(value) if "int" in kind else tuple(part.strip() for part in value.split(","))
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())

@@ -1,0 +1,196 @@
+"""`kdfast evaluate` and `kdfast compare`: models and runs that are there already, measured and set beside one another."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from kdfast.cli.shared import fail
+from kdfast.recipes import RECIPES
+from kdfast.recipes.classifier import ClassifierRecipe
+from kdfast.recipes.paths import CONFIG
+from kdfast.results import compare as comparing
+from kdfast.results.disk import saving
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Classifier or regressor, a folder or Hub name; or a run's folder.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Labelled text, as of distill: a task of GLUE, another Hub name, a file or a folder. Default: the run's "
+            "that the model lies in, else movie reviews.",
+        ),
+    ] = None,
+    text_columns: Annotated[
+        str | None, typer.Option(help="Column of the text, or two of pairs. Default: found by name.")
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="Default: found by name.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="classification, regression or multi_label. Default: by the labels.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Classifier to measure beside it, a folder or Hub name. Default: a run's own.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens; longer rows are cut. Default: the run's, else 64.", min=4)
+    ] = None,
+    test_rows: Annotated[
+        int | None, typer.Option(help="Use no more, drawn with a fixed seed. Default: as the run.", min=1)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows of a forward pass.", min=1)] = 64,
+    output: Annotated[Path | None, typer.Option(help="JSON file of the results.")] = None,
+) -> None:
+    """Measures a classifier on the test rows of a task: quality, distance to a teacher, size and latency.
+
+    Of a run's folder (`kdfast distill hinton`, `patient-kd`, `minilm`), all its models, on the run's data and against its
+    teacher. Classes must be the data's, in the same order.
+
+    A regressor's quality is its correlation with the labels; KL and agreement are of classes alone.
+    """
+    try:
+        import datasets
+        import transformers
+        from rich.console import Console
+
+        from kdfast.data import tasks
+        from kdfast.data.demo import AssetError
+        from kdfast.data.files import shown_name
+        from kdfast.results import measure, tables
+        from kdfast.runs import stages
+    except ImportError as error:
+        fail(f"{error}: pip install kdfast[train]", 1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        if output is not None and output.is_dir():
+            raise ValueError(f"output {output} is a folder, not a JSON file")
+        chosen = _chosen(model, teacher)
+        given: dict[str, Any] = {
+            "text_columns": None if text_columns is None else [name.strip() for name in text_columns.split(",")],
+            "label_column": label_column,
+            "kind": kind,
+            "test_rows": test_rows,
+        }
+        run = chosen.recipe
+        if run is not None and data is None:  # other data, other columns
+            given = {name: getattr(run, name) if value is None else value for name, value in given.items()}
+            data = run.data
+        task = tasks.load(data, **given)
+        length = max_length or (64 if run is None else run.max_length)
+        console = Console()
+        for note in task.notes:
+            typer.echo(note)
+        results = measure.evaluate(
+            chosen.sources,
+            task,
+            max_length=length,
+            teacher=chosen.teacher,
+            batch_size=batch_size,
+            tell=typer.echo,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    except AssetError as error:
+        fail(str(error), 1)
+    rows = len(task.test)
+    console.print(tables.evaluation_table(results, shown_name(task.name), rows))
+    if output is not None:
+        facts = {"data": task.name, "kind": task.kind, "metric": task.metric, "rows": rows, "max_length": length}
+        sources = {name: str(of) for name, of in chosen.sources.items()}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        stages.write_json(
+            output, {"task": facts, "versions": measure.versions(), "sources": sources, "models": results}
+        )
+        typer.echo(f"In {output}")
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The models to measure by their names, which of them is the teacher, and the recipe of the run that they are of."""
+
+    sources: dict[str, str | Path]
+    teacher: str | None
+    recipe: ClassifierRecipe | None
+
+
+def _chosen(model: str, teacher: str | None) -> _Chosen:
+    folder = Path(model)
+    if not (folder / CONFIG).is_file():
+        name = folder.resolve().name if folder.is_dir() else model
+        sources: dict[str, str | Path] = {model if name == "teacher" else name: model}
+        if teacher is not None:
+            sources["teacher"] = teacher
+        inside_a_run = folder.is_dir() and (folder.resolve().parent / CONFIG).is_file()
+        return _Chosen(sources, teacher and "teacher", _recipe_of(folder.resolve().parent) if inside_a_run else None)
+    recipe = _recipe_of(folder)
+    if recipe is None:
+        raise ValueError(
+            f"{model} is a run, but not of classifiers: evaluate measures those of {_classifier_recipes()}"
+        )
+    if teacher is not None:
+        raise ValueError(
+            f"teacher: the run {model} has its own; one of its models, such as {folder / 'student'}, has none"
+        )
+    if not (folder / "metrics.json").is_file():
+        raise ValueError(f"the run {model} is not finished: no metrics.json; the same kdfast distill continues it")
+    titles = json.loads((folder / "metrics.json").read_text())["task"]["titles"]
+    sources = {title: folder / name for name, title in titles.items()}
+    if recipe.teacher is not None:
+        sources[titles["teacher"]] = recipe.teacher
+    return _Chosen(sources, titles["teacher"], recipe)
+
+
+def _recipe_of(run: Path) -> ClassifierRecipe | None:
+    """Of a run of a classifier recipe; None of another."""
+    settings = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+    for recipe in RECIPES:
+        if issubclass(recipe, ClassifierRecipe) and settings.get("recipe") == recipe.name:
+            return recipe(**recipe.read_yaml(run / CONFIG))
+    return None
+
+
+def _classifier_recipes() -> str:
+    return ", ".join(recipe.name for recipe in RECIPES if issubclass(recipe, ClassifierRecipe))
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, of one task.")],
+    output: Annotated[Path | None, typer.Option(help="Folder for comparison.json, .md and .png.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Another of what was measured, such as f1. Default: the task's; perplexity.")
+    ] = None,
+) -> None:
+    """Sets finished runs beside one another: a row per run and model, runs that differ in the seed alone in one row.
+
+    Rows of several seeds have mean ± standard error. A student is compared with the same student trained on the labels
+    alone, seed by seed, where one of the runs has that. A teacher that several runs have has one row.
+
+    Runs are of one task and the same test rows. Runs of language models compare among those of the same recipe.
+    """
+    try:
+        from rich.console import Console
+
+        from kdfast.results import plots, tables
+    except ImportError as error:
+        fail(f"{error}: pip install kdfast[train]", 1)
+    try:
+        if output is not None and output.exists() and not output.is_dir():
+            raise ValueError(f"output {output} is not a folder")
+        comparison = comparing.compare(runs, metric)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    Console().print(tables.comparison_table(comparison))
+    if output is not None:
+        with saving(output):
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "comparison.json").write_text(json.dumps(comparison.as_dict(), indent=1) + "\n")
+            (output / "comparison.md").write_text(tables.comparison_markdown(comparison) + "\n")
+        plots.plot_comparison(output / "comparison.png", comparison)
+        typer.echo(f"In {output}: comparison.json, comparison.md, comparison.png")

@@ -1,0 +1,1 @@
+"""transformers' models as kdfast reads, loads and makes them. May import: data, ops."""

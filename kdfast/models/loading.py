@@ -1,0 +1,104 @@
+"""Models and tokenizers of folders and of the Hub, or one line that tells why not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from kdfast.data import tasks
+from kdfast.data.hub import first_line, why_no_answer
+from kdfast.models import pairing
+
+
+def classifier(task: tasks.Task, argument: str, source: str | Path) -> Any:
+    """A classifier whose classes are the task's, in the same order: other orders are common, and silent otherwise.
+
+    Args:
+        task: what it is to be a classifier, or regressor, of.
+        argument: how messages call it.
+        source: folder or Hub name.
+
+    Raises:
+        ValueError: it cannot be loaded, has no head, another number of classes or another order of them.
+    """
+    who = named(argument, source)
+    options = {"output_loading_info": True, "dtype": torch.float32}
+    model, loading = pretrained(AutoModelForSequenceClassification, argument, source, **options)
+    if absent := sorted(loading["missing_keys"]):
+        raise ValueError(f"{who} is no classifier: it has no weights for {', '.join(absent[:4])}")
+    if model.config.num_labels != max(1, len(task.names)):
+        raise ValueError(f"{who} has {model.config.num_labels} classes, the data {max(1, len(task.names))}")
+    pairing.check_names(who, model.config, task.names)
+    model.config.problem_type = task.head["problem_type"]  # many do not tell theirs
+    return model
+
+
+def load_tokenizer(argument: str, source: str | Path) -> Any:
+    """Of a model. In a folder without one, transformers finds a tokenizer that knows no word.
+
+    Raises:
+        ValueError: it cannot be loaded, or is such a one.
+    """
+    absent = f"{named(argument, source)} has no tokenizer: save it beside the model"
+    try:
+        tokenizer = pretrained(AutoTokenizer, argument, source)
+    except ValueError as error:  # of models with a tokenizer of no class of its own
+        raise (ValueError(absent) if "instantiate the backend tokenizer" in str(error) else error) from None
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(absent)
+    return tokenizer
+
+
+def pretrained(kind: Any, argument: str, source: str | Path, **options: Any) -> Any:
+    """`kind.from_pretrained`, with the argument named where it fails.
+
+    Raises:
+        ValueError: it cannot be loaded, or is a model whose weights are quantised.
+    """
+    who = named(argument, source)
+    unreachable = None if Path(source).is_dir() else _why_no_answer(who, source)
+    # Without the Hub, what was downloaded before is still there.
+    here = {"local_files_only": True} if unreachable else {}
+    try:
+        if hasattr(kind, "from_config"):  # of models, not of configurations or tokenizers
+            _check_not_quantised(AutoConfig.from_pretrained(source, **here))
+        return kind.from_pretrained(source, **options, **here)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = first_line(error)
+        if unreachable and isinstance(error, OSError):
+            reason = f"there is no such folder, and the Hub cannot be reached ({unreachable})"
+        raise ValueError(f"{who}: {reason}") from None
+
+
+def _check_not_quantised(config: Any) -> None:
+    """Before weights are loaded, which needs the library of the quantisation, and may end in a crash of it."""
+    if (found := getattr(config, "quantization_config", None)) is not None:
+        method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+        raise ValueError(
+            f"expected weights that are not quantised, got {getattr(method, 'value', method)} (quantization_config in its "
+            "config.json): load it, dequantise it and save that"
+        )
+
+
+def _why_no_answer(who: str, source: str | Path) -> str | None:
+    """Of the Hub, where it is asked: not about what looks like a path."""
+    if Path(source).is_file():
+        raise ValueError(f"{who}: expected a folder or a name on the Hub, got a file")
+    if str(source).startswith((os.sep, ".", "~")) or str(source).count(os.sep) > 1:
+        raise ValueError(f"{who}: there is no such folder")
+    absent = ValueError(f"{who}: there is no such folder, and the Hub has no such model that you may read")
+    return why_no_answer("model_info", str(source), absent)
+
+
+def named(argument: str, source: str | Path) -> str:
+    """What messages call a model: once where both are the same, as `evaluate` has it of one in the working folder."""
+    return argument if argument == str(source) else f"{argument} {source}"
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,242 @@
+"""What a run shows at its end: measured metrics, the table of models and the learning curves."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from statistics import fmean
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from kdfast.results.compare import Comparison, standard_error
+from kdfast.results.measure import FAST, SLOW, Metrics
+
+
+def _table(title: str, caption: str, headings: Sequence[str]) -> Table:
+    table = Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("model", overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+# Metric: its heading, its factor, its digits.
+HEADINGS = {
+    "accuracy": ("accuracy\n%", 100, 1),
+    "f1": ("F1\n%", 100, 1),
+    "micro_f1": ("micro F1\n%", 100, 1),
+    "matthews": ("Matthews", 1, 3),
+    "pearson": ("Pearson", 1, 3),
+}
+COLUMNS: tuple[tuple[str, str, float, int], ...] = (
+    ("kl_to_teacher", "KL to\nteacher", 1, 4),
+    ("mse_to_teacher", "MSE to\nteacher", 1, 4),
+    ("agreement", "agrees\n%", 100, 1),
+    ("parameters", "params\nM", 1e-6, 1),
+    ("megabytes", "MB", 1, 0),
+    ("latency_ms_batch_1", "ms,\n1", 1, 1),
+    ("latency_ms_batch_32", "ms,\n32", 1, 0),
+    ("training_seconds", "train\ns", 1, 0),
+)
+
+
+def _distances(names: Collection[str]) -> str:
+    """What a table says of its columns, where they are there."""
+    told = {
+        "KL: from the teacher's distribution, in nats. ": "kl_to_teacher" in names and "micro_f1" not in names,
+        "KL: from the teacher's probability of each label, in nats. ": {"kl_to_teacher", "micro_f1"} <= {*names},
+        "MSE: squared distance to the teacher's numbers. ": "mse_to_teacher" in names,
+    }
+    return "".join(text for text, so in told.items() if so)
+
+
+MEDIAN = "ms: median forward pass, rows of median length"
+WIDE = 1.25  # times the median: a slowest pass that is told
+
+
+def _latencies(rows: Iterable[Metrics]) -> str:
+    """What a table says of them."""
+    told = any(_spread(row, name) for row in rows for name in row)
+    return MEDIAN + "; below it fastest–slowest, where far apart" * told
+
+
+def _spread(row: Metrics, name: str) -> str:
+    """In a line of its own, below the median."""
+    if name + SLOW not in row or row[name + SLOW] <= WIDE * row[name]:
+        return ""
+    fast, slow = (f"{row[name + of]:.{0 if row[name + of] >= 9.95 else 1}f}" for of in (FAST, SLOW))
+    return f"\n{fast}–{slow}"
+
+
+def results_table(results: Mapping[str, Metrics], titles: Mapping[str, str], data: str, metric: str) -> Table:
+    """One row per model, in the order of the titles."""
+    heading, factor, digits = HEADINGS[metric]
+    columns = [(metric, heading, factor, digits), *COLUMNS]
+    columns = [column for column in columns if any(column[0] in results[name] for name in titles)]
+    table = _table(
+        f"{data}: on the test rows",
+        _distances({key for name in titles for key in results[name]}) + _latencies(results[name] for name in titles),
+        [column[1] for column in columns],
+    )
+    for name, title in titles.items():
+        row = results[name]
+        cells = [
+            _cell(row[key] * scale, places) + _spread(row, key) if key in row else "–"
+            for key, _, scale, places in columns
+        ]
+        table.add_row(title, *cells)
+    return table
+
+
+def _cell(value: float, places: int) -> str:
+    return f"{value:.{places if abs(value) < 99.95 else 0}f}"
+
+
+LANGUAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("perplexity", "perplexity", ".2f"),
+    ("accuracy", "accuracy\n%", ".1f"),
+    ("kl_to_teacher", "KL to\nteacher", ".4f"),
+    ("parameters", "params\nmillion", ".1f"),
+    ("megabytes", "MB", ".0f"),
+    ("tokens_per_second", "tokens\nper second", ".0f"),
+)
+FACTORS = {"accuracy": 100, "parameters": 1e-6}
+
+
+def language_table(results: Mapping[str, Metrics], caption: str) -> Table:
+    """One row per language model, in the order given; the caption says what perplexity and KL are of."""
+    columns = [column for column in LANGUAGE_COLUMNS if any(column[0] in row for row in results.values())]
+    table = _table(
+        "Held-out text: teacher and student",
+        f"{caption}. Tokens per second: one forward pass",
+        [heading for _, heading, _ in columns],
+    )
+
+    def cell(name: str, value: float, form: str) -> str:
+        if name == "megabytes" and not value:  # not saved here
+            return "–"
+        return f"{value * FACTORS.get(name, 1):{'.1e' if name == 'perplexity' and value >= 1e4 else form}}"
+
+    for title, row in results.items():
+        table.add_row(title, *(cell(name, row[name], form) for name, _, form in columns))
+    return table
+
+
+MORE_HEADINGS = {
+    "spearman": ("Spearman", 1, 3),
+    "exact_match": ("exact\n%", 100, 1),
+    "perplexity": ("perplexity", 1, 2),
+    "tokens_per_second": ("tokens\nper s", 1, 0),
+}
+
+
+def column_of(name: str) -> tuple[str, float, int]:
+    """Heading, factor and digits of anything that is measured."""
+    of_columns = {key: (heading, factor, digits) for key, heading, factor, digits in COLUMNS}
+    return (HEADINGS | MORE_HEADINGS | of_columns).get(name, (name.replace("_", "\n"), 1, 3))
+
+
+def _form(value: float, digits: int) -> str:
+    return f".{digits}f" if abs(value) < 1e5 else ".1e"
+
+
+def evaluation_table(results: Mapping[str, Metrics], data: str, rows: int) -> Table:
+    """One row per model, in the order given, with everything that was measured."""
+    every = dict.fromkeys(name for row in results.values() for name in row)
+    names = [name for name in every if not name.endswith((SLOW, FAST))]
+    table = _table(
+        f"{data}: on {rows:,} test rows",
+        _distances(names) + _latencies(results.values()),
+        [column_of(name)[0] for name in names],
+    )
+    for title, row in results.items():
+        cells = []
+        for name in names:
+            _, factor, digits = column_of(name)
+            value = row.get(name, 0.0) * factor
+            cells.append(f"{value:{_form(value, digits)}}{_spread(row, name)}" if name in row else "–")
+        table.add_row(title, *cells)
+    return table
+
+
+COMPARED = ("kl_to_teacher", "mse_to_teacher", "agreement", "parameters")
+LATENCY = "latency_ms_batch_1"
+SPEEDS = (LATENCY, "latency_ms_batch_32", "tokens_per_second", "training_seconds")
+
+
+def _compared(comparison: Comparison, all_spreads: bool) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of a comparison, beside the models' names."""
+    rows = comparison.rows
+    present = {name for row in rows for name in row.values} - {comparison.metric}
+    masked = ("accuracy",) if comparison.family == "distilbert" else ()  # of the tokens to be predicted
+    names = [name for name in (*masked, *COMPARED, *SPEEDS) if name in present]
+    heading, factor, digits = column_of(comparison.metric)
+    several, alone = any(len(row.runs) > 1 for row in rows), any(row.differences for row in rows)
+    headings = ["n"] * several + [heading] + ["vs\nlabels"] * alone + [column_of(name)[0] for name in names]
+
+    def cell(values: Sequence[float], factor: float, digits: int, spread: bool = True, sign: str = "") -> str:
+        if not values:
+            return "–"
+        error = standard_error([factor * value for value in values]) if spread else None
+        mean = factor * fmean(values)
+        form = _form(mean, digits)
+        return f"{mean:{sign}{form}}" + ("" if error is None else f"±{error:{form}}")
+
+    made = []
+    for row in rows:
+        cells = [str(len(row.runs))] * several + [cell(row.values.get(comparison.metric, ()), factor, digits)]
+        cells += [cell(row.differences, factor, digits, sign="+")] * alone
+        for name in names:
+            _, scale, places = column_of(name)
+            cells.append(cell(row.values.get(name, ()), scale, places, all_spreads and name != "parameters"))
+        made.append(cells)
+    return headings, made
+
+
+def folded(name: str, width: int) -> str:
+    """In several lines, preferably between the run and its model."""
+    return textwrap.fill(name.replace("/", "/ "), width + 1).replace("/ ", "/")
+
+
+def _legend(comparison: Comparison) -> str:
+    of_labels = any("micro_f1" in row.values for row in comparison.rows)
+    said = {
+        "n seeds: mean ± standard error.": any(len(row.runs) > 1 for row in comparison.rows),
+        "vs labels: difference to the same student trained on the labels alone, seed by seed.": any(
+            row.differences for row in comparison.rows
+        ),
+        f"KL: from each one's teacher{', of each label' * of_labels}, in nats.": any(
+            "kl_to_teacher" in row.values for row in comparison.rows
+        ),
+        "MSE: squared distance to each one's teacher.": any("mse_to_teacher" in row.values for row in comparison.rows),
+        "ms: median forward pass of 1 row and of 32.": any(LATENCY in row.values for row in comparison.rows),
+    }
+    return " ".join(text for text, so in said.items() if so)
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """A row per model, for 80 columns: only the metric has its standard error."""
+    headings, cells = _compared(comparison, all_spreads=False)
+    table = _table(f"{comparison.title}: runs compared", _legend(comparison), headings)
+    table.padding = 0
+    for row, values in zip(comparison.rows, cells, strict=True):
+        table.add_row(folded(row.name, 19), *values)
+    return table
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """The table with all standard errors."""
+    headings, cells = _compared(comparison, all_spreads=True)
+    lines = [["model", *headings], ["---", *["---:"] * len(headings)]]
+    lines += [[row.name, *values] for row, values in zip(comparison.rows, cells, strict=True)]
+    table = "\n".join(f"| {' | '.join(cell.replace(chr(10), ' ') for cell in line)} |" for line in lines)
+    return f"{comparison.title}: runs compared. {_legend(comparison)}\n\n{table}"

@@ -1,0 +1,41 @@
+"""How a recipe is run in its folder, stopped and resumed. May import: recipes, results, train and what those may."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kdfast.recipes import causal_lm, distilbert
+from kdfast.recipes.base import Recipe
+from kdfast.recipes.classifier import ClassifierRecipe
+
+
+def run(recipe: Recipe, folder: Path, console: Any, fresh: bool = False) -> dict[str, Any]:
+    """Does what is not done yet in a run's folder; returns the metrics of its models.
+
+    Args:
+        recipe: one of kdfast's, or of your own: a `ClassifierRecipe` with stages, say.
+        folder: where everything is kept.
+        console: of `rich`; receives the table.
+        fresh: remove an earlier run in that folder first instead of continuing it.
+
+    Raises:
+        TypeError: a recipe of a kind that nothing here runs.
+        ValueError: the folder holds a run with other settings, or something that is not a run; data or models cannot be
+            used.
+        kdfast.data.demo.AssetError: model or data cannot be fetched.
+        kdfast.runs.stages.StageInterrupted: stopped by a signal, with the state saved.
+    """
+    # Imported late: each of these imports transformers, which takes seconds.
+    kind: Any
+    if isinstance(recipe, ClassifierRecipe):
+        from kdfast.runs.classifier import ClassifierRun as kind
+    elif isinstance(recipe, distilbert.Recipe):
+        from kdfast.runs.distilbert import DistilBERTRun as kind
+    elif isinstance(recipe, causal_lm.Recipe):
+        from kdfast.runs.causal_lm import CausalLMRun as kind
+    else:
+        expected = "a ClassifierRecipe, or a recipe of distilbert or causal_lm"
+        raise TypeError(f"kdfast.runs.run: recipe: expected {expected}, got {type(recipe).__name__}")
+    metrics: dict[str, Any] = kind(recipe, folder, console, fresh).execute()
+    return metrics

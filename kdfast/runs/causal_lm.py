@@ -1,0 +1,172 @@
+"""Runs the recipe of causal language models in its folder. What is finished is not repeated."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from kdfast.data import demo, text
+from kdfast.models import students
+from kdfast.models.last_hidden import last_hidden
+from kdfast.objective import LanguageModel
+from kdfast.results import measure, progress
+from kdfast.runs import arguments
+from kdfast.runs.language import LanguageRun, PeakMemory
+from kdfast.train.on_policy import OnPolicyTrainer
+
+CURVE_ROWS = 8  # of the held-out rows, for the points of the learning curve; the table is measured on all
+
+
+@torch.inference_mode()
+def quality(models: Mapping[str, Any], rows: Sequence[text.Row], collate: text.Collator) -> dict[str, measure.Metrics]:
+    """Perplexity of the tokens that count, and mean KL(teacher ‖ model) at temperature 1 in nats, of each of the models.
+
+    One of them is named "teacher".
+    """
+    halves = LanguageModel(alpha=0.5, temperature=1.0)
+    sums = {name: {"kd": 0.0, "ce": 0.0} for name in models}
+    tokens = 0
+    starts = range(0, len(rows), 4)
+    for start in progress.bar("held-out text", len(starts), starts):
+        batch = {k: v.to(models["teacher"].device) for k, v in collate(rows[start : start + 4]).items()}
+        count = int(halves.num_items(batch))
+        outputs = {name: halves.run(model, batch) for name, model in models.items()}
+        for name, output in outputs.items():
+            terms = halves(output, outputs["teacher"], batch)
+            for term in sums[name]:
+                sums[name][term] += 2 * count * terms[term].item()
+        tokens += count
+    return {
+        name: {"perplexity": math.exp(total["ce"] / tokens), "kl_to_teacher": total["kd"] / tokens}
+        for name, total in sums.items()
+    }
+
+
+@torch.inference_mode()
+def check_causal(teacher: Any, source: str | Path) -> None:
+    """That predictions do not depend on later tokens: those of an encoder do, which may be loaded as a language model too.
+
+    Raises:
+        ValueError: they do, or they are made in a way that `kdfast.linear_kd_loss` does not know.
+    """
+    ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=teacher.device)
+    try:
+        first, second = last_hidden(teacher, input_ids=ids, attention_mask=torch.ones_like(ids)).hidden
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"teacher {source}: {error}") from None
+    if (first - second)[:-1].abs().max() > 1e-3 * first.abs().max():
+        raise ValueError(
+            f"teacher {source} is no causal language model: its prediction of a token depends on the tokens after it"
+        )
+
+
+class CausalLMRun(LanguageRun):
+    losses: ClassVar = {"kd": "teacher's term", "ce": "labels' term"}
+    caption = "Perplexity, KL from the teacher's distribution at T = 1 in nats: of the next token"
+    auto = AutoModelForCausalLM
+    kind = "causal language model"
+    data_files = (
+        "a .jsonl file with prompt and completion in each line, or a text file with empty lines between the texts",
+        (".jsonl",),
+    )
+
+    def prepare(self) -> None:
+        r = self.recipe
+        source = demo.fetch(demo.SMOLLM2) if r.teacher is None else r.teacher
+        self.teacher = self.load_teacher(source)
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"teacher {source}: expected a tokenizer with an end-of-text token (eos_token), which closes texts and "
+                "completions, got one without"
+            )
+        check_causal(self.teacher, source)
+        layers = range(0, self.teacher.config.num_hidden_layers, 3) if r.student_layers is None else r.student_layers
+        self.start = students.from_layers(self.teacher, layers)
+        pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        self.collate = text.Collator(pad)
+        train, test = self._rows()
+        if r.on_policy > 0:
+            train, test = self._prompted(train), self._prompted(test)
+        self.train, self.test = train[: r.train_rows], test[: r.test_rows]
+        if not self.train or not self.test:
+            expected = (
+                f"10 rows or more (of max_length {r.max_length} tokens where texts are packed), one in ten to hold out"
+            )
+            raise ValueError(f"data {r.data or 'by default'}: expected {expected}, got {len(train) + len(test)}")
+        largest = max(max(row["input_ids"]) for row in [*self.train, *self.test])
+        known = self.teacher.get_input_embeddings().num_embeddings
+        if max(largest, pad) >= known:
+            raise ValueError(f"teacher {source} knows {known} tokens, its tokenizer made number {max(largest, pad)}")
+
+    def _rows(self) -> tuple[list[text.Row], list[text.Row]]:
+        r = self.recipe
+        if r.data is None:
+            train, test = demo.articles(demo.fetch(demo.ARTICLES))
+            return text.packed(train, self.tokenizer, r.max_length), text.packed(test, self.tokenizer, r.max_length)
+        path = self.data_file()
+        try:
+            if path.suffix.lower() == ".jsonl":
+                rows = text.read_completions(path, self.tokenizer, r.max_length)
+            else:
+                rows = text.packed(text.read_texts(path), self.tokenizer, r.max_length)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"data {error}") from None
+        random.Random(0).shuffle(rows)
+        held_out = min(r.test_rows, len(rows) // 10)
+        return rows[held_out:], rows[:held_out]
+
+    def _prompted(self, rows: list[text.Row]) -> list[text.Row]:
+        """Rows of which every token counted, with a prompt; others as they are."""
+        begin = self.recipe.max_length // 4
+        return [
+            row
+            if row["labels"][0] == text.OFF
+            else text.with_prompt(row["input_ids"][:begin], row["input_ids"][begin:], self.recipe.max_length)
+            for row in rows
+        ]
+
+    def trainer(self, folder: Path) -> OnPolicyTrainer:
+        r = self.recipe
+        settings = arguments.training(
+            r,
+            folder,
+            max_steps=r.steps,
+            per_device_eval_batch_size=4,
+            learning_rate=r.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.06,
+            weight_decay=0.01,
+            eval_strategy="steps",
+            eval_steps=-(-r.steps // 8),
+            prediction_loss_only=True,
+            include_num_input_tokens_seen="non_padding",
+            save_steps=50,
+            logging_steps=max(1, r.steps // 60),
+        )
+        return OnPolicyTrainer(
+            copy.deepcopy(self.start),
+            settings,
+            teacher=self.teacher,
+            objective=r.objective(),
+            on_policy=r.on_policy,
+            max_new_tokens=r.max_new_tokens,
+            train_dataset=self.train,
+            eval_dataset=self.test[:CURVE_ROWS],
+            data_collator=self.collate,
+            processing_class=self.tokenizer,
+            callbacks=[PeakMemory()],
+        )
+
+    def quality(self, models: Mapping[str, Any]) -> dict[str, measure.Metrics]:
+        return quality(models, self.test, self.collate)
+
+    def timed_batch(self) -> Mapping[str, Tensor]:
+        return self.collate(self.test[:4])

@@ -1,0 +1,326 @@
+"""Runs a `ClassifierRecipe` in its folder: teacher, its stored outputs, students, measurements. What is finished is not repeated."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+import yaml
+from rich.console import Console
+from torch import nn
+from torch.utils.data import Subset
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    TrainingArguments,
+)
+
+from kdfast import teacher_cache
+from kdfast.data import demo, files, metrics, tasks
+from kdfast.models import pairing, students
+from kdfast.models.first_token import shortcut
+from kdfast.models.loading import classifier, device, load_tokenizer, named, pretrained
+from kdfast.objective import CLS, Labels, Logits
+from kdfast.recipes.classifier import ClassifierRecipe, Stage, labels_only
+from kdfast.recipes.paths import absolute
+from kdfast.results import plots, tables
+from kdfast.results.measure import BATCH, Candidate, Metrics, length, measure, versions
+from kdfast.results.progress import bar
+from kdfast.runs import arguments, stages
+from kdfast.train.trainer import DistillationTrainer
+
+CURVE_ROWS = 500  # of the test rows, for the points of the learning curves; the table is measured on all
+
+
+def _shortcut(model: Any, objective: Any) -> Any:
+    """`shortcut` where the objective reads no other token of the last layer."""
+    suffices = all(isinstance(term, (Logits, Labels, CLS)) for term in objective.terms.values())
+    return shortcut(model) if suffices else nullcontext()
+
+
+class ClassifierRun:
+    """One run in its folder. `execute` does what is not done yet.
+
+    The folder has a folder for `from_pretrained` per model (`teacher/`, `student/`, and what else the recipe's stages name),
+    `teacher_outputs/`, `config.yaml`, `metrics.json` and `learning_curves.png`.
+    """
+
+    def __init__(self, recipe: ClassifierRecipe, folder: Path, console: Console, fresh: bool = False) -> None:
+        self.recipe, self.folder, self.console = recipe, folder, console
+        arguments.chosen(recipe.precision)  # refuses what this machine has not
+        stages.check_run_folder(folder, recipe.as_dict(), fresh)
+
+    def execute(self) -> dict[str, Metrics]:
+        """Trains, measures and shows; returns the metrics of the models by their folders."""
+        transformers.utils.logging.set_verbosity_error()  # a new classification head is not worth a warning here
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+        r = self.recipe
+        self.task = self._task()
+        source = r.base or r.teacher or demo.fetch(demo.MINILM)
+        self.tokenizer = load_tokenizer("teacher" if r.teacher else "base", r.teacher or source)
+        self._check_tokenizers()
+        train, test = (part.to_list() for part in tasks.tokenize(self.task, self.tokenizer, r.max_length))
+        self.curve = len(test[:CURVE_ROWS])
+        # Batches that are made in this order have hardly any padding; training has an order of its own.
+        self.test = [*sorted(test[: self.curve], key=length), *sorted(test[self.curve :], key=length)]
+        self.train = sorted(train, key=length)
+        self._check(source)
+        stages.write_config(self.folder, r.as_dict())
+
+        teacher, base = self._teacher(source), None
+        layers, todo = self._plan(teacher)
+        self.starts = {stage.folder: stage.start for stage in todo if stage.start != "student"}
+        cached = self._cache(teacher, sorted({layer for stage in todo for layer in stage.cls_layers}))
+        histories: dict[str, stages.History] = {"teacher": stages.finished(self.folder / "teacher") or []}
+        for stage in todo:
+            if stages.finished(self.folder / stage.folder) is None:
+                if base is None and (stage.teacher == "base" or r.student_start == "base"):
+                    base = self._load("base", source)
+                start = self._start(stage, base if r.student_start == "base" else teacher, layers)
+                self._train(stage, start, {"live": teacher, "base": base}.get(stage.teacher or ""), cached)
+            histories[stage.folder] = stages.finished(self.folder / stage.folder) or []
+        titles = {"teacher": "teacher"} | {stage.folder: stage.title for stage in todo if stage.measured}
+        return self._finish(titles, histories, cached)
+
+    def _task(self) -> tasks.Task:
+        r = self.recipe
+        columns: dict[str, Any] = {"text_columns": r.text_columns, "label_column": r.label_column, "kind": r.kind}
+        try:
+            task = tasks.load(r.data, **columns, train_rows=r.train_rows, test_rows=r.test_rows)
+        except tasks.TaskError as error:
+            raise ValueError(str(error).removeprefix("tasks: ").replace("source: ", "data: ", 1)) from None
+        held_out = ", held out of the file's" if task.held_out else ""
+        rows = f"{len(task.train):,} training rows, {len(task.test):,} test rows{held_out}"
+        self.console.print(f"{files.shown_name(task.name)}: {rows}; {task.described}")
+        for note in task.notes:
+            self.console.print(note, markup=False)
+        return task
+
+    def _plan(self, teacher: Any) -> tuple[tuple[int, ...], list[Stage]]:
+        """The student's layers, and all that is trained after the teacher."""
+        r, depth = self.recipe, teacher.config.num_hidden_layers
+        layers = r.student_layers or r.student_default(depth)
+        count = len(layers) if r.student is None else pretrained(AutoConfig, "student", r.student).num_hidden_layers
+        return layers, r.all_stages(count, depth, self.task.kind)
+
+    def _check_tokenizers(self) -> None:
+        """Rows are made by one tokenizer, the teacher's."""
+        r = self.recipe
+        for name, source in (("base", r.base if r.teacher else None), ("student", r.student)):
+            if source is not None:
+                pairing.check_tokens(named(name, source), load_tokenizer(name, source), self.tokenizer)
+
+    def _check(self, source: str | Path) -> None:
+        """Tries every stage on two rows, with models that are like the later ones, before the first is trained for long."""
+        r = self.recipe
+        teacher = self._load("base", source) if r.teacher is None else self._given_teacher(r.teacher)
+        base = self._load("base", r.base) if r.teacher and r.base else teacher
+        layers, todo = self._plan(teacher)
+        student = self._student(base if r.student_start == "base" else teacher, layers)
+        titles = {"teacher": (r.teacher, teacher), "base": (r.base, base), "student": (r.student, student)}
+        for name, (given, model) in titles.items():
+            pairing.check_length(named(name, given or name), model, r.max_length)
+            pairing.check_ids(named(name, given or name), model, (*self.train, *self.test))
+        if r.teacher and r.student:
+            own = pretrained(AutoConfig, "student", r.student)  # whose classes `_load` names anew
+            pairing.check_same_classes(named("student", r.student), own, teacher)
+        if r.teacher and (note := pairing.matched_by_number("the teacher", teacher.config, self.task.names)):
+            self.console.print(note, markup=False)
+        rows = DataCollatorWithPadding(self.tokenizer)(self.train[:2])
+        for stage in todo:
+            terms: Any = stage.objective
+            with torch.no_grad():
+                outputs = (
+                    None if stage.teacher is None else terms.run(base if stage.teacher == "base" else teacher, rows)
+                )
+                try:
+                    terms(terms.run(student, rows), outputs, rows)
+                except ValueError as error:
+                    raise ValueError(f"{r.name}, {stage.title}: {error}") from None
+
+    # ---- models ----
+    def _load(self, argument: str, source: str | Path) -> Any:
+        """A classifier of the task. PyTorch's fused attention has no dropout on the CPU; the rest of the dropout stays."""
+        config = pretrained(AutoConfig, argument, source)
+        options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True} | self.task.head
+        options["dtype"] = torch.float32  # however it is stored: small steps are lost on weights of 16 bits
+        if hasattr(config, "attention_probs_dropout_prob"):
+            options["attention_probs_dropout_prob"] = 0.0
+        transformers.set_seed(self.recipe.seed)  # for the classifier's initial weights
+        pairing.check_names(named(argument, source), config, self.task.names)
+        model, loading = pretrained(AutoModelForSequenceClassification, argument, source, **options)
+        if unlike := sorted(name for name, *_ in loading["mismatched_keys"]):
+            raise ValueError(
+                f"{named(argument, source)}: {', '.join(unlike)} are not of {self.task.described}, as the data"
+            )
+        pairing.pad_alike(named(argument, source), model, self.tokenizer)
+        return model
+
+    def _given_teacher(self, source: str) -> Any:
+        model = classifier(self.task, "teacher", source)
+        pairing.pad_alike(named("teacher", source), model, self.tokenizer)
+        return model
+
+    def _teacher(self, source: str | Path) -> Any:
+        r, folder = self.recipe, self.folder / "teacher"
+        if r.teacher is not None:
+            return self._given_teacher(r.teacher)
+        if stages.finished(folder) is None:
+            rates: Any = {"epochs": r.teacher_epochs, "learning_rate": r.teacher_learning_rate}
+            stage = Stage("teacher", "teacher", labels_only(self.task.kind), measured=False, **rates)
+            self._train(stage, self._frozen(self._load("base", source)), None, None)
+        return self._load("teacher", folder)
+
+    def _start(self, stage: Stage, model: Any, layers: tuple[int, ...]) -> Any:
+        """The student before a stage."""
+        if stage.start != "student":
+            return self._frozen(self._load("student", self.folder / stage.start))
+        return self._frozen(self._student(model, layers))
+
+    def _student(self, model: Any, layers: tuple[int, ...]) -> Any:
+        r = self.recipe
+        if r.student is not None:
+            student = self._load("student", r.student)
+        elif r.student_config is None:
+            # The teacher's logits are made without dropout: a student without any comes closer to the same function.
+            student = students.from_layers(model, layers, dropout=0.0)
+        else:
+            transformers.set_seed(r.seed)  # for the weights that do not fit
+            student = students.narrower(model, layers=layers, dropout=0.0, **_changes(r.student_config)).model
+        return student
+
+    def _frozen(self, model: Any) -> Any:
+        embeddings: nn.Module = getattr(model.base_model, "embeddings", model.get_input_embeddings())
+        fresh = "hidden_size" in (self.recipe.student_config or "")
+        embeddings.requires_grad_(fresh or not self.recipe.freeze_embeddings)
+        return model
+
+    # ---- training ----
+    def _cache(self, teacher: Any, cls_layers: list[int]) -> tuple[Any, Any]:
+        """The rows with the teacher's outputs beside them, which are computed once, and their collator."""
+        self.collate = DataCollatorWithPadding(self.tokenizer)
+        parts = {"train": self.train, "test": self.test}
+        caches = [self._stored(part, rows, teacher, cls_layers) for part, rows in parts.items()]
+        beside = [cache.beside(rows) for cache, rows in zip(caches, parts.values(), strict=True)]
+        return beside, caches[0].collator(self.collate)
+
+    def _stored(self, part: str, rows: list[dict[str, Any]], teacher: Any, cls_layers: list[int]) -> Any:
+        with bar(f"teacher's outputs, {part}", len(rows)) as shown, shortcut(teacher):
+
+            def progress(done: int, tokens: int) -> None:
+                shown.update(done - shown.n)
+
+            return teacher_cache.write(
+                teacher,
+                rows,
+                self.folder / "teacher_outputs" / part,
+                tokenizer=self.tokenizer,
+                outputs=("logits", "cls") if cls_layers else ("logits",),
+                layers=cls_layers,
+                batch_size=BATCH,
+                device=device(),
+                progress=progress,
+            )
+
+    def _train(self, stage: Stage, student: Any, teacher: Any, cached: tuple[Any, Any] | None) -> None:
+        train, test, collate = self.train, None, DataCollatorWithPadding(self.tokenizer)
+        if cached is not None:
+            (train, test), collate = cached
+        trainer = DistillationTrainer(
+            student,
+            self._arguments(stage, len(train)),
+            teacher=teacher,
+            objective=stage.objective,
+            train_dataset=train,
+            eval_dataset=None if test is None else Subset(test, range(self.curve)),
+            data_collator=collate,
+            processing_class=self.tokenizer,
+            compute_metrics=self._quality,
+        )
+        with _shortcut(trainer.model, stage.objective):
+            dtype = self.recipe.save_dtype if stage.measured else "float32"
+            stages.train_stage(trainer, self.folder / stage.folder, stage.title, dtype)
+
+    def _quality(self, prediction: Any) -> Metrics:
+        logits, labels = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
+        return metrics.metrics(self.task.metric, logits, labels)
+
+    def _arguments(self, stage: Stage, rows: int) -> TrainingArguments:
+        r = self.recipe
+        return arguments.training(
+            r,
+            self.folder / stage.folder,
+            num_train_epochs=stage.epochs or r.epochs,
+            per_device_eval_batch_size=BATCH,
+            learning_rate=stage.learning_rate or r.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=r.warmup,
+            weight_decay=0.01,
+            eval_strategy="steps" if stage.measured else "no",
+            eval_steps=max(1, rows // (2 * r.batch_size)),
+            save_steps=250,  # a minute or two of work, and hardly any time for writing
+            logging_steps=10,
+        )
+
+    # ---- results ----
+    def _finish(
+        self, titles: dict[str, str], histories: dict[str, stages.History], cached: tuple[Any, Any]
+    ) -> dict[str, Metrics]:
+        stored = self.folder / "metrics.json"
+        if not stored.is_file():
+            results = self._measure(titles, histories, cached[0][1].cache)
+            facts = {
+                "data": absolute("data", self.task.name),
+                "kind": self.task.kind,
+                "metric": self.task.metric,
+                "test": tasks.fingerprint(self.task.test),
+                "titles": titles,
+            }
+            trained = {name: stages.trained_in(self.folder / name) for name in titles}
+            settings = {"settings": self.recipe.as_dict(), "versions": versions(), "precision": trained}
+            stages.write_json(stored, {**settings, "task": facts, "models": results})
+        results = json.loads(stored.read_text())["models"]
+        plots.plot_learning_curves(
+            self.folder / "learning_curves.png",
+            {title: histories[folder] for folder, title in titles.items() if folder != "teacher"},
+            self.task.metric,
+            results["teacher"][self.task.metric],
+        )
+        self.console.print(tables.results_table(results, titles, files.shown_name(self.task.name), self.task.metric))
+        saved = "student/ (AutoModelForSequenceClassification loads it), metrics.json, learning_curves.png"
+        self.console.print(f"In {self.folder}: {saved}")
+        return results  # type: ignore[no-any-return]
+
+    def _measure(self, titles: dict[str, str], histories: dict[str, stages.History], cache: Any) -> dict[str, Metrics]:
+        """On all test rows."""
+        of_teacher = torch.stack([cache[i]["logits"] for i in range(len(cache))])
+        candidates = {}
+        for name, title in titles.items():
+            folder = self.recipe.teacher or self.folder / name if name == "teacher" else self.folder / name
+            model, known = self._load(name, folder).to(device()), of_teacher if name == "teacher" else None
+            candidates[name] = Candidate(f"test: {title}", model, folder, self.tokenizer, self.test, known)
+        results = measure(candidates, self.task, "teacher")
+        for name in titles:
+            if seconds := self._seconds(name, histories):
+                results[name]["training_seconds"] = seconds
+        return results
+
+    def _seconds(self, name: str, histories: dict[str, stages.History]) -> float:
+        """Of a model's training, and of the stages that it started from."""
+        before = self.starts.get(name)
+        return stages.seconds(histories.get(name, [])) + (0.0 if before is None else self._seconds(before, histories))
+
+
+def _changes(text: str) -> dict[str, Any]:
+    """hidden_size=192,intermediate_size=768 as a dict."""
+    pairs = [part.split("=", 1) for part in text.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"student_config must be like hidden_size=192,intermediate_size=768, got {text}")
+    return {name.strip(): yaml.safe_load(value) for name, value in pairs}

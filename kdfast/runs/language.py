@@ -1,0 +1,197 @@
+"""Runs of recipes of language models in their folders: what they have in common."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from rich.console import Console
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from kdfast.data import files
+from kdfast.models import pairing
+from kdfast.models.loading import device, load_tokenizer, pretrained
+from kdfast.recipes.base import Recipe
+from kdfast.results import measure, plots, tables
+from kdfast.runs import arguments, stages
+from kdfast.teacher_cache._identity import tokenizer_sha256
+
+# Files that would be read as if they were prose, or not at all.
+NO_TEXT = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip")
+
+
+class PeakMemory(TrainerCallback):  # type: ignore[misc]
+    """Adds what training needed at most to its history, models and optimizer included."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident
+        state.log_history.append({"step": state.global_step, "peak_memory_mb": peak / 1e6})
+
+
+class LanguageRun:
+    """One run in its folder: a teacher, and a student that is measured before and after. `execute` does what is not done yet.
+
+    The folder has `student/` for `from_pretrained`, `config.yaml`, `metrics.json` and `learning_curve.png`.
+
+    Args:
+        recipe: what to do.
+        folder: where everything is kept.
+        console: receives the table.
+        fresh: remove an earlier run in that folder first instead of continuing it.
+
+    Attributes:
+        titles: of the models, by which `execute` names its results.
+        losses: names of the loss in the training's history, with what the plot calls them.
+        caption: of the table.
+        auto: class that loads teacher and student.
+        kind: what that is.
+        data_files: what `data` may be, and those endings of `NO_TEXT` that it may have.
+        teacher, start, tokenizer: what `prepare` leaves; `start` is the student before it is trained.
+        train, test: so does it the rows, to train on and held out.
+        notes: and what to tell of them.
+
+    Raises:
+        ValueError: the folder holds a run with other settings, or something that is not a run.
+    """
+
+    titles: ClassVar[Mapping[str, str]] = {
+        "teacher": "teacher",
+        "start": "student, before",
+        "student": "student, distilled",
+    }
+    losses: ClassVar[Mapping[str, str]]
+    caption: ClassVar[str]
+    auto: ClassVar[Any]
+    kind: ClassVar[str]
+    data_files: ClassVar[tuple[str, tuple[str, ...]]]
+    teacher: Any
+    start: Any
+    tokenizer: Any
+    train: Any
+    test: Any
+    notes: Sequence[str] = ()
+
+    def __init__(self, recipe: Recipe, folder: Path, console: Console, fresh: bool = False) -> None:
+        self.recipe: Any = recipe
+        self.folder, self.console = folder, console
+        arguments.chosen(recipe.precision)  # refuses what this machine has not
+        stages.check_run_folder(folder, recipe.as_dict(), fresh)
+
+    # ---- a recipe's own ----
+    def prepare(self) -> None:
+        """Loads models and rows, and writes nothing.
+
+        Raises:
+            ValueError: data, teacher or the student's layers cannot be used.
+            kdfast.data.demo.AssetError: model or data cannot be fetched.
+        """
+        raise NotImplementedError
+
+    def train_teacher(self) -> None:
+        """Where the teacher is not ready, makes it, and the student's start anew."""
+
+    def trainer(self, folder: Path) -> Trainer:
+        """Of the student, with its checkpoints in a folder `checkpoints` there."""
+        raise NotImplementedError
+
+    def quality(self, models: Mapping[str, Any]) -> dict[str, measure.Metrics]:
+        """Of the models on the held-out rows."""
+        raise NotImplementedError
+
+    def timed_batch(self) -> Mapping[str, Tensor]:
+        """A batch that shows the models' speed."""
+        raise NotImplementedError
+
+    # ---- what `prepare` is made of ----
+    def load_teacher(self, source: str | Path, new_head: bool = False, **options: Any) -> Any:
+        """The teacher, and its tokenizer, which becomes the run's.
+
+        Args:
+            source: folder or Hub name.
+            new_head: whether weights may be missing, which are random then.
+            options: of its configuration.
+
+        Raises:
+            ValueError: it cannot be loaded, lacks weights or a tokenizer, or has fewer positions than `max_length`.
+        """
+        transformers.utils.logging.set_verbosity_error()  # missing weights are wanted, or an error here
+        self.tokenizer = load_tokenizer("teacher", source)
+        options |= {"dtype": torch.float32, "output_loading_info": True}
+        model, loading = pretrained(self.auto, "teacher", source, **options)
+        if (lacking := sorted(loading["missing_keys"])) and not new_head:
+            names = ", ".join(lacking[:4]) + (f" and {len(lacking) - 4} more" if len(lacking) > 4 else "")
+            raise ValueError(f"teacher {source} is no {self.kind}: it has no {names}")
+        pairing.check_length(f"teacher {source}", model, self.recipe.max_length)
+        return model.eval().to(device())
+
+    def data_file(self) -> Path:
+        """What `data` names.
+
+        Raises:
+            ValueError: that is no file, or by its name none of text.
+        """
+        path, (expected, known) = Path(self.recipe.data), self.data_files
+        if not path.is_file():
+            raise ValueError(f"data {path} is not a file: expected {expected}")
+        if path.suffix.lower() in NO_TEXT and path.suffix.lower() not in known:
+            raise ValueError(f"data {path}: expected {expected}, got a file that ends in {path.suffix}")
+        return path
+
+    # ---- all recipes' ----
+    def execute(self) -> dict[str, measure.Metrics]:
+        """Trains, measures and shows; returns the metrics of the models, by the names of `titles`.
+
+        Raises:
+            kdfast.runs.stages.StageInterrupted: stopped by a signal, with the state saved.
+        """
+        transformers.utils.logging.disable_progress_bar()
+        self.prepare()
+        source = files.shown_name(self.recipe.data or "demonstration")
+        self.console.print(f"{source}: {len(self.train):,} training rows, {len(self.test):,} held out")
+        for note in self.notes:
+            self.console.print(note, markup=False)
+        stages.write_config(self.folder, self.recipe.as_dict())
+        self.train_teacher()
+        folder = self.folder / "student"
+        if stages.finished(folder) is None:
+            stages.train_stage(self.trainer(folder), folder, self.titles["student"], self.recipe.save_dtype)
+        student = self.auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(device())
+        history = stages.finished(folder) or []
+        results = self._measured({"teacher": self.teacher, "start": self.start, "student": student}, history)
+        plots.plot_losses(self.folder / "learning_curve.png", history, self.losses)
+        self.console.print(
+            tables.language_table({self.titles[name]: row for name, row in results.items()}, self.caption)
+        )
+        saved = f"student/ ({self.auto.__name__} loads it), metrics.json, learning_curve.png"
+        self.console.print(f"In {self.folder}: {saved}")
+        return results
+
+    def _measured(self, models: dict[str, Any], history: stages.History) -> dict[str, measure.Metrics]:
+        stored = self.folder / "metrics.json"
+        if not stored.is_file():
+            for model in models.values():
+                model.eval()
+            results = self.quality(models)
+            batch = {k: v.to(device()) for k, v in self.timed_batch().items() if k != "labels"}
+            milliseconds = measure.latency_ms(models, batch, repeats=5)
+            for name, model in models.items():
+                results[name] |= measure.size(model, self.folder / name)
+                results[name]["tokens_per_second"] = 1e3 * int(batch["attention_mask"].sum()) / milliseconds[name]
+            speeds = [event["train_tokens_per_second"] for event in history if "train_tokens_per_second" in event]
+            training = {
+                "precision": stages.trained_in(self.folder / "student"),
+                "tokens_per_second": speeds[-1],  # since it was last continued, its evaluations included
+                "peak_memory_mb": next(event["peak_memory_mb"] for event in history if "peak_memory_mb" in event),
+            }
+            facts = {"settings": self.recipe.as_dict(), "versions": measure.versions(), "training": training}
+            facts["tokenizer"] = tokenizer_sha256(self.tokenizer)[:12]
+            stages.write_json(stored, {**facts, "models": results})
+        measured: dict[str, measure.Metrics] = json.loads(stored.read_text())["models"]
+        return measured

@@ -1,0 +1,1 @@
+"""The trainer. May import: objective, teacher_cache, models, data, ops."""

@@ -1,0 +1,83 @@
+"""What `DistillationTrainer` does within a step: the loss inside DDP's forward, and means of what it logs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.data.distances import kind_of, to_teacher
+
+
+class Means:
+    """Weighted means of named numbers, over batches and processes."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.weight: float | Tensor = 0.0
+
+    def add(self, values: Mapping[str, Tensor], weight: float | Tensor, summed: bool = False) -> None:
+        """`summed`: the values carry the weight already."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().double() * (1.0 if summed else weight)
+        self.weight = self.weight + weight
+
+    def take(self, accelerator: Any) -> dict[str, float]:
+        """The means, and starts anew. 0 where nothing has a weight."""
+        names, device = list(self.sums), accelerator.device
+        totals = [torch.as_tensor(x, dtype=torch.float64, device=device) for x in (*self.sums.values(), self.weight)]
+        *sums, weight = accelerator.reduce(torch.stack(totals), reduction="sum").tolist()
+        self.__init__()  # type: ignore[misc]
+        return {name: value / weight if weight else 0.0 for name, value in zip(names, sums, strict=True)}
+
+
+def inside_forward(model: nn.Module, step: Callable[[nn.Module], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """step(model), inside the forward of DistributedDataParallel where that wraps the model.
+
+    What DDP's forward returns tells it which parameters will have gradients. That must be the loss itself: a model's
+    outputs come from heads that no term may reach, and lack the queries and keys that some do.
+    """
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return step(model)
+    inner: Any = model.module
+    own = vars(inner).get("forward")  # accelerate's, under mixed precision
+
+    def restore() -> None:
+        vars(inner).pop("forward", None)
+        if own is not None:
+            inner.forward = own
+
+    def forward() -> dict[str, Tensor]:
+        restore()
+        return step(inner)
+
+    inner.forward = forward
+    try:
+        terms: dict[str, Tensor] = model()
+        return terms
+    finally:
+        restore()
+
+
+@contextmanager
+def without(model: nn.Module, name: str) -> Iterator[None]:
+    """`model` is for a while without its module of this name, if it has one."""
+    taken = model._modules.pop(name, None)
+    try:
+        yield
+    finally:
+        if taken is not None:
+            model.add_module(name, taken)
+
+
+def agreement(student: Any, teacher: Any, model: Any = None) -> dict[str, Tensor]:
+    """`to_teacher` of the logits [B, C] of a classifier or regressor and its teacher; nothing of other outputs.
+
+    `model`: the student, whose config may tell its kind.
+    """
+    if student is None or teacher is None or student.dim() != 2 or student.shape != teacher.shape:
+        return {}
+    return to_teacher(student, teacher, kind_of(getattr(model, "config", None), student.shape[-1]))
