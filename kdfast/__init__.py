@@ -15,7 +15,7 @@ from kdfast.cli import interrupt
 
 interrupt.begin()  # before torch, which takes a second to import
 
-from kdfast import _native  # noqa: E402
+from kdfast.ops import _native  # noqa: E402
 
 _native.load()
 
@@ -67,11 +67,7 @@ __all__ = [
 ]
 
 
-_LATE = {
-    "hf": "kdfast.models.reader",
-    "students": "kdfast.models.students",
-    "teacher_cache": "kdfast.teacher_cache",
-}
+_LATE = ("hf", "students", "teacher_cache")
 
 
 def __getattr__(name: str) -> Any:
@@ -81,7 +77,7 @@ def __getattr__(name: str) -> Any:
 
         return DistillationTrainer
     if name in _LATE:
-        return importlib.import_module(_LATE[name])
+        return importlib.import_module(f"kdfast.{name}")
     raise AttributeError(f"module 'kdfast' has no attribute '{name}'")
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import kdfast
-from kdfast import _C, _native
+from kdfast import _C
+from kdfast.ops import _native
 
 EXPORTED_BY_TORCH_2_10 = Path(__file__).parent / "torch_2_10_symbols.txt"
 

@@ -133,7 +133,7 @@ def test_ctrl_c_while_importing(module: str, command: str, as_script: bool, tmp_
     (tmp_path / "fake" / module / "__init__.py").write_text(SIGNALS)
     script = tmp_path / "kdfast"
     script.write_text("from kdfast.cli.main import main\nmain()\n")
-    here = str(Path(disk.__file__).parents[1])
+    here = str(Path(disk.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, *([str(script)] if as_script else ["-m", "kdfast"]), *command.split()],
         capture_output=True,

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kdfast import bench
+from kdfast.bench import harness
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -30,9 +30,9 @@ SHOWN = (
 
 def operators() -> str:
     """A table per device; of a device's files the latest that has a case."""
-    devices: dict[str, tuple[dict[str, bench.Result], list[dict[str, Any]]]] = {}
+    devices: dict[str, tuple[dict[str, harness.Result], list[dict[str, Any]]]] = {}
     for path in sorted(RESULTS.glob("operators-*.json")):
-        results, facts = bench.load(path)
+        results, facts = harness.load(path)
         latest, environments = devices.setdefault(facts["device"], ({}, []))
         latest |= {r.case.name: r for r in results}
         environments.append(facts)
@@ -42,7 +42,7 @@ def operators() -> str:
         threads = f", {facts['threads']} threads, {facts['cpu_variant']}" if "threads" in facts else ""
         dates = " and ".join(dict.fromkeys(facts["date"] for facts in environments))
         title = f"{device}{threads}, torch {facts['torch']}, {dates} (all cases: `benchmarks/results/operators-*.md`):"
-        parts.append(f"{title}\n\n{bench.markdown([latest[name] for name in SHOWN if name in latest])}")
+        parts.append(f"{title}\n\n{harness.markdown([latest[name] for name in SHOWN if name in latest])}")
     return "\n\n".join(parts)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kdfast.recipes import causal_lm, distilbert
+from kdfast import recipes
 from kdfast.recipes.base import Recipe
 from kdfast.recipes.classifier import ClassifierRecipe
 
@@ -30,9 +30,9 @@ def run(recipe: Recipe, folder: Path, console: Any, fresh: bool = False) -> dict
     kind: Any
     if isinstance(recipe, ClassifierRecipe):
         from kdfast.runs.classifier import ClassifierRun as kind
-    elif isinstance(recipe, distilbert.Recipe):
+    elif isinstance(recipe, recipes.distilbert.Recipe):
         from kdfast.runs.distilbert import DistilBERTRun as kind
-    elif isinstance(recipe, causal_lm.Recipe):
+    elif isinstance(recipe, recipes.causal_lm.Recipe):
         from kdfast.runs.causal_lm import CausalLMRun as kind
     else:
         expected = "a ClassifierRecipe, or a recipe of distilbert or causal_lm"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-LIBRARY = Path(__file__).parent / "libkdfast.so"
+LIBRARY = Path(__file__).parents[1] / "libkdfast.so"  # beside the module _C
 BUILD = 'pip install --no-build-isolation -e . (after: pip install "setuptools>=77" "cmake>=3.31" ninja pybind11)'
 
 
