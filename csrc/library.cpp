@@ -29,6 +29,11 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "float temperature, SymInt columns, SymInt vocabulary, SymInt vocab_start, int reduction, float scale, "
       "bool distillation, float alpha, float smoothing, int ignore_index, Tensor? state, int known) "
       "-> (Tensor loss, Tensor components)");
+  // Rows' states [..., 9] of a shard, which these become over all shards when they are added up: referred to maxima
+  // [2, ...] of student and teacher over all of them. kind and temperatures as above.
+  m.def(
+      "divergence_referred(Tensor state, Tensor maxima, Tensor? row_temperature, int kind, float temperature) "
+      "-> Tensor");
   // Distances between layers, each [B, H, R, C]: the sum over layers and heads of weight times the sum over rows of a
   // distance of csrc/common/layer_terms.h, over divisor. row_mask [B, R], column_mask [B, C]; head_map (the teacher's
   // head of a student's, or -1) and weight of every layer and head in turn; floor: NaN for none. per_row: every row's

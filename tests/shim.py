@@ -30,7 +30,7 @@ from kdfast.registry.divergences import DIVERGENCES
 
 ROOT = Path(__file__).parents[1]
 OPS = (
-    *("divergence", "divergence_backward", "divergence_into", "scale_"),
+    *("divergence", "divergence_backward", "divergence_into", "divergence_referred", "scale_"),
     *("layer_distance", "layer_distance_backward", "qk_distance", "qk_distance_backward"),
 )
 NONE, MEAN, SUM, BATCHMEAN = range(4)

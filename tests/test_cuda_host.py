@@ -204,10 +204,11 @@ def test_shards(shim: ctypes.CDLL, device: Device, width: int, kind: str, monkey
     """A vocabulary in three parts, one of them empty: each part's states, merged, give it the loss and its gradient."""
 
     def all_reduce(x: Tensor, op: Any, group: Any) -> None:  # of states that are stacked over the parts
-        x.copy_((x.amax(1, True) if op == torch.distributed.ReduceOp.MAX else x.sum(1, True)).expand_as(x))
+        x.copy_((x.amax(1, True) if op == torch.distributed.ReduceOp.MAX else x.sum(0, True)).expand_as(x))
 
-    monkeypatch.setattr(_shards.dist, "all_reduce", all_reduce)
     case = Case(shim, device)
+    monkeypatch.setattr(_shards.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.ops.kdfast, "divergence_referred", case.ops.divergence_referred)
     s, t = pair(width, torch.float32)
     s[0] += 100  # far from the other rows' maxima, and from 0
     of = Loss(kind, labels=labels_of(width), alpha=0.4, smoothing=0.1, temperature=2.0)
@@ -215,7 +216,7 @@ def test_shards(shim: ctypes.CDLL, device: Device, width: int, kind: str, monkey
     parts = [(s[:, a:b], t[:, a:b], *of.args(b - a, a, width)) for a, b in itertools.pairwise(starts)]
     forward = case.ops.divergence
     states = torch.stack([forward(*part, None, KNOWN_NOTHING, SAVE_STATE)[2] for part in parts])
-    states = _shards.merged(states, kind, 2.0, None)
+    states = _shards.merged(states, KINDS.index(kind), None, 2.0, None)
     if kind in SECOND_LOOK:
         states = torch.stack(
             [forward(*part, state, KNOWN_NORMALISERS, SAVE_STATE)[2] for part, state in zip(parts, states, strict=True)]

@@ -115,9 +115,10 @@ def test_shards(shim: ctypes.CDLL, tail: str, monkeypatch: pytest.MonkeyPatch) -
     """Parts of the vocabulary, one empty, one without any of the teacher's columns."""
 
     def all_reduce(x: Tensor, op: Any, group: Any) -> None:  # of states that are stacked over the parts
-        x.copy_((x.amax(1, True) if op == torch.distributed.ReduceOp.MAX else x.sum(1, True)).expand_as(x))
+        x.copy_((x.amax(1, True) if op == torch.distributed.ReduceOp.MAX else x.sum(0, True)).expand_as(x))
 
     monkeypatch.setattr(_shards.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.ops.kdfast, "divergence_referred", torch.ops.kdfast_cuda_host.divergence_referred)
     case = Case(shim, Device())
     s, teacher = logits(6, 1025, torch.float32), 3 * torch.randn(6, 1025)
     teacher[:, 700:] -= 100
@@ -126,7 +127,7 @@ def test_shards(shim: ctypes.CDLL, tail: str, monkeypatch: pytest.MonkeyPatch) -
     starts = [0, 300, 300, 700, 1025]
     parts = [(s[:, a:b], t, *of._replace(columns=b - a, vocab_start=a)) for a, b in itertools.pairwise(starts)]
     states = torch.stack([case.ops.divergence(*part, None, KNOWN_NOTHING, SAVE_STATE)[2] for part in parts])
-    states = _shards.merged(states, f"topk_{tail}", 2.0, None)
+    states = _shards.merged(states, len(KINDS) + TAILS.index(tail), None, 2.0, None)
     made = [
         case.ops.divergence(*p, state, KNOWN_EVERYTHING, SAVE_GRADIENT) for p, state in zip(parts, states, strict=True)
     ]

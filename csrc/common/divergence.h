@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "common/checks.h"
-#include "common/divergence_terms.h"
+#include "common/divergence_facts.h"
 #include "common/row_offsets.h"
 
 namespace kdfast {
@@ -22,14 +22,9 @@ struct RowInput {
   RowOffsets offsets;
 };
 
-// Of a Divergence.
-inline const char* divergence_name(int64_t kind) {
-  static constexpr const char* kNames[] = {
-      "kl_div",          "reverse_kl_div",     "js_div",    "skew_kl_div",      "skew_reverse_kl_div",
-      "total_variation", "soft_cross_entropy", "logit_mse", "symmetric_kl_div", "topk_kl_div",
-      "topk_kl_div",     "topk_kl_div"};
-  static_assert(std::size(kNames) == size_t(Divergence::count));
-  return kNames[kind];
+// The operator that users know a divergence by.
+inline const char* divergence_name(Divergence kind) {
+  return facts_of(kind).topk ? "topk_kl_div" : facts_of(kind).name;
 }
 
 // In the order of the schema (csrc/library.cpp).
@@ -48,8 +43,8 @@ struct DivergenceCall {
   double alpha, smoothing;
   int64_t ignore_index;
 
-  const char* op() const { return distillation ? "kd_loss" : divergence_name(kind); }
-  bool is_topk() const { return is_topk_kind(Divergence(kind)); }
+  const char* op() const { return distillation ? "kd_loss" : divergence_name(Divergence(kind)); }
+  bool is_topk() const { return facts_of(Divergence(kind)).topk; }
   bool reduces_to(Reduction r) const { return Reduction(reduction) == r; }
   bool per_row() const { return reduces_to(Reduction::none); }
   int64_t leading() const { return student.dim() - 1; }
@@ -163,6 +158,46 @@ struct DivergenceCall {
     check_device(op(), argument, *t, student);
     check_dtype(op(), argument, *t, expected);
     check_leading(op(), argument, *t, student, leading());
+  }
+};
+
+// The rows' states of a shard [..., kRowStateSize], and the maxima [2, ...] of the student's and the teacher's logits
+// over all shards.
+struct StatesCall {
+  Tensor state, maxima;
+  std::optional<Tensor> row_temperature;
+  int64_t kind;  // of Divergence
+  double temperature;
+
+  int64_t rows() const { return state.numel() / kRowStateSize; }
+  bool is_double() const { return state.scalar_type() == ScalarType::Double; }
+  RowInput temperatures() const {
+    RowInput input;
+    if (!row_temperature) return input;
+    input.data = row_temperature->const_data_ptr();
+    const auto& t = *row_temperature;
+    STD_TORCH_CHECK(row_offsets(t.sizes().data(), t.strides().data(), t.dim(), &input.offsets),
+                    "divergence_referred: temperature: expected at most ", RowOffsets::kMax,
+                    " dimensions that memory keeps apart, got ", shape_of(t));
+    return input;
+  }
+  void check() const {
+    const char* op = "divergence_referred";
+    STD_TORCH_CHECK(kind >= 0 && kind < int64_t(Divergence::count), op, ": kind: expected 0 to ",
+                    int64_t(Divergence::count) - 1, ", got ", kind);
+    const int64_t last = state.dim() - 1;
+    STD_TORCH_CHECK(last >= 0 && state.size(last) == kRowStateSize && state.is_contiguous() &&
+                        (is_double() || state.scalar_type() == ScalarType::Float),
+                    op, ": state: expected [..., ", kRowStateSize, "], float32 or float64, contiguous, got ",
+                    shape_of(state));
+    check_device(op, "maxima", maxima, state);
+    check_dtype(op, "maxima", maxima, state.scalar_type());
+    STD_TORCH_CHECK(maxima.is_contiguous() && maxima.numel() == 2 * rows(), op, ": maxima: expected two per row, got ",
+                    shape_of(maxima));
+    if (!row_temperature) return;
+    check_device(op, "temperature", *row_temperature, state);
+    check_dtype(op, "temperature", *row_temperature, state.scalar_type());
+    check_leading(op, "temperature", *row_temperature, state, last);
   }
 };
 

@@ -136,8 +136,8 @@ class Driver {
     }
     if (looks_again_) {
       look_in_pieces(kernels_.look_again, [](DivergenceRow& row, const DivergenceRow& piece, bool first) {
-        row.state.a = piece.state.a + (first ? 0 : row.state.a);
-        row.state.b = piece.state.b + (first ? 0 : row.state.b);
+        row.state.moment_t = piece.state.moment_t + (first ? 0 : row.state.moment_t);
+        row.state.moment_s = piece.state.moment_s + (first ? 0 : row.state.moment_s);
       });
     }
     for (int64_t i = 0; i < n; ++i) kernels_.finish(shape_, batch[i]);
@@ -159,7 +159,8 @@ class Driver {
 };
 
 void write_state(const Reals& to, int64_t row, const RowState<double>& s) {
-  const double values[kRowStateSize] = {s.max_s, s.sum_s, s.max_t, s.sum_t, s.a, s.b, s.sum_one, s.total, s.label};
+  const double values[kRowStateSize] = {s.max_s,    s.sum_s,   s.max_t, s.sum_t, s.moment_t,
+                                        s.moment_s, s.sum_one, s.total, s.label};
   for (int i = 0; i < kRowStateSize; ++i) to.set(row * kRowStateSize + i, values[i]);
 }
 RowState<double> read_state(const Reals& from, int64_t row) {
@@ -230,6 +231,31 @@ Tensor backward(const DivergenceCall& call, const Tensor& grad_loss, const Tenso
   return gradient;
 }
 
+// Every row's state merged with one of these maxima that has seen nothing.
+Tensor divergence_referred(Tensor state, Tensor maxima, std::optional<Tensor> row_temperature, int64_t kind,
+                           double temperature) {
+  const StatesCall call{state, maxima, row_temperature, kind, temperature};
+  call.check();
+  const std::vector<int64_t> sizes(state.sizes().begin(), state.sizes().end());
+  const Tensor result = torch::stable::new_empty(state, sizes, state.scalar_type());
+  const int64_t rows = call.rows();
+  const Reals from(state, call.is_double()), most(maxima, call.is_double()), to(result, call.is_double());
+  const RowInput temperatures = call.temperatures();
+  const auto merge = cpu_variant().kernels->divergence[kind].merge;
+  for (int64_t row = 0; row < rows; ++row) {
+    DivergenceRow r = {}, other = {};
+    r.state = read_state(from, row);
+    const double own = row_temperature ? Reals(*row_temperature, call.is_double()).get(temperatures.offsets(row)) : 0;
+    r.k = kLog2e / (row_temperature ? own : temperature);
+    other.state = no_columns<double>();
+    other.state.max_s = most.get(row);
+    other.state.max_t = most.get(rows + row);
+    merge(r, other);
+    write_state(to, row, r.state);
+  }
+  return result;
+}
+
 using Ops = DivergenceOps<forward, backward>;
 
 }  // namespace
@@ -238,6 +264,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("divergence", TORCH_BOX(&Ops::divergence));
   m.impl("divergence_into", TORCH_BOX(&Ops::divergence_into));
   m.impl("divergence_backward", TORCH_BOX(&Ops::divergence_backward));
+  m.impl("divergence_referred", TORCH_BOX(&divergence_referred));
 }
 
 }  // namespace kdfast

@@ -1,5 +1,5 @@
-// The divergences on the GPU: two launches, the rows and then the sum of their losses (csrc/cuda/rows.cu); a mean over
-// a mask or labels counts them first. Nothing waits for the device, nothing is read back: safe in CUDA graphs by
+// The divergences on the GPU: two launches, the rows and then the sum of their losses (csrc/cuda/reduce.cu); a mean
+// over a mask or labels counts them first. Nothing waits for the device, nothing is read back: safe in CUDA graphs by
 // construction.
 #include "common/divergence.h"
 
@@ -14,21 +14,10 @@
 namespace kdfast::cuda {
 namespace {
 
-// In the order of Divergence.
 const DivergenceKernels& kernels_of(int64_t kind) {
-  static const DivergenceKernels kernels[] = {divergence_kernels_of<KlDiv>(),
-                                              divergence_kernels_of<ReverseKlDiv>(),
-                                              divergence_kernels_of<JsDiv>(),
-                                              divergence_kernels_of<SkewKlDiv>(),
-                                              divergence_kernels_of<SkewReverseKlDiv>(),
-                                              divergence_kernels_of<TotalVariation>(),
-                                              divergence_kernels_of<SoftCrossEntropy>(),
-                                              divergence_kernels_of<LogitMse>(),
-                                              divergence_kernels_of<SymmetricKlDiv>(),
-                                              divergence_kernels_of<TopkBucket>(),
-                                              divergence_kernels_of<TopkRenormalize>(),
-                                              divergence_kernels_of<TopkDrop>()};
-  static_assert(std::size(kernels) == size_t(Divergence::count));
+#define KDFAST_KERNELS(name, Terms) divergence_kernels_of<Terms>(),
+  static const DivergenceKernels kernels[] = {KDFAST_DIVERGENCES(KDFAST_KERNELS)};
+#undef KDFAST_KERNELS
   return kernels[kind];
 }
 
@@ -230,12 +219,26 @@ Tensor backward(const DivergenceCall& call, const Tensor& grad_loss, const Tenso
   return gradient;
 }
 
+Tensor divergence_referred(Tensor state, Tensor maxima, std::optional<Tensor> row_temperature, int64_t kind,
+                           double temperature) {
+  const StatesCall call{state, maxima, row_temperature, kind, temperature};
+  call.check();
+  const Tensor result = new_output(state, sizes_of(state), ScalarType::Float);
+  if (call.rows() == 0) return result;
+  const RowInput temperatures = call.temperatures();
+  kernels_of(kind).refer(target_of("divergence_referred", state), (const float*)state.const_data_ptr(),
+                         (const float*)maxima.const_data_ptr(), {(const float*)temperatures.data, temperatures.offsets},
+                         float(temperature), call.rows(), (float*)result.mutable_data_ptr());
+  return result;
+}
+
 using Ops = DivergenceOps<forward, backward>;
 
 STABLE_TORCH_LIBRARY_IMPL(KDFAST_CUDA_NAMESPACE, KDFAST_CUDA_KEY, m) {
   m.impl("divergence", TORCH_BOX(&Ops::divergence));
   m.impl("divergence_into", TORCH_BOX(&Ops::divergence_into));
   m.impl("divergence_backward", TORCH_BOX(&Ops::divergence_backward));
+  m.impl("divergence_referred", TORCH_BOX(&divergence_referred));
 }
 
 }  // namespace
@@ -244,7 +247,7 @@ std::vector<NamedKernel> divergence_kernels() {
   std::vector<NamedKernel> all;
   for (int64_t kind = 0; kind < int64_t(Divergence::count); ++kind) {
     for (const NamedKernel& kernel : kernels_of(kind).list()) {
-      all.push_back({std::string(divergence_name(kind)) + ", " + kernel.name, kernel.function});
+      all.push_back({std::string(facts_of(Divergence(kind)).name) + ", " + kernel.name, kernel.function});
     }
   }
   return all;

@@ -5,7 +5,7 @@
 #include "common/divergence_terms.h"
 #include "cuda/element.h"
 #include "cuda/plan.h"
-#include "cuda/rows.h"
+#include "cuda/reduce.h"
 
 namespace kdfast::cuda {
 
@@ -51,6 +51,9 @@ struct DivergenceKernels {
   bool second_look;
   // Losses, states and gradients of all rows, in one launch.
   void (*launch)(const char* op, const Target& target, const RowPlan& plan, DivergenceArgs args);
+  // `states` referred to `maxima` (all of the student's, then all of the teacher's), to `results`.
+  void (*refer)(const Target& target, const float* states, const float* maxima, const RowNumbers& row_temperature,
+                float temperature, int64_t rows, float* results);
   // One of each kind, by name, for their attributes.
   std::vector<NamedKernel> (*list)();
 };

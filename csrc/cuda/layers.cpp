@@ -9,7 +9,7 @@
 
 #include "cuda/heads.h"
 #include "cuda/layers.h"
-#include "cuda/rows.h"
+#include "cuda/reduce.h"
 
 namespace kdfast::cuda {
 namespace {

@@ -140,7 +140,7 @@ struct KlOf {
     row.visit([&](int64_t c, float s, float t) { count<Terms>(state, shown(c, s), shown(c, t), k); });
     state.sum_s = warp_sum(state.sum_s);
     state.sum_t = warp_sum(state.sum_t);
-    state.a = warp_sum(state.a);
+    state.moment_t = warp_sum(state.moment_t);
     if (row.gradient) {
       const Gradient<KlDiv> of(state, k, factor, {});
       row.write([&](int64_t c, float s, float t) { return of(shown(c, s), shown(c, t)); });

@@ -9,29 +9,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdfast import _C
 from kdfast.ops import _checks, _shards
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# In the order of csrc/common/divergence_terms.h.
-KINDS = (
-    "kl_div",
-    "reverse_kl_div",
-    "js_div",
-    "skew_kl_div",
-    "skew_reverse_kl_div",
-    "total_variation",
-    "soft_cross_entropy",
-    "logit_mse",
-    "symmetric_kl_div",
-)
-TAILS = ("bucket", "renormalize", "drop")
-_ALL_KINDS = KINDS + tuple(f"topk_{tail}" for tail in TAILS)
-SECOND_LOOK = ("js_div", "skew_kl_div", "skew_reverse_kl_div", "total_variation")
+# Of csrc/common/divergence_terms.h, which numbers them.
+_ALL_KINDS = tuple(name for name, _, _ in _C.divergences)
+KINDS = tuple(name for name, topk, _ in _C.divergences if not topk)
+TAILS = tuple(name.removeprefix("topk_") for name, topk, _ in _C.divergences if topk)
+SECOND_LOOK = tuple(name for name, _, again in _C.divergences if again)
 SAVE_NOTHING, SAVE_STATE, SAVE_GRADIENT = range(3)
 KNOWN_NOTHING, KNOWN_NORMALISERS, KNOWN_EVERYTHING = range(3)
-STATE_SIZE = 9  # numbers per row: csrc/common/rowmath.h, RowState
+STATE_SIZE = 9  # numbers per row: csrc/common/row_state.h, RowState
 
 
 @dataclass(frozen=True)
@@ -190,9 +181,8 @@ def forward(
 def state_of(group: ProcessGroup, student: Tensor, teacher: Tensor, call: Call) -> Tensor:
     """The rows' states over all shards."""
     native = torch.ops.kdfast.divergence
-    temperature = call.temperature if call.row_temperature is None else call.row_temperature
     state = native(student, teacher, *call, None, KNOWN_NOTHING, SAVE_STATE)[2]
-    state = _shards.merged(state, call.name, temperature, group)
+    state = _shards.merged(state, call.kind, call.row_temperature, call.temperature, group)
     if call.name in SECOND_LOOK:
         state = native(student, teacher, *call, state, KNOWN_NORMALISERS, SAVE_STATE)[2]
         state = _shards.summed(state, group)
@@ -279,6 +269,11 @@ def _(student: Tensor, teacher: Tensor, *args: Any) -> tuple[Tensor, Tensor, Ten
     if save == SAVE_GRADIENT:
         return loss, components, student.new_empty(student.shape)
     return loss, components, student.new_empty((*leading, STATE_SIZE) if save == SAVE_STATE else (0,), dtype=real)
+
+
+@torch.library.register_fake("kdfast::divergence_referred")
+def _(state: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(state)
 
 
 @torch.library.register_fake("kdfast::divergence_backward")

@@ -3,7 +3,7 @@
 // or over the mask and the labels (count).
 #include "cuda/block.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/rows.h"
+#include "cuda/reduce.h"
 
 namespace kdfast::cuda {
 namespace {
