@@ -105,45 +105,60 @@ class Driver {
     if (row.gradient) kernels_.gradient(shape_, row, 0, columns);
   }
 
-  // Too few rows to keep every thread busy: the threads share each row's columns.
+  // ---- too few rows to keep every thread busy: the threads share each row's columns, in pieces ----
+  struct Piece {
+    int64_t row, begin, end;
+    bool first;
+  };
+  int64_t pieces_per_row() const { return (shape_.columns + kSegment - 1) / kSegment; }
+  Piece piece(int64_t number) const {
+    const int64_t row = number / pieces_per_row(), begin = number % pieces_per_row() * kSegment;
+    return {row, begin, std::min(shape_.columns, begin + kSegment), begin == 0};
+  }
+  using Look = void (*)(const DivergenceShape&, DivergenceRow&, int64_t begin, int64_t end);
+  // What a look finds in every piece of the rows.
+  std::vector<DivergenceRow> seen_in_pieces(Look look, const std::vector<DivergenceRow>& batch, int64_t rows) const {
+    std::vector<DivergenceRow> seen(rows * pieces_per_row());
+    parallel_for(0, int64_t(seen.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t number = begin; number < end; ++number) {
+        const Piece of = piece(number);
+        seen[number] = batch[of.row];
+        look(shape_, seen[number], of.begin, of.end);
+      }
+    });
+    return seen;
+  }
+  void look_in_pieces(std::vector<DivergenceRow>& batch, int64_t rows) const {
+    const std::vector<DivergenceRow> seen = seen_in_pieces(kernels_.look, batch, rows);
+    for (size_t number = 0; number < seen.size(); ++number) {
+      const Piece of = piece(int64_t(number));
+      of.first ? void(batch[of.row].state = seen[number].state) : kernels_.merge(batch[of.row], seen[number]);
+    }
+    for (int64_t i = 0; i < rows; ++i) batch[i].state.label = rows_.label_logit(batch[i]);
+  }
+  void look_again_in_pieces(std::vector<DivergenceRow>& batch, int64_t rows) const {
+    const std::vector<DivergenceRow> seen = seen_in_pieces(kernels_.look_again, batch, rows);
+    for (size_t number = 0; number < seen.size(); ++number) {
+      const Piece of = piece(int64_t(number));
+      RowState<double>& state = batch[of.row].state;
+      state.moment_t = seen[number].state.moment_t + (of.first ? 0 : state.moment_t);
+      state.moment_s = seen[number].state.moment_s + (of.first ? 0 : state.moment_s);
+    }
+  }
   RowLoss few_wide_rows() const {
     std::vector<DivergenceRow> batch(rows_.count);
     std::vector<int64_t> index(rows_.count);
     std::vector<TopkEntry> entries(rows_.count * rows_.entries());
     const int64_t n = gather(0, rows_.count, batch.data(), index.data(), entries.data());
-    const int64_t pieces = (shape_.columns + kSegment - 1) / kSegment;
-    std::vector<DivergenceRow> seen(n * pieces);
-    auto for_pieces = [&](auto work) {
-      parallel_for(0, n * pieces, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t from = task % pieces * kSegment;
-          work(task, batch[task / pieces], from, std::min(shape_.columns, from + kSegment));
-        }
-      });
-    };
-    auto look_in_pieces = [&](auto look, auto merge) {
-      for_pieces([&](int64_t task, const DivergenceRow& row, int64_t from, int64_t to) {
-        seen[task] = row;
-        look(shape_, seen[task], from, to);
-      });
-      for (int64_t task = 0; task < n * pieces; ++task) merge(batch[task / pieces], seen[task], task % pieces == 0);
-    };
-    if (looks_) {
-      look_in_pieces(kernels_.look, [&](DivergenceRow& row, const DivergenceRow& piece, bool first) {
-        first ? void(row.state = piece.state) : kernels_.merge(row, piece);
-      });
-      for (int64_t i = 0; i < n; ++i) batch[i].state.label = rows_.label_logit(batch[i]);
-    }
-    if (looks_again_) {
-      look_in_pieces(kernels_.look_again, [](DivergenceRow& row, const DivergenceRow& piece, bool first) {
-        row.state.moment_t = piece.state.moment_t + (first ? 0 : row.state.moment_t);
-        row.state.moment_s = piece.state.moment_s + (first ? 0 : row.state.moment_s);
-      });
-    }
+    if (looks_) look_in_pieces(batch, n);
+    if (looks_again_) look_again_in_pieces(batch, n);
     for (int64_t i = 0; i < n; ++i) kernels_.finish(shape_, batch[i]);
     if (rows_.wants_gradient()) {
-      for_pieces([&](int64_t, const DivergenceRow& row, int64_t from, int64_t to) {
-        kernels_.gradient(shape_, row, from, to);
+      parallel_for(0, n * pieces_per_row(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t number = begin; number < end; ++number) {
+          const Piece of = piece(number);
+          kernels_.gradient(shape_, batch[of.row], of.begin, of.end);
+        }
       });
     }
     return finish_all(batch.data(), index.data(), n);
