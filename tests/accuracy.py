@@ -61,6 +61,8 @@ def floors(student: Tensor, teacher: Tensor, kwargs: Any, operator: str) -> tupl
     # What kd_loss multiplies by: T² before the divergence, and a cross-entropy of logits that are not divided by T.
     factor = alpha * temperature**2 + (1 - alpha) * temperature if kd_loss else torch.ones_like(temperature)
     reduction = {"mask": None, "weight": None, "reduction": "mean", "num_items": None} | kwargs
+    if reduction["mask"] is None and kwargs.get("labels") is not None:
+        reduction["mask"] = kwargs["labels"] != -100
     reduction = {name: x for name, x in reduction.items() if name not in SETTINGS}
     z = [x[..., :columns].double() / temperature[..., None] for x in (student, teacher)]
     squared = operator == "logit_mse"

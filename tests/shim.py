@@ -105,7 +105,9 @@ class Loss:
     def value(self, s: Tensor, t: Tensor) -> Tensor:
         """By the reference, in the logits' precision."""
         names = {code: name for name, code in _checks.REDUCTIONS.items()}
-        arguments = {"mask": self.mask, "weight": self.weight, "vocab_size": self.columns, "num_items": self.items}
+        # A raw operator's rows count whatever their labels, but for a mask.
+        mask = torch.ones(s.shape[:-1], dtype=torch.bool) if self.mask is None else self.mask
+        arguments = {"mask": mask, "weight": self.weight, "vocab_size": self.columns, "num_items": self.items}
         arguments |= {"temperature": self.temperature, "beta": self.mixing, "skew": self.mixing}
         arguments["reduction"] = names[self.reduction]
         if self.alpha is None:

@@ -225,6 +225,7 @@ def test_waits_for_nothing(columns: int) -> None:
             2 * kdfast.kl_div(student, teacher, num_items=torch.tensor(3.0).pin_memory().to("cuda", non_blocking=True))
         ).backward()
         kdfast.kd_loss(student, teacher, mask.long(), mask=mask).backward()
+        kdfast.kd_loss(student, teacher, mask.long(), ignore_index=0).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -213,15 +213,17 @@ def test_components_carry_no_gradient_and_add_up_per_row() -> None:
     assert loss.requires_grad
     assert not divergence.requires_grad
     assert not cross_entropy.requires_grad
-    assert cross_entropy[2] == 0
-    assert divergence[2] > 0
+    assert loss[2] == divergence[2] == cross_entropy[2] == 0
+    kept = torch.arange(7) != 2
+    assert (divergence[kept] > 0).all()
+    assert (cross_entropy[kept] > 0).all()
     torch.testing.assert_close(loss.detach(), 0.4 * divergence + 0.6 * cross_entropy)
 
 
-def test_all_labels_ignored() -> None:
+def test_all_labels_ignored_under_a_mask() -> None:
     student, teacher = logits(5, 50)
-    labels = torch.full((5,), -100)
-    value, gradient = value_and_gradient(kdfast.kd_loss, student, teacher, {"labels": labels, "alpha": 0.5})
+    kwargs = {"labels": torch.full((5,), -100), "alpha": 0.5, "mask": torch.ones(5, dtype=torch.bool)}
+    value, gradient = value_and_gradient(kdfast.kd_loss, student, teacher, kwargs)
     expected = value_and_gradient(kdfast.kl_div, student, teacher, {"temperature": 2.0})
     torch.testing.assert_close(value, 2 * expected[0])
     torch.testing.assert_close(gradient, 2 * expected[1])

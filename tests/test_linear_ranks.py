@@ -56,9 +56,12 @@ def check_vocabulary(rank: int, ranks: int) -> None:
         (bounds[rank], bounds[rank + 1], {"vocab_start": bounds[rank], "vocab_size": VOCABULARY}),
     ]
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        for settings in ({"divergence": "kl_div"}, {"divergence": "js_div", "reduction": "none"}, {"topk": 30}):
+        for settings in (
+            *({"divergence": "kl_div"}, {"divergence": "js_div", "reduction": "none"}, {"topk": 30}),
+            {"mask": None, "alpha": 0.8},  # the labels say which rows count
+        ):
             h, w, th, tw = heads(dtype)
-            given, kwargs = dict(settings), arguments()
+            given = arguments() | settings
             k = given.pop("topk", None)
             function: Any = kdfast.linear_kd_loss if k is None else kdfast.linear_topk_kd_loss
             known = (th.double() @ tw.double().T).log_softmax(-1).topk(k or 1)
@@ -67,7 +70,7 @@ def check_vocabulary(rank: int, ranks: int) -> None:
             def loss_of(begin: int, end: int, **more: Any) -> tuple[Tensor, list[Tensor]]:
                 weight = w[begin:end].detach().requires_grad_()  # noqa: B023
                 of_teacher = (th, tw[begin:end]) if k is None else tuple(known)  # noqa: B023
-                loss = function(h, weight, *of_teacher, **kwargs, **given, **more)  # noqa: B023
+                loss = function(h, weight, *of_teacher, **given, **more)  # noqa: B023
                 return loss.detach(), gradients(loss, h, weight)  # noqa: B023
 
             loss, (of_hidden, of_weight) = loss_of(0, VOCABULARY)

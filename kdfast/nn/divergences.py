@@ -144,7 +144,7 @@ class KDLoss(Settings):
         alpha: weight of the divergence, from 0 to 1.
         temperature: T > 0, of the divergence.
         divergence, beta, skew: which one, and its parameter.
-        label_smoothing, ignore_index: of the labels.
+        label_smoothing, ignore_index: of the labels. Without a mask rows of an ignored label count for neither term.
         return_components: return `KDLossComponents` instead of the loss.
         vocab_size, reduction, process_group: as of `KLDivLoss`.
     """

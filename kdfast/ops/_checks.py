@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2, "batchmean": 3}
+TOPK = ("teacher_topk_logprobs", "teacher_topk_indices")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -77,11 +78,9 @@ def check_fraction(op: str, argument: str, x: float, below_one: bool = False) ->
         wrong_value(op, argument, "a number from 0 to 1" + (", 1 excluded" if below_one else ""), x)
 
 
-def check_topk(
-    op: str, student: Tensor, log_probabilities: Tensor, indices: Tensor, vocabulary: int
-) -> tuple[Tensor, Tensor]:
-    """A teacher's top-k, in the dtypes of the raw operator. Values of CPU tensors are checked; a device would wait."""
-    values, at = "teacher_topk_logprobs", "teacher_topk_indices"
+def check_topk(op: str, student: Tensor, log_probabilities: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """A teacher's top-k, in the dtypes of the raw operator."""
+    values, at = TOPK
     for argument, x in ((values, log_probabilities), (at, indices)):
         if not isinstance(x, Tensor):
             wrong_type(op, argument, "a tensor", kind(x))
@@ -96,15 +95,41 @@ def check_topk(
         wrong_type(op, at, "int64 or int32", indices.dtype)
     if indices.shape != log_probabilities.shape:
         wrong_value(op, at, f"the log-probabilities' shape {list(log_probabilities.shape)}", list(indices.shape))
-    results = log_probabilities.detach().to(loss_dtype(student)), indices.long()
-    if student.device.type != "cpu" or torch.compiler.is_compiling() or not indices.numel():
-        return results
-    least, most = (int(x) for x in indices.aminmax())
+    return log_probabilities.detach().to(loss_dtype(student)), indices.long()
+
+
+def check_topk_values(
+    op: str, log_probabilities: Tensor, indices: Tensor, mask: Tensor | None, vocabulary: int
+) -> None:
+    """Values of CPU tensors, of rows that count and columns that are there (not -inf); a device would wait."""
+    if indices.device.type != "cpu" or torch.compiler.is_compiling() or not indices.numel():
+        return
+    counted = True if mask is None else mask[..., None]
+    least, most = indices.aminmax()
     if least < 0 or most >= vocabulary:
-        wrong_value(op, at, f"0 to {vocabulary - 1}", least if least < 0 else most)
+        wrong = ((indices < 0) | (indices >= vocabulary)) & (log_probabilities > -torch.inf) & counted
+        if wrong.any():
+            wrong_value(op, TOPK[1], f"0 to {vocabulary - 1}", indices[wrong][0].item())
     if log_probabilities.max() > 1e-2:
-        wrong_value(op, values, "logarithms of probabilities, at most 0", f"a maximum of {log_probabilities.max()}")
-    return results
+        wrong = (log_probabilities > 1e-2) & counted
+        if wrong.any():
+            got = f"a maximum of {log_probabilities[wrong].max()}"
+            wrong_value(op, TOPK[0], "logarithms of probabilities, at most 0", got)
+
+
+def check_topk_repeats(op: str, loss: Tensor, log_probabilities: Tensor, indices: Tensor, mask: Tensor | None) -> None:
+    """Refuses a column that comes twice in a row, once it has made the loss NaN: to sort all rows before would cost."""
+    if loss.device.type != "cpu" or torch.compiler.is_compiling() or not loss.isnan().any():
+        return
+    none = torch.arange(-indices.shape[-1], 0)  # as many as there are, none of them a column
+    columns = torch.where(log_probabilities > -torch.inf, indices, none).sort(-1).values
+    twice = columns[..., 1:] == columns[..., :-1]
+    if mask is not None:
+        twice &= mask[..., None]
+    if twice.any():
+        *row, at = twice.nonzero()[0].tolist()
+        expected = "a column once in a row (-inf as the log-probability where a row has fewer)"
+        wrong_value(op, TOPK[1], expected, f"column {columns[(*row, at)]} twice in row {row}")
 
 
 def check_labels(

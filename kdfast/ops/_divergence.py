@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdfast import _C
-from kdfast.ops import _checks, _shards
+from kdfast.ops import _checks, _shards, _transforms
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -127,14 +127,19 @@ def run(
     shard = _shards.shard_of(op, student, of_teacher, options.process_group, options.vocab_start, options.vocab_size)
     student, teacher = shard.student, shard.teacher if indices is None else teacher
     if indices is not None:
-        teacher, indices = _checks.check_topk(op, student, teacher, indices, shard.vocabulary)
+        teacher, indices = _checks.check_topk(op, student, teacher, indices)
     teacher = teacher.detach()
     if torch.float64 in (student.dtype, teacher.dtype):
         student, teacher = student.double(), teacher.double()
     call = call_of(op, kind, student, shard, options, mixing, labels, indices)
+    if indices is not None:
+        _checks.check_topk_values(op, teacher, indices, call.mask, shard.vocabulary)
     if torch.is_grad_enabled() and student.requires_grad:
-        return _Divergence.apply(op, shard.group, student, teacher, *call)  # type: ignore[no-any-return]
-    loss, components, _ = forward(shard.group, student, teacher, call, SAVE_NOTHING)
+        loss, components = _Divergence.apply(op, shard.group, student, teacher, *call)
+    else:
+        loss, components, _ = forward(shard.group, student, teacher, call, SAVE_NOTHING)
+    if indices is not None:
+        _checks.check_topk_repeats(op, loss, teacher, indices, call.mask)
     return loss, components
 
 
@@ -159,6 +164,8 @@ def call_of(
     hard = None if labels is None or labels.labels is None else labels.labels
     if labels is not None and hard is not None:
         hard = _checks.check_labels(op, hard, mask, student, shard.vocabulary, labels.ignore_index)
+        if mask is None:  # who leaves a row out of the labels leaves it out; a mask says otherwise
+            mask = hard != labels.ignore_index
     return Call(
         *(indices, hard, row_temperature, mask, weight, items, _ALL_KINDS.index(kind)),
         *(mixing, temperature, shard.columns, shard.vocabulary, shard.start, reduction, scale),
@@ -227,12 +234,13 @@ class _Divergence(torch.autograd.Function):
 def refuse_double_backward(op: str) -> None:
     """Gradients are made without a graph of their own; asking for one (create_graph=True) must not give silent zeros."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(f"{op}: double backward is not available: expected backward without create_graph=True")
+        _transforms.no_double_backward(op)
 
 
 def scaled(gradients: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
     """Each gradient · factor. In place only where nobody can ask for the saved gradients again."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+    if kept or _transforms.is_batched(factor):
         return [gradient * factor for gradient in gradients]
     if factor.device.type == "cuda":
         for gradient in gradients:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops import _checks
+from kdfast.ops import _checks, _transforms
 from kdfast.ops._divergence import refuse_double_backward, scaled
 
 Layers = Tensor | Sequence[Tensor]
@@ -248,6 +248,7 @@ class _OfLayers(torch.autograd.Function):
         if ctx.in_forward:
             gradients = scaled(saved, grad_loss)
         else:
+            _transforms.refuse_batched(ctx.op, grad_loss)
             lists = _split(saved[MASKS:], ctx.layers)
             again = getattr(torch.ops.kdfast, ctx.native + "_backward")
             gradients = again(grad_loss.contiguous(), *lists, *saved[:MASKS], *ctx.numbers)

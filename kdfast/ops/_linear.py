@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdfast.ops import _checks, _chunks, _divergence, _heads
+from kdfast.ops import _checks, _chunks, _divergence, _heads, _transforms
 from kdfast.ops._divergence import KNOWN_EVERYTHING, KNOWN_NOTHING, SAVE_NOTHING, Call
 from kdfast.ops._heads import WORKSPACE, Gradients, Head, Widening
 
@@ -167,9 +167,13 @@ def linear_divergence(
     call, places, rows = Call(*args), None, student_hidden.shape[0]
     if call.mask is not None and not (student_hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
         places = call.mask.nonzero().squeeze(1)
-        call = call.rows(lambda x: x[places])._replace(mask=None)
-        student_hidden = student_hidden[places]
-        teacher_hidden = None if teacher_hidden is None else teacher_hidden[places]
+        call = call._replace(mask=None)
+        if len(places) == rows:
+            places = None
+        else:
+            call = call.rows(lambda x: x[places])
+            student_hidden = student_hidden[places]
+            teacher_hidden = None if teacher_hidden is None else teacher_hidden[places]
     call = with_denominators(call, student_hidden)
     student = Head(student_hidden, student_weight, student_bias, student_softcap).first(call.columns)
     teacher = None
@@ -256,6 +260,7 @@ class _Linear(torch.autograd.Function):
         _divergence.refuse_double_backward(ctx.op)
         saved = ctx.saved_tensors
         if ctx.per_row:
+            _transforms.refuse_batched(ctx.op, grad_loss)
             inputs = [x if other is None else other for x, other in zip(saved, ctx.others, strict=True)]
             call = Call(*inputs[-len(Call._fields) :])
             factors = grad_loss if call.weight is None else grad_loss * call.weight

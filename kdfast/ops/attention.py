@@ -8,8 +8,10 @@ from torch import Tensor
 
 from kdfast.ops import _checks, _layers
 from kdfast.ops._layers import HeadMap, Layers, Masks
+from kdfast.ops._transforms import transformable
 
 
+@transformable
 def attention_mse(
     student_scores: Layers,
     teacher_scores: Layers,
@@ -56,6 +58,7 @@ def attention_mse(
     )  # fmt: skip
 
 
+@transformable
 def attention_kl(
     student_scores: Layers,
     teacher_scores: Layers,

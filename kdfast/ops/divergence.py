@@ -12,11 +12,13 @@ from torch import Tensor
 
 from kdfast.ops import _checks, _divergence
 from kdfast.ops._divergence import Options
+from kdfast.ops._transforms import transformable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@transformable
 def kl_div(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -60,12 +62,14 @@ def kl_div(
 
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape, device, reduction or range.
-        RuntimeError: a second derivative is asked for.
+        RuntimeError: a second derivative or forward mode is asked for. `torch.func.grad`, `vjp`, `jacrev` and `vmap` work on
+        all of kdfast's operators; they look at the logits once more in the backward, and `vmap` takes its batch one by one.
     """
     options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
     return _divergence.of("kl_div", student_logits, teacher_logits, options)
 
 
+@transformable
 def reverse_kl_div(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -87,6 +91,7 @@ def reverse_kl_div(
     return _divergence.of("reverse_kl_div", student_logits, teacher_logits, options)
 
 
+@transformable
 def symmetric_kl_div(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -108,6 +113,7 @@ def symmetric_kl_div(
     return _divergence.of("symmetric_kl_div", student_logits, teacher_logits, options)
 
 
+@transformable
 def js_div(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -135,6 +141,7 @@ def js_div(
     return _divergence.of("js_div", student_logits, teacher_logits, options, beta=beta)
 
 
+@transformable
 def skew_kl_div(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -159,6 +166,7 @@ def skew_kl_div(
     return _divergence.of("skew_kl_div", student_logits, teacher_logits, options, skew=skew)
 
 
+@transformable
 def skew_reverse_kl_div(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -183,6 +191,7 @@ def skew_reverse_kl_div(
     return _divergence.of("skew_reverse_kl_div", student_logits, teacher_logits, options, skew=skew)
 
 
+@transformable
 def total_variation(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -204,6 +213,7 @@ def total_variation(
     return _divergence.of("total_variation", student_logits, teacher_logits, options)
 
 
+@transformable
 def soft_cross_entropy(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -225,6 +235,7 @@ def soft_cross_entropy(
     return _divergence.of("soft_cross_entropy", student_logits, teacher_logits, options)
 
 
+@transformable
 def logit_mse(
     student_logits: Tensor,
     teacher_logits: Tensor,

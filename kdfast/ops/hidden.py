@@ -9,10 +9,12 @@ from torch import Tensor
 
 from kdfast.ops import _checks, _layers
 from kdfast.ops._layers import Layers, Masks
+from kdfast.ops._transforms import transformable
 
 NAMES = ("student_hidden", "teacher_hidden")
 
 
+@transformable
 def hidden_mse(
     student_hidden: Layers,
     teacher_hidden: Layers,
@@ -32,7 +34,9 @@ def hidden_mse(
         student_hidden: [B, L, D], or a sequence of such layers; float32, bfloat16, float16 or float64, any strides.
         teacher_hidden: as many layers, [B, L, D_t]; no gradient flows into them.
         projection: W, [D_t, D], trained, one for all layers or one for each; needed where D and D_t differ. TinyBERT's
-            code has one W and b for all layers, its paper separate ones without b.
+            code has one W and b for all layers, its paper separate ones without b. Where its dtype is not the student's
+            the product is made in the wider of the two (float32 of bfloat16 and float16), and each gets its gradient in
+            its own; under autocast in autocast's, as of every linear layer.
         bias: b, [D_t], like `projection`, which it needs.
         mask: bool, broadcast to [B, L], True where a token counts. TinyBERT counts the padding too.
         layer_weight: a weight per layer; it stays out of the divisor.
@@ -53,6 +57,7 @@ def hidden_mse(
     return _of_tokens(op, "squared", s, t, mask, weights, reduction, student_hidden)
 
 
+@transformable
 def cosine_distance(
     student_hidden: Layers,
     teacher_hidden: Layers,
@@ -82,6 +87,7 @@ def cosine_distance(
     return _of_tokens(op, "cosine", s, t, mask, weights, reduction, student_hidden)
 
 
+@transformable
 def cls_distance(
     student_hidden: Layers,
     teacher_hidden: Layers,
@@ -173,7 +179,15 @@ def _projected(
         return student
     weights = _per_layer(op, "projection", projection, len(student), [wanted, width])
     biases = [None] * len(student) if bias is None else _per_layer(op, "bias", bias, len(student), [wanted])
-    return [torch.nn.functional.linear(x, w, b) for x, w, b in zip(student, weights, biases, strict=True)]
+    return [_linear(x, w, b) for x, w, b in zip(student, weights, biases, strict=True)]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    if bias is not None:
+        dtype = torch.promote_types(dtype, bias.dtype)
+        bias = bias.to(dtype)
+    return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
 
 
 def _per_layer(op: str, argument: str, x: Layers, count: int, shape: list[int]) -> list[Tensor]:

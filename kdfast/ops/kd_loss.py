@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdfast.ops import _checks, _divergence
 from kdfast.ops._divergence import Labels, Options
+from kdfast.ops._transforms import transformable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,6 +66,7 @@ def kd_loss(
     vocab_start: int | None = ...,
     return_components: Literal[True],
 ) -> KDLossComponents: ...
+@transformable
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -89,13 +91,16 @@ def kd_loss(
     """alpha · T² · D(student, teacher) + (1 − alpha) · cross-entropy with the labels (Hinton et al., 2015).
 
     With reduction `"mean"`: alpha · Σ w·T²·D / N_D + (1 − alpha) · Σ w·CE / N_CE with the row's T and weight w; N_D counts
-    the unmasked rows, N_CE those of them whose label is not `ignore_index`; `num_items` replaces both. **T² is
+    the rows of the divergence, N_CE those of them whose label is not `ignore_index`; `num_items` replaces both. **T² is
     included here**, as nowhere among the divergences: the soft gradient then keeps its size when T changes. alpha weighs
     the **soft** term; some implementations weigh the hard one with it.
 
     Args:
-        labels: int64 class indices, the logits' leading dimensions. A row whose label is `ignore_index` keeps its
-            divergence. Nothing is shifted: for causal models pass logits[:, :-1] and labels[:, 1:]. None needs alpha = 1.
+        labels: int64 class indices, the logits' leading dimensions. Without a mask a row whose label is `ignore_index`
+            (prompts and padding of a language model) counts for neither term: it is not read, and its gradient is 0.
+            Nothing is shifted: for causal models pass logits[:, :-1] and labels[:, 1:]. None needs alpha = 1.
+        mask: as in `kl_div`: the rows that the divergence counts, whatever their labels; the cross-entropy counts those
+            of them that have a label. To distil from rows without a label too pass a mask that is True there.
         alpha: from 0 to 1.
         temperature: of the divergence; the cross-entropy is at temperature 1.
         divergence: the name of one of kdfast's divergences; `beta` belongs to `js_div`, `skew` to the skewed ones.

@@ -10,6 +10,7 @@ from torch import Tensor
 from kdfast.ops import _checks, _divergence, _dtensors, _heads, _linear, _shards
 from kdfast.ops._divergence import Labels, Options
 from kdfast.ops._heads import Head
+from kdfast.ops._transforms import transformable
 from kdfast.ops.kd_loss import KDLossComponents, hard_part, soft_part
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def linear_kd_loss(
     vocab_start: int | None = ...,
     return_components: Literal[True],
 ) -> KDLossComponents: ...
+@transformable
 def linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -111,7 +113,7 @@ def linear_kd_loss(
     The logits of N tokens over a vocabulary V are N·V float32 numbers per model, and as many again for their gradients;
     here they exist for a few rows at a time, always in float32 (rounding them to 16 bits costs 3 to 22 % of the
     gradient where student and teacher are close), and each is made once: four matrix products with the gradients, which
-    are made in the forward. Rows whose mask is off are dropped before the first one.
+    are made in the forward. Rows that do not count are dropped before the first one.
 
     Args:
         student_hidden: `[..., H]`, float32, bfloat16, float16, or float64 on the CPU. Nothing is shifted: for causal
@@ -119,8 +121,8 @@ def linear_kd_loss(
         student_weight: `[V, H]`, the output embeddings (`model.get_output_embeddings().weight`), of the hidden states'
             dtype; under autocast both are cast. Tied embeddings get the sum of their gradients, as everywhere.
         teacher_hidden, teacher_weight: `[..., Ht]`, `[V, Ht]`; their size and dtype may differ from the student's.
-        labels: `[...]`, int64, or None with alpha = 1. A label of -100 leaves out the cross-entropy alone: to leave out
-            the divergence too, of prompts and padding, pass mask=labels != -100.
+        labels: `[...]`, int64, or None with alpha = 1. Rows whose label is `ignore_index`, prompts and padding, are dropped;
+            where a mask is given it decides instead, as in `kd_loss`.
         student_bias, teacher_bias: `[V]`.
         teacher_logits: `[..., V]`, instead of hidden states and weight (before no soft-cap: as they are).
         student_softcap, teacher_softcap: cap of z (Gemma: `config.final_logit_softcapping`); None: none.
@@ -129,7 +131,7 @@ def linear_kd_loss(
             weight's gradient, which is there where the budget holds fewer rows than there are (at most 512 on
             the CPU, 8,192 on the GPU). The results for all budgets are the same to a rounding of the output.
         divergence, beta, skew, alpha, temperature, label_smoothing, ignore_index, return_components: as in `kd_loss`.
-        mask, weight, temperature, reduction, num_items: as in `kl_div`, over the leading dimensions `[...]`.
+        mask: as in `kd_loss`. weight, temperature, reduction, num_items: as in `kl_div`, over the leading dimensions.
         vocab_size: the first `vocab_size` rows of both weights count; the gradient of others is 0.
         process_group, vocab_start: of a vocabulary that is split over ranks: weights, biases and teacher_logits are this
             rank's rows, hidden states, labels and the like are whole on every rank. The gradient of the hidden states
@@ -140,7 +142,7 @@ def linear_kd_loss(
 
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape, device, reduction or range, or a `memory_budget` that
-        does not hold a row. RuntimeError: a second derivative is asked for.
+        does not hold a row. RuntimeError: a second derivative or forward mode is asked for.
     """
     op = "linear_kd_loss"
     kind, mixing = soft_part(op, divergence, beta, skew)
@@ -209,6 +211,7 @@ def linear_topk_kd_loss(
     vocab_start: int | None = ...,
     return_components: Literal[True],
 ) -> KDLossComponents: ...
+@transformable
 def linear_topk_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -276,20 +279,25 @@ def _run(
         t = given
     shard = _shards.shard_of(op, like, t, options.process_group, options.vocab_start, options.vocab_size)
     if indices is not None and given is not None:
-        given, indices = _checks.check_topk(op, like, given, indices, shard.vocabulary)
-        given, indices = given.flatten(0, -2), indices.flatten(0, -2)
+        given, indices = _checks.check_topk(op, like, given, indices)
     budget = _check_budget(op, memory_budget)
     if torch.float64 in (like.dtype, t.dtype):
         student, teacher = student.double(), teacher and teacher.double()
         given = None if given is None else given.double()
     call = _divergence.call_of(op, kind, student.hidden, shard, options, mixing, labels, indices)
-    call = call.rows(lambda x: x if x is indices else x.flatten())
+    topk = None if given is None or indices is None else (given, indices, call.mask)
+    if topk is not None:
+        _checks.check_topk_values(op, *topk, shard.vocabulary)
+        given = topk[0].flatten(0, -2)
+    call = call.rows(lambda x: x.flatten(0, -2) if x is indices else x.flatten())
     if options.reduction == "batchmean":
         call = call._replace(reduction=_checks.REDUCTIONS["sum"], scale=call.scale / max(leading[0], 1))
     if given is not None:
         given = given.detach()
     group = None if shard.group is None else shard.group.group_name
     loss, components = _linear.run(op, student, teacher, given, group, budget, call)
+    if topk is not None:
+        _checks.check_topk_repeats(op, loss, *topk)
     if options.reduction == "none":
         return loss.view(leading), components.view(*leading, 2)
     return loss, components

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from kdfast.ops import _checks, _layers
 from kdfast.ops._layers import HeadMap, Layers, Masks
+from kdfast.ops._transforms import transformable
 
 LOSSES = ("mse", "kl")  # in the order of csrc/common/qk.h
 
 
+@transformable
 def qk_attention_mse(
     student_q: Layers,
     student_k: Layers,
@@ -63,6 +65,7 @@ def qk_attention_mse(
     )  # fmt: skip
 
 
+@transformable
 def qk_relation_kl(
     student_a: Layers,
     student_b: Layers,

@@ -119,7 +119,9 @@ def with_labels(
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
 ) -> Tensor:
-    """The soft part's rows, T² included, beside the cross-entropy."""
+    """The soft part's rows, T² included, beside the cross-entropy; without a mask only rows that have a label."""
+    if mask is None and labels is not None:
+        mask = labels != ignore_index
     soft = alpha * reduce_rows(soft_rows, mask, weight, reduction, num_items)
     if labels is None:
         return soft

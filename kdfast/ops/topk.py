@@ -9,11 +9,13 @@ from torch import Tensor
 
 from kdfast.ops import _divergence
 from kdfast.ops._divergence import Options
+from kdfast.ops._transforms import transformable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@transformable
 def topk_kl_div(
     student_logits: Tensor,
     teacher_topk_logprobs: Tensor,
@@ -45,7 +47,9 @@ def topk_kl_div(
         teacher_topk_logprobs: `[..., k]`, float32, bfloat16, float16, or float64 on the CPU: log softmax(z_t / T) **at
             the temperature given here**, over the whole vocabulary, not renormalised. Any order. -inf: no column, as
             where rows have fewer than k.
-        teacher_topk_indices: `[..., k]`, int64 or int32, of the vocabulary; a column that comes twice makes its row NaN.
+        teacher_topk_indices: `[..., k]`, int64 or int32, of the vocabulary, none twice in a row. On the CPU another index, or one
+            that comes twice, is an error; on a device, where that would wait, it makes its row NaN, and in compiled code one
+            that comes twice does. Indices of masked rows, and beside -inf, are not looked at.
         tail: see above.
         process_group: of a split vocabulary; every rank passes all k columns and takes those that it has.
 
