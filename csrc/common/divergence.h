@@ -11,8 +11,6 @@
 
 namespace kdfast {
 
-// As kdfast/ops/_checks.py numbers them.
-enum class Reduction : int64_t { none, mean, sum, batchmean };
 // What the forward leaves for the backward: nothing, the state of every row, or the gradient for an upstream of 1.
 enum class Save : int64_t { nothing, state, gradient };
 
@@ -32,21 +30,20 @@ struct DivergenceCall {
   Tensor student, teacher;
   // The teacher's columns, where it has some of them only: teacher holds their log-probabilities.
   std::optional<Tensor> indices;
-  std::optional<Tensor> labels, row_temperature, mask, weight, num_items;
-  int64_t kind;  // of Divergence
+  std::optional<Tensor> labels, row_temperature, mask, weight;
+  std::optional<Tensor> divisor;  // of both parts, or [2] of divergence and cross-entropy; 0 counts nothing
+  int64_t kind;                   // of Divergence
   double mixing, temperature;
   int64_t columns;                  // that count, of these logits
   int64_t vocabulary, vocab_start;  // of all shards together, and where this one starts
-  int64_t reduction;                // of Reduction
   double scale;                     // of the result
+  bool per_row;                     // no sum over the rows
   bool distillation;                // kd_loss: the divergence counts alpha * T^2, the cross-entropy 1 - alpha
   double alpha, smoothing;
   int64_t ignore_index;
 
   const char* op() const { return distillation ? "kd_loss" : divergence_name(Divergence(kind)); }
   bool is_topk() const { return facts_of(Divergence(kind)).topk; }
-  bool reduces_to(Reduction r) const { return Reduction(reduction) == r; }
-  bool per_row() const { return reduces_to(Reduction::none); }
   int64_t leading() const { return student.dim() - 1; }
   std::vector<int64_t> leading_sizes() const { return {student.sizes().begin(), student.sizes().begin() + leading()}; }
   std::vector<int64_t> leading_sizes_and(int64_t last) const {
@@ -54,11 +51,11 @@ struct DivergenceCall {
     sizes.push_back(last);
     return sizes;
   }
-  // Of the results: the loss, and the components of kd_loss (none of other operators).
-  std::vector<int64_t> loss_sizes() const { return per_row() ? leading_sizes() : std::vector<int64_t>{}; }
+  // The loss's sizes, and those of kd_loss's components (other operators have none).
+  std::vector<int64_t> loss_sizes() const { return per_row ? leading_sizes() : std::vector<int64_t>{}; }
   std::vector<int64_t> component_sizes() const {
     if (!distillation) return {0};
-    return per_row() ? leading_sizes_and(2) : std::vector<int64_t>{2};
+    return per_row ? leading_sizes_and(2) : std::vector<int64_t>{2};
   }
   int64_t rows() const {
     int64_t n = 1;
@@ -88,7 +85,7 @@ struct DivergenceCall {
     check_rows(row_temperature, "temperature", loss_type());
     check_rows(labels, "labels", ScalarType::Long);
     STD_TORCH_CHECK(!labels || distillation, op(), ": labels: expected none, got some");
-    check_num_items();
+    check_divisor();
   }
   // Where the gradient goes that is asked for. On the CPU this may be the student's own memory.
   void check_gradient(const Tensor& gradient) const {
@@ -112,18 +109,17 @@ struct DivergenceCall {
   void check_upstream(const Tensor& grad_loss) const {
     check_device(op(), "grad_loss", grad_loss, student);
     check_dtype(op(), "grad_loss", grad_loss, loss_type());
-    if (per_row()) return check_leading(op(), "grad_loss", grad_loss, student, leading());
+    if (per_row) return check_leading(op(), "grad_loss", grad_loss, student, leading());
     STD_TORCH_CHECK(grad_loss.numel() == 1, op(), ": grad_loss: expected one number, got ", shape_of(grad_loss));
   }
 
  private:
-  // One number, or one for the divergence and one for the cross-entropy.
-  void check_num_items() const {
-    if (!num_items) return;
-    check_device(op(), "num_items", *num_items, student);
-    check_dtype(op(), "num_items", *num_items, loss_type());
-    STD_TORCH_CHECK(num_items->numel() == 1 || (num_items->numel() == 2 && num_items->is_contiguous()), op(),
-                    ": num_items: expected one number or two, got ", shape_of(*num_items));
+  void check_divisor() const {
+    if (!divisor) return;
+    check_device(op(), "divisor", *divisor, student);
+    check_dtype(op(), "divisor", *divisor, loss_type());
+    STD_TORCH_CHECK(divisor->numel() == 1 || (divisor->numel() == 2 && divisor->is_contiguous()), op(),
+                    ": divisor: expected one number or two, got ", shape_of(*divisor));
   }
   void check_indices() const {
     STD_TORCH_CHECK(indices.has_value() == is_topk(), op(), ": indices: expected beside top-k log-probabilities only");
@@ -222,6 +218,6 @@ template <auto forward, auto backward>
 using DivergenceOps =
     DivergenceOpsOf<forward, backward, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>,
                     std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, int64_t,
-                    double, double, int64_t, int64_t, int64_t, int64_t, double, bool, double, double, int64_t>;
+                    double, double, int64_t, int64_t, int64_t, double, bool, bool, double, double, int64_t>;
 
 }  // namespace kdfast

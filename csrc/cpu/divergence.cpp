@@ -191,7 +191,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(const DivergenceCall& call, const std
   if (into) call.check_gradient(*into);
   const ScalarType real = call.loss_type();
   const Tensor& like = call.student;
-  const bool per_row = call.per_row();
   Tensor loss = zeros(like, call.loss_sizes(), real), components = zeros(like, call.component_sizes(), real);
   Tensor saved = into                     ? *into
                  : save == Save::gradient ? empty_gradient(like)
@@ -218,12 +217,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const DivergenceCall& call, const std
       },
       [&](int64_t row, const DivergenceRow& r) {
         const RowLoss value = rows.loss(r);
-        if (per_row) set_loss(row, value);
+        if (call.per_row) set_loss(row, value);
         if (save == Save::state) write_state(states, row, r.state);
         return value;
       });
   const RowLoss sum = driver.run();
-  if (!per_row) set_loss(0, sum);
+  if (!call.per_row) set_loss(0, sum);
   return {loss, components, saved};
 }
 
@@ -233,13 +232,13 @@ Tensor backward(const DivergenceCall& call, const Tensor& grad_loss, const Tenso
   call.check_upstream(grad_loss);
   Tensor gradient = empty_gradient(call.student);
   const Reals upstream(grad_loss, call.is_double()), states(state, call.is_double());
-  const Rows rows(call, &gradient, call.per_row() ? 1.0 : upstream.get(0), false);
-  const RowOffsets offsets = call.per_row() ? call.offsets_of(grad_loss, "grad_loss") : RowOffsets{};
+  const Rows rows(call, &gradient, call.per_row ? 1.0 : upstream.get(0), false);
+  const RowOffsets offsets = call.per_row ? call.offsets_of(grad_loss, "grad_loss") : RowOffsets{};
   const Driver driver(
       rows, Known::everything,
       [&](int64_t row, DivergenceRow& r) {
         r.state = read_state(states, row);
-        if (call.per_row()) Rows::scale(r, upstream.get(offsets(row)));
+        if (call.per_row) Rows::scale(r, upstream.get(offsets(row)));
       },
       [](int64_t, const DivergenceRow&) { return RowLoss{}; });
   driver.run();

@@ -50,7 +50,7 @@ static inline int64_t powers_bytes(const DivergenceShape& shape) {
   return (shape.columns + kBlock - 1) / kBlock * (2 + 2 * kBlock) * real;
 }
 
-// Of one divergence. Columns [begin, end) begin at a block's start.
+// One divergence's kernels. Columns [begin, end) begin at a block's start.
 struct DivergenceKernels {
   bool second_look;
   // Sets row.state from the columns and fills row.powers.

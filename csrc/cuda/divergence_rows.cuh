@@ -155,16 +155,15 @@ KDFAST_DEVICE void take_label(const DivergenceArgs& args, int64_t row, RowFactor
 
 KDFAST_DEVICE RowFactors factors_of(const DivergenceArgs& args, int64_t row) {
   auto value = [&](const RowNumbers& x, float missing) { return x.data ? x.data[offset(x.offsets, row)] : missing; };
-  // A denominator of 0 counts nothing.
-  auto divided = [](float x, const float* count) { return !count ? x : *count > 0.f ? x / *count : 0.f; };
+  auto divided = [](float x, const float* by) { return !by ? x : *by > 0.f ? x / *by : 0.f; };
   const float temperature = value(args.row_temperature, args.temperature);
-  const float common = value(args.weight, 1.f) * value(args.upstream, 1.f);
+  const float common = value(args.weight, 1.f) * value(args.upstream, 1.f) * args.scale;
   const float squared = args.distillation ? temperature * temperature : 1.f;
   RowFactors factors = {float(kLog2e) / temperature, 0.f, 0.f, 0.f, 0.f, -1};
-  factors.divergence = divided(common * squared * args.divergence_factor, args.divergence_count);
+  factors.divergence = divided(common * squared, args.divergence_divisor);
   factors.gradient = args.divergence_share * factors.divergence / temperature;
   if (args.labels.data) {
-    factors.cross_entropy = divided(common * args.cross_entropy_factor, args.cross_entropy_count);
+    factors.cross_entropy = divided(common, args.cross_entropy_divisor);
     factors.hard = args.cross_entropy_share * factors.cross_entropy;
     take_label(args, row, factors);
   }
@@ -243,7 +242,7 @@ KDFAST_DEVICE char* gradient_of(const DivergenceArgs& args, int64_t row) {
   return args.gradient ? (char*)args.gradient + row * args.gradient_columns * size_of(args.gradient_type) : nullptr;
 }
 
-// Of a row's gradient the columns from `from` on: padding, or all of a masked row. Shared among the row's threads.
+// The columns of a row's gradient from `from` on: padding, or all of a masked row. Shared among the row's threads.
 KDFAST_DEVICE void clear_gradient(const DivergenceArgs& args, int64_t row, int64_t from, int thread, int threads) {
   if (!args.gradient || from >= args.gradient_columns) return;
   const int units = size_of(args.gradient_type) / 2;

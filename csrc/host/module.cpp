@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "common/divergence_facts.h"
+#include "common/divergence_schema.h"
 #include "cuda/plan.h"
 #include "host/build_info.h"
 
@@ -86,5 +87,6 @@ PYBIND11_MODULE(_C, m) {
     divergences.append(py::make_tuple(facts.name, facts.topk, facts.second_look));
   }
   m.attr("divergences") = py::tuple(divergences);  // name, of a top-k teacher, takes a second look; by number
+  m.attr("divergence_arguments") = kdfast::divergence_arguments();  // of their schemas, after student and teacher
   define_cuda(m);
 }

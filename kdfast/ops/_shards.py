@@ -115,9 +115,7 @@ def split_of(op: str, argument: str, x: DTensor, dim: int, expected: str) -> tup
     return mesh.get_group(at), mesh.get_local_rank(at) * each
 
 
-def merged(
-    state: Tensor, kind: int, row_temperature: Tensor | None, temperature: float, group: ProcessGroup
-) -> Tensor:
+def merged(state: Tensor, kind: int, row_temperature: Tensor | None, temperature: float, group: ProcessGroup) -> Tensor:
     """The rows' states `[..., 9]` of the whole vocabulary from those of this rank's columns.
 
     Two all-reduces, of 8 and of 28 bytes a row: over P ranks each moves 72·(P - 1)/P bytes a row, 36 over 2 ranks, 63 over 8 and
