@@ -120,14 +120,15 @@ def call_of(
     num_items = _checks.check_num_items(op, options.num_items, options.reduction, student)
     mask = _checks.check_rows(op, "mask", options.mask, student)
     weight = _checks.check_rows(op, "weight", options.weight, student)
-    hard = labelled = None
+    hard = own = None
     if labels is not None and labels.labels is not None:
         hard = _checks.check_labels(op, labels.labels, mask, student, shard.vocabulary, labels.ignore_index)
-        labelled = hard != labels.ignore_index
         if mask is None:  # who leaves a row out of the labels leaves it out; a mask says otherwise
-            mask, labelled = labelled, None
+            mask = hard != labels.ignore_index
+        else:
+            own = labels._replace(labels=hard)
     if options.reduction == "mean":
-        scale, divisor = _of_mean(student, num_items, mask, labelled)
+        scale, divisor = _of_mean(student, num_items, mask, own)
     else:
         scale, divisor = _over(student.shape[0], student) if options.reduction == "batchmean" else (1.0, None)
     numbers = Numbers(
@@ -148,10 +149,10 @@ def call_of(
 
 
 def _of_mean(
-    like: Tensor, num_items: float | Tensor | None, mask: Tensor | None, labelled: Tensor | None
+    like: Tensor, num_items: float | Tensor | None, mask: Tensor | None, labels: Labels | None
 ) -> tuple[float, Tensor | None]:
-    """Scale and divisor of a mean over the rows of `mask`, and of the cross-entropy over those of them that are
-    `labelled` (None: the same). What is counted stays on the device."""
+    """Scale and divisor of a mean over the rows of `mask`, and of the cross-entropy over those of them that have a label
+    (None: the same). What is counted stays on the device."""
     if isinstance(num_items, Tensor):
         return 1.0, num_items
     if num_items is not None:
@@ -160,7 +161,10 @@ def _of_mean(
         return _over(math.prod(like.shape[:-1]), like)
     real = _checks.loss_dtype(like)
     counted = mask.sum(dtype=real)
-    return 1.0, counted if labelled is None else torch.stack((counted, (mask & labelled).sum(dtype=real)))
+    if labels is None:
+        return 1.0, counted
+    labelled = mask & (labels.labels != labels.ignore_index)
+    return 1.0, torch.stack((counted, labelled.sum(dtype=real)))
 
 
 def _over(number: float, like: Tensor) -> tuple[float, Tensor | None]:

@@ -48,7 +48,7 @@ class KDOptions(LabelOptions, total=False):
 
 @dataclass
 class Options:
-    """`DivergenceOptions` as the caller gave them."""
+    """`DivergenceOptions` as the caller gave them. Not frozen, which would cost every call a microsecond or two."""
 
     temperature: float | Tensor = 1.0
     mask: Tensor | None = None
