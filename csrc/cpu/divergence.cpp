@@ -191,6 +191,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const DivergenceCall& call, const std
   if (into) call.check_gradient(*into);
   const ScalarType real = call.loss_type();
   const Tensor& like = call.student;
+  const bool per_row = call.per_row;
   Tensor loss = zeros(like, call.loss_sizes(), real), components = zeros(like, call.component_sizes(), real);
   Tensor saved = into                     ? *into
                  : save == Save::gradient ? empty_gradient(like)
@@ -217,12 +218,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const DivergenceCall& call, const std
       },
       [&](int64_t row, const DivergenceRow& r) {
         const RowLoss value = rows.loss(r);
-        if (call.per_row) set_loss(row, value);
+        if (per_row) set_loss(row, value);
         if (save == Save::state) write_state(states, row, r.state);
         return value;
       });
   const RowLoss sum = driver.run();
-  if (!call.per_row) set_loss(0, sum);
+  if (!per_row) set_loss(0, sum);
   return {loss, components, saved};
 }
 

@@ -160,11 +160,10 @@ def _of_mean(
     if mask is None:
         return _over(math.prod(like.shape[:-1]), like)
     real = _checks.loss_dtype(like)
-    counted = mask.sum(dtype=real)
     if labels is None:
-        return 1.0, counted
-    labelled = mask & (labels.labels != labels.ignore_index)
-    return 1.0, torch.stack((counted, labelled.sum(dtype=real)))
+        return 1.0, mask.sum(dtype=real)
+    both = torch.stack((mask, mask & (labels.labels != labels.ignore_index)))
+    return 1.0, both.view(2, -1).sum(1, dtype=real)
 
 
 def _over(number: float, like: Tensor) -> tuple[float, Tensor | None]:
