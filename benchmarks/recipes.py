@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from kdfast import bench, compare, report
+from kdfast import bench, compare, plots, report
 from kdfast.recipes import hinton, minilm, patient_kd
 from kdfast.recipes._recipe import Recipe
 
@@ -70,7 +70,7 @@ def save(folders: list[Path], output: Path, console: Console) -> None:
         bench.results_path(facts, output, "recipes"),
     )
     path.with_suffix(".md").write_text(report.comparison_markdown(comparison) + "\n")
-    report.plot_comparison(path.with_suffix(".png"), comparison)
+    plots.plot_comparison(path.with_suffix(".png"), comparison)
     console.print(f"In {output}: {path.name}, {path.stem}.md, {path.stem}.png")
 
 

@@ -108,7 +108,7 @@ class Step:
     def __init__(self, way: str, teacher: Any) -> None:
         reader, self.loss_of = WAYS[way]
         teacher = copy.deepcopy(teacher).eval()
-        student = students.from_layers(teacher, (0, 2, 4), dropout=0).train()
+        student = students.from_layers(teacher, (0, 2, 4), dropout=0, dtype=None).train()
         torch.manual_seed(0)
         width = teacher.config.hidden_size
         self.projection = nn.Linear(width, width).to(teacher.device, teacher.dtype)

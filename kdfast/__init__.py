@@ -9,8 +9,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from kdfast import _native
+from kdfast import _interrupt
 from kdfast._version import __version__
+
+_interrupt.begin()  # before torch, which takes a second to import
+
+from kdfast import _native  # noqa: E402
 
 _native.load()
 

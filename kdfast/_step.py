@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdfast import kl_div
+from kdfast.distances import kind_of, to_teacher
 
 
 class Means:
@@ -17,21 +17,21 @@ class Means:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.weight = 0.0
+        self.weight: float | Tensor = 0.0
 
-    def add(self, values: dict[str, Tensor], weight: float, summed: bool = False) -> None:
+    def add(self, values: Mapping[str, Tensor], weight: float | Tensor, summed: bool = False) -> None:
         """`summed`: the values carry the weight already."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float() * (1.0 if summed else weight)
-        self.weight += weight
+            self.sums[name] = self.sums.get(name, 0) + value.detach().double() * (1.0 if summed else weight)
+        self.weight = self.weight + weight
 
     def take(self, accelerator: Any) -> dict[str, float]:
-        """The means, and starts anew."""
+        """The means, and starts anew. 0 where nothing has a weight."""
         names, device = list(self.sums), accelerator.device
-        totals = torch.stack([*self.sums.values(), torch.tensor(self.weight, device=device)])
-        *sums, weight = accelerator.reduce(totals, reduction="sum").tolist()
+        totals = [torch.as_tensor(x, dtype=torch.float64, device=device) for x in (*self.sums.values(), self.weight)]
+        *sums, weight = accelerator.reduce(torch.stack(totals), reduction="sum").tolist()
         self.__init__()  # type: ignore[misc]
-        return {name: round(value / weight, 6) for name, value in zip(names, sums, strict=True)}
+        return {name: value / weight if weight else 0.0 for name, value in zip(names, sums, strict=True)}
 
 
 def inside_forward(model: nn.Module, step: Callable[[nn.Module], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -73,9 +73,11 @@ def without(model: nn.Module, name: str) -> Iterator[None]:
             model.add_module(name, taken)
 
 
-def agreement(student: Any, teacher: Any) -> dict[str, Tensor]:
-    """Of the logits [B, C] of two classifiers, C at least 2."""
-    if student is None or teacher is None or student.dim() != 2 or student.shape[-1] < 2:
+def agreement(student: Any, teacher: Any, model: Any = None) -> dict[str, Tensor]:
+    """`to_teacher` of the logits [B, C] of a classifier or regressor and its teacher; nothing of other outputs.
+
+    `model`: the student, whose config may tell its kind.
+    """
+    if student is None or teacher is None or student.dim() != 2 or student.shape != teacher.shape:
         return {}
-    same = (student.argmax(-1) == teacher.argmax(-1)).float().mean()
-    return {"agreement": same, "kl_to_teacher": kl_div(student, teacher)}
+    return to_teacher(student, teacher, kind_of(getattr(model, "config", None), student.shape[-1]))

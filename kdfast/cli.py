@@ -14,9 +14,13 @@ try:
 except ModuleNotFoundError:
     sys.exit("kdfast: the command line needs typer, which is not installed: pip install kdfast[train]")
 
+from kdfast import _interrupt
+from kdfast._disk import told
 from kdfast.cli_distill import add_recipes
 from kdfast.cli_results import compare, evaluate
 from kdfast.cli_shared import fail, layer_numbers
+
+STOPPED = 130  # exit code of what Ctrl-C ended
 
 app = typer.Typer(
     help="Distillation of transformers with fused C++ losses.",
@@ -119,7 +123,10 @@ def cache_teacher(
     layers: Annotated[
         str | None, typer.Option(help="For hidden and cls, such as 0,6,12: 0 is the embeddings, N after N layers.")
     ] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens per row; longer ones are cut.", min=1)] = 1024,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens per row; longer ones are cut. Default: 1024, or the model's positions.", min=1),
+    ] = None,
     text_column: Annotated[str, typer.Option(help="Where the text is.")] = "text",
     batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
     shard_mb: Annotated[int, typer.Option(help="Megabytes per file, and in memory until it is written.")] = 512,
@@ -155,7 +162,7 @@ def cache_teacher(
         )
     except cache_error as error:
         fail(str(error), 2)
-    except (OSError, ImportError) as error:
+    except ImportError as error:
         fail(str(error), 1)
     except KeyboardInterrupt:
         fail("stopped; the same command continues after the last finished file", 130)
@@ -188,11 +195,18 @@ def main() -> NoReturn:
     """Entry point: turns what users can meet into one line and an exit code, and lets bugs show their traceback."""
     # click's class, or typer's own copy of it: that depends on typer's version.
     usage_error: Any = typer.BadParameter.__mro__[1]
+    _interrupt.end()
     try:
         status = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        status = STOPPED
+    except OSError as error:
+        fail(told(error), 1)
     except usage_error as error:
         command = error.ctx.command_path if error.ctx else "kdfast"
         if not error.format_message():  # a command without its subcommand: the help was shown
             sys.exit(2)
         fail(f"{error.format_message()}  (help: {command} --help)", 2)
+    if status == STOPPED:  # what typer makes of Ctrl-C
+        fail("stopped", STOPPED)
     sys.exit(status)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kdfast._disk import told
 from kdfast.cli_shared import fail, layer_numbers
 from kdfast.recipes import causal_lm, distilbert, hinton, minilm, patient_kd
 from kdfast.recipes._recipe import Recipe
@@ -95,14 +96,14 @@ def _run(recipe: Recipe, output: Path, fresh: bool) -> None:
         from kdfast.data import AssetError
     except ImportError as error:
         fail(f"{error}: pip install kdfast[train]", 1)
-    except KeyboardInterrupt:
-        fail("stopped", 130)
     try:
         recipe.run(output, Console(), fresh)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     except AssetError as error:
         fail(str(error), 1)
+    except OSError as error:
+        fail(f"{told(error)}; the same command continues where this one was", 1)
     except KeyboardInterrupt:
         fail("stopped; the same command continues where this one was", 130)
 

@@ -11,9 +11,10 @@ import typer
 import yaml
 
 from kdfast import compare as comparing
+from kdfast._disk import saving
 from kdfast.cli_distill import RECIPES
 from kdfast.cli_shared import fail
-from kdfast.compare import CONFIG, located
+from kdfast.paths import CONFIG
 from kdfast.recipes._classifier import ClassifierRecipe
 
 
@@ -30,6 +31,9 @@ def evaluate(
         str | None, typer.Option(help="Column of the text, or two of pairs. Default: found by name.")
     ] = None,
     label_column: Annotated[str | None, typer.Option(help="Default: found by name.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="classification, regression or multi_label. Default: by the labels.")
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Classifier to measure beside it, a folder or Hub name. Default: a run's own.")
     ] = None,
@@ -55,7 +59,7 @@ def evaluate(
         from rich.console import Console
 
         from kdfast import evaluation, report, stages, tasks
-        from kdfast.data import AssetError
+        from kdfast.data import AssetError, shown_name
     except ImportError as error:
         fail(f"{error}: pip install kdfast[train]", 1)
     transformers.utils.logging.set_verbosity_error()
@@ -68,6 +72,7 @@ def evaluate(
         given: dict[str, Any] = {
             "text_columns": None if text_columns is None else [name.strip() for name in text_columns.split(",")],
             "label_column": label_column,
+            "kind": kind,
             "test_rows": test_rows,
         }
         run = chosen.recipe
@@ -76,17 +81,23 @@ def evaluate(
             data = run.data
         task = tasks.load(data, **given)
         length = max_length or (64 if run is None else run.max_length)
+        console = Console()
+        for note in task.notes:
+            typer.echo(note)
         results = evaluation.evaluate(
-            chosen.sources, task, max_length=length, teacher=chosen.teacher, batch_size=batch_size
+            chosen.sources,
+            task,
+            max_length=length,
+            teacher=chosen.teacher,
+            batch_size=batch_size,
+            tell=typer.echo,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     except AssetError as error:
         fail(str(error), 1)
-    except KeyboardInterrupt:
-        fail("stopped", 130)
     rows = len(task.test)
-    Console().print(report.evaluation_table(results, task.name, rows))
+    console.print(report.evaluation_table(results, shown_name(task.name), rows))
     if output is not None:
         facts = {"data": task.name, "kind": task.kind, "metric": task.metric, "rows": rows, "max_length": length}
         sources = {name: str(of) for name, of in chosen.sources.items()}
@@ -127,7 +138,7 @@ def _chosen(model: str, teacher: str | None) -> _Chosen:
     titles = json.loads((folder / "metrics.json").read_text())["task"]["titles"]
     sources = {title: folder / name for name, title in titles.items()}
     if recipe.teacher is not None:
-        sources[titles["teacher"]] = located(recipe.teacher, folder)
+        sources[titles["teacher"]] = recipe.teacher
     return _Chosen(sources, titles["teacher"], recipe)
 
 
@@ -161,7 +172,7 @@ def compare(
     try:
         from rich.console import Console
 
-        from kdfast import report
+        from kdfast import plots, report
     except ImportError as error:
         fail(f"{error}: pip install kdfast[train]", 1)
     try:
@@ -172,8 +183,9 @@ def compare(
         raise typer.BadParameter(str(error)) from None
     Console().print(report.comparison_table(comparison))
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "comparison.json").write_text(json.dumps(comparison.as_dict(), indent=1) + "\n")
-        (output / "comparison.md").write_text(report.comparison_markdown(comparison) + "\n")
-        report.plot_comparison(output / "comparison.png", comparison)
+        with saving(output):
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "comparison.json").write_text(json.dumps(comparison.as_dict(), indent=1) + "\n")
+            (output / "comparison.md").write_text(report.comparison_markdown(comparison) + "\n")
+        plots.plot_comparison(output / "comparison.png", comparison)
         typer.echo(f"In {output}: comparison.json, comparison.md, comparison.png")

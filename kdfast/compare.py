@@ -12,11 +12,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import yaml
-
 from kdfast.data import shown_name
+from kdfast.paths import METRICS, MODELS, located, run_settings
 
-CONFIG, METRICS = "config.yaml", "metrics.json"  # of a run's folder
 LABELS_ONLY = "labels_only"
 
 # Settings on which it depends what a run is measured on.
@@ -29,7 +27,6 @@ ALONE = (
     *("seed", "student", "student_start", "student_layers", "student_config", "freeze_embeddings", "train_rows"),
     *("epochs", "learning_rate", "warmup", "batch_size", "max_length", "precision", "save_dtype"),
 )
-MODELS = ("base", "teacher", "student")  # settings that may be folders of other runs' models
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,7 @@ class Run:
         family: "classifier", "causal-lm" or "distilbert"; runs of one are measured alike.
         metric: the task's.
         test: what a classifier was measured on, a `kdfast.tasks.fingerprint`.
+        tokenizer: of language models, where the run tells a sum of it.
         settings: of the recipe.
         models: metrics by the names of the models.
     """
@@ -49,6 +47,7 @@ class Run:
     family: str
     metric: str
     test: str | None
+    tokenizer: str | None
     settings: dict[str, Any]
     models: dict[str, dict[str, float]]
 
@@ -70,13 +69,18 @@ class Run:
             language = all("perplexity" in row for row in models.values())
             family = settings.get("recipe", "causal-lm") if language else "classifier"
             metric, test = ("perplexity", None) if language else (stored["task"]["metric"], stored["task"]["test"])
+            tokenizer = stored.get("tokenizer") if language else None
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{folder / METRICS} is not of a run of this version of kdfast: {error!r}") from None
-        return cls(folder, family, metric, test, settings, models)
+        return cls(folder, family, metric, test, tokenizer, settings, models)
 
     @property
     def seed(self) -> int:
         return int(self.settings.get("seed", 0))
+
+    def _of(self, name: str) -> Any:
+        """A setting, paths as they are now."""
+        return located(name, self.settings.get(name), self.folder)
 
     @property
     def recipe(self) -> str:
@@ -87,7 +91,7 @@ class Run:
         if self.family == "classifier":
             return {"test": self.test}
         names = MEASURED_ON.get(self.family, MEASURED_ON["causal-lm"])
-        rows = {name: self.settings.get(name) for name in names}
+        rows = {name: self._of(name) for name in names}
         if self.family == "causal-lm":  # which makes prompts of packed text, that do not count
             prompted = bool(self.settings.get("on_policy")) and not str(rows["data"]).endswith(".jsonl")
             rows["on_policy"] = "above 0" if prompted else 0.0
@@ -97,7 +101,7 @@ class Run:
     def teacher(self) -> str:
         """Where it is."""
         if (given := self.settings.get("teacher")) is not None:
-            return str(located(given, self.folder))
+            return str(located("teacher", given, self.folder))
         if self.family == "causal-lm":
             return "the demonstration's"
         return self.own_teacher
@@ -110,9 +114,9 @@ class Run:
     @property
     def alone(self) -> str:
         """Equal of runs whose students are the same where they are trained on the labels alone."""
-        wanted = {name: self.settings.get(name) for name in ALONE}
+        wanted = {name: self._of(name) for name in ALONE}
         if wanted["student"] is None and wanted["student_start"] == "base":
-            wanted["base"] = self.settings.get("base")
+            wanted["base"] = self._of("base")
         return json.dumps({**wanted, "teacher": self.teacher}, sort_keys=True, default=str)
 
     @property
@@ -188,11 +192,12 @@ def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:
         metric: None: the task's.
 
     Raises:
-        ValueError: something is no finished run; runs of different tasks or test rows; two with the same settings and seed; a
+        ValueError: something is no finished run; runs of different tasks, test rows or tokenizers; two with the same settings and seed; a
             metric that no model has.
     """
     runs = [Run.read(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
     _check_alike(runs)
+    _check_tokenizers(runs)
     metric = metric or runs[0].metric
     known = {name for run in runs for row in run.models.values() for name in row}
     if metric not in known:
@@ -207,7 +212,7 @@ def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:
     teachers = [row for row in rows if row.model == "teacher"]
     if len(teachers) == 1:
         teachers[0].group = ""  # of all
-    return Comparison(rows, metric, runs[0].family, runs[0].settings.get("data"), runs[0].measured_on)
+    return Comparison(rows, metric, runs[0].family, runs[0]._of("data"), runs[0].measured_on)
 
 
 def _rows(groups: dict[str, list[Run]], metric: str) -> Iterator[Row]:
@@ -261,38 +266,28 @@ def _check_alike(runs: list[Run]) -> None:
                 )
 
 
+def _check_tokenizers(runs: list[Run]) -> None:
+    """Perplexities are per token, and of fewer where the tokens are longer. Of earlier runs the tokenizer is not known."""
+    known = [run for run in runs if run.tokenizer is not None]
+    for run in known[1:]:
+        if run.tokenizer != known[0].tokenizer:
+            raise ValueError(
+                f"{known[0].folder} and {run.folder} have different tokenizers: what is measured per token does not compare"
+            )
+
+
 def _kind(run: Run) -> str:
     return "classifiers" if run.family == "classifier" else f"language models ({run.family})"
 
 
-def located(source: str, folder: Path) -> Path | str:
-    """The folder of a model that a run's settings name: relative to here, or to one of the folders that the run lies in. As it
-    is where there is none: a Hub name, or gone."""
-    for base in (Path(), *folder.resolve().parents):
-        place = base / source
-        if place.is_dir() or (len(Path(source).parts) > 1 and _settings(place.parent) is not None):
-            return place.resolve()
-    return source
-
-
-def _settings(run: Path) -> dict[str, Any] | None:
-    if (run / CONFIG).is_file():
-        settings = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
-    elif (run / METRICS).is_file():
-        settings = json.loads((run / METRICS).read_text()).get("settings")
-    else:
-        return None
-    return settings if isinstance(settings, dict) else None
-
-
 def _but_for_the_seed(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Settings without the seed; models of other runs are those runs' settings without the seed."""
-    described = {name: value for name, value in settings.items() if name != "seed"}
+    described = {name: located(name, value, folder) for name, value in settings.items() if name != "seed"}
     for name in MODELS:
         if isinstance(source := settings.get(name), str):
-            place = located(source, folder)
+            place = Path(located(name, source, folder))
             described[name] = str(place)
-            if isinstance(place, Path) and (theirs := _settings(place.parent)) is not None:
+            if place.is_absolute() and (theirs := run_settings(place.parent)) is not None:
                 described[name] = {"model": place.name, **_but_for_the_seed(theirs, place.parent)}
     return described
 

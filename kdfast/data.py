@@ -21,9 +21,10 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -308,7 +309,36 @@ def wordnet(folder: Path) -> list[str]:
 
 def shown_name(source: str) -> str:
     """A path without its folders; anything else, a name on the Hub say, as it is."""
-    return Path(source).name if Path(source).exists() else source
+    return Path(source).name if Path(source).is_absolute() or Path(source).exists() else source
+
+
+class TeacherCollator:
+    """Batches of rows that have columns for a teacher with a tokenizer of its own: `teacher_input_ids` and the like.
+
+    `inner` makes the batch of the other columns; the teacher's are padded by its tokenizer, which also makes the
+    `teacher_attention_mask` where the rows have none.
+
+    Args:
+        inner: the collator of the student, such as `DataCollatorWithPadding(tokenizer)`.
+        teacher_tokenizer: of transformers. Other columns that begin with `teacher_` go to `inner`.
+
+    Raises:
+        ValueError: a row without `teacher_input_ids`.
+    """
+
+    def __init__(self, inner: Callable[[list[dict[str, Any]]], Any], teacher_tokenizer: Any) -> None:
+        self.inner, self.tokenizer = inner, teacher_tokenizer
+        names = {"input_ids", "attention_mask", "token_type_ids", *teacher_tokenizer.model_input_names}
+        self.columns = {f"teacher_{name}": name for name in names}
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        for number, row in enumerate(rows):
+            if "teacher_input_ids" not in row:
+                raise ValueError(f"TeacherCollator: row {number}: expected teacher_input_ids, got {', '.join(row)}")
+        own = [{name: x for name, x in row.items() if name not in self.columns} for row in rows]
+        its = [{self.columns[name]: x for name, x in row.items() if name in self.columns} for row in rows]
+        padded = self.tokenizer.pad(its, return_tensors="pt")
+        return {**self.inner(own), **{f"teacher_{name}": x for name, x in padded.items()}}
 
 
 class LengthGroupedSampler(Sampler[int]):

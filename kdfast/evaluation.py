@@ -7,19 +7,21 @@ evaluation.evaluate({"teacher": "org/bert-sst2", "student": "runs/hinton/student
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from kdfast import report, stages, tasks
+from kdfast import pairing, report, stages, tasks
 from kdfast._hub import first_line, why_no_answer
 from kdfast.objective import model_inputs
 
@@ -57,6 +59,7 @@ def evaluate(
     max_length: int = 64,
     teacher: str | None = None,
     batch_size: int = BATCH,
+    tell: Callable[[str], Any] = warnings.warn,
 ) -> dict[str, report.Metrics]:
     """`measure` of models that are loaded here, each with its own tokenizer.
 
@@ -66,22 +69,27 @@ def evaluate(
         max_length: tokens; longer rows are cut.
         teacher: which of the names is the others' teacher, if there is one.
         batch_size: rows per forward pass.
+        tell: gets what a user should know: classes that are matched by their numbers, as their names are others.
 
     Raises:
-        ValueError: a model that cannot be loaded, has no head or tokenizer, other classes or another order of them, or fewer positions.
+        ValueError: a model that cannot be loaded, has no head, tokenizer or padding token, other classes or another order of them,
+            or fewer positions.
     """
     test_alone = replace(task, train=task.train.select(()))
     candidates = {}
     for name, source in sources.items():
         model = classifier(task, name, source).to(device())
         tokenizer = load_tokenizer(name, source)
-        positions = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", max_length))
-        if max_length > positions:
-            raise ValueError(
-                f"max_length must be at most {positions}, the positions of {_named(name, source)}, got {max_length}"
-            )
+        pairing.pad_alike(named(name, source), model, tokenizer)
+        pairing.check_length(named(name, source), model, max_length)
         rows = tasks.tokenize(test_alone, tokenizer, max_length)[1].to_list()
+        pairing.check_ids(named(name, source), model, rows)
+        if note := pairing.matched_by_number(named(name, source), model.config, task.names):
+            tell(note)
         candidates[name] = Candidate(f"test: {name}", model, source, tokenizer, rows)
+    if teacher is not None:
+        for name, of in candidates.items():
+            pairing.check_same_classes(named(name, of.source), of.model, candidates[teacher].model)
     return measure(candidates, task, teacher, batch_size)
 
 
@@ -89,21 +97,23 @@ def measure(
     candidates: Mapping[str, Candidate], task: tasks.Task, teacher: str | None = None, batch_size: int = BATCH
 ) -> dict[str, report.Metrics]:
     """By the candidates' names: what `tasks.metrics` gives, parameters, megabytes, and milliseconds of a forward pass of 1
-    and of 32 rows. Of classes also KL to the logits of the candidate named `teacher`, and agreement with it."""
+    and of 32 rows, the median, fastest and slowest. Beside a candidate named `teacher` also `kdfast.distances.to_teacher`."""
     logits = {name: _logits(of, batch_size) for name, of in candidates.items()}
     results = {}
     for name, of in candidates.items():
         labels = torch.tensor([row["labels"] for row in of.rows])
         results[name] = tasks.metrics(task.metric, logits[name], labels)
-        if teacher is not None and task.kind == "classification":
-            results[name] |= report.against_teacher(logits[name], logits[teacher])
+        if teacher is not None:
+            results[name] |= report.against_teacher(logits[name], logits[teacher], task.kind)
         results[name] |= report.size(of.model, Path(of.source))
         if not results[name]["megabytes"]:  # of the Hub, or not in safetensors
             results[name]["megabytes"] = sum(p.numel() * p.element_size() for p in of.model.parameters()) / 1e6
     for count in LATENCY_ROWS:
         ready = {name: _Ready(of, count) for name, of in candidates.items()}
-        for name, milliseconds in report.latency_ms(ready, {}).items():
-            results[name][f"latency_ms_batch_{count}"] = milliseconds
+        for name, milliseconds in report.latencies_ms(ready, {}).items():
+            key = f"latency_ms_batch_{count}"
+            results[name] |= {key: median(milliseconds), key + report.FAST: min(milliseconds)}
+            results[name][key + report.SLOW] = max(milliseconds)
     return results
 
 
@@ -140,17 +150,15 @@ def classifier(task: tasks.Task, argument: str, source: str | Path) -> Any:
     Raises:
         ValueError: it cannot be loaded, has no head, another number of classes or another order of them.
     """
-    named = _named(argument, source)
+    who = named(argument, source)
     options = {"output_loading_info": True, "dtype": torch.float32}
     model, loading = pretrained(AutoModelForSequenceClassification, argument, source, **options)
     if absent := sorted(loading["missing_keys"]):
-        raise ValueError(f"{named} is no classifier: it has no weights for {', '.join(absent[:4])}")
-    expected = task.head.get("id2label", {})
-    if model.config.num_labels != max(1, len(expected)):
-        raise ValueError(f"{named} has {model.config.num_labels} classes, the data {max(1, len(expected))}")
-    theirs, ours = ([str(name).lower() for _, name in sorted(of.items())] for of in (model.config.id2label, expected))
-    if theirs != ours and sorted(theirs) == sorted(ours):
-        raise ValueError(f"{named} has the classes in the order {', '.join(theirs)}, the data {', '.join(ours)}")
+        raise ValueError(f"{who} is no classifier: it has no weights for {', '.join(absent[:4])}")
+    if model.config.num_labels != max(1, len(task.names)):
+        raise ValueError(f"{who} has {model.config.num_labels} classes, the data {max(1, len(task.names))}")
+    pairing.check_names(who, model.config, task.names)
+    model.config.problem_type = task.head["problem_type"]  # many do not tell theirs
     return model
 
 
@@ -160,7 +168,7 @@ def load_tokenizer(argument: str, source: str | Path) -> Any:
     Raises:
         ValueError: it cannot be loaded, or is such a one.
     """
-    absent = f"{_named(argument, source)} has no tokenizer: save it beside the model"
+    absent = f"{named(argument, source)} has no tokenizer: save it beside the model"
     try:
         tokenizer = pretrained(AutoTokenizer, argument, source)
     except ValueError as error:  # of models with a tokenizer of no class of its own
@@ -174,32 +182,45 @@ def pretrained(kind: Any, argument: str, source: str | Path, **options: Any) -> 
     """`kind.from_pretrained`, with the argument named where it fails.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: it cannot be loaded, or is a model whose weights are quantised.
     """
-    named = _named(argument, source)
-    unreachable = None if Path(source).is_dir() else _why_no_answer(named, source)
+    who = named(argument, source)
+    unreachable = None if Path(source).is_dir() else _why_no_answer(who, source)
+    # Without the Hub, what was downloaded before is still there.
+    here = {"local_files_only": True} if unreachable else {}
     try:
-        # Without the Hub, what was downloaded before is still there.
-        return kind.from_pretrained(source, **options, **({"local_files_only": True} if unreachable else {}))
+        if hasattr(kind, "from_config"):  # of models, not of configurations or tokenizers
+            _check_not_quantised(AutoConfig.from_pretrained(source, **here))
+        return kind.from_pretrained(source, **options, **here)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = first_line(error)
         if unreachable and isinstance(error, OSError):
             reason = f"there is no such folder, and the Hub cannot be reached ({unreachable})"
-        raise ValueError(f"{named}: {reason}") from None
+        raise ValueError(f"{who}: {reason}") from None
 
 
-def _why_no_answer(named: str, source: str | Path) -> str | None:
+def _check_not_quantised(config: Any) -> None:
+    """Before weights are loaded, which needs the library of the quantisation, and may end in a crash of it."""
+    if (found := getattr(config, "quantization_config", None)) is not None:
+        method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+        raise ValueError(
+            f"expected weights that are not quantised, got {getattr(method, 'value', method)} (quantization_config in its "
+            "config.json): load it, dequantise it and save that"
+        )
+
+
+def _why_no_answer(who: str, source: str | Path) -> str | None:
     """Of the Hub, where it is asked: not about what looks like a path."""
     if Path(source).is_file():
-        raise ValueError(f"{named}: expected a folder or a name on the Hub, got a file")
+        raise ValueError(f"{who}: expected a folder or a name on the Hub, got a file")
     if str(source).startswith((os.sep, ".", "~")) or str(source).count(os.sep) > 1:
-        raise ValueError(f"{named}: there is no such folder")
-    absent = ValueError(f"{named}: there is no such folder, and the Hub has no such model that you may read")
+        raise ValueError(f"{who}: there is no such folder")
+    absent = ValueError(f"{who}: there is no such folder, and the Hub has no such model that you may read")
     return why_no_answer("model_info", str(source), absent)
 
 
-def _named(argument: str, source: str | Path) -> str:
-    """Once where both are the same, as `evaluate` has it of a model in the working folder."""
+def named(argument: str, source: str | Path) -> str:
+    """What messages call a model: once where both are the same, as `evaluate` has it of one in the working folder."""
     return argument if argument == str(source) else f"{argument} {source}"
 
 

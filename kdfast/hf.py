@@ -201,6 +201,7 @@ ADAPTERS: dict[str, Adapter] = {
         name: Adapter(through_interface)
         for name in ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "modernbert", "albert")
     },
+    **{name: Adapter(through_interface) for name in ("vit", "deit", "dinov2")},
     **{
         name: Adapter(through_interface, cls_index=None, causal=True)
         for name in ("llama", "qwen2", "qwen3", "mistral", "smollm3")
@@ -232,6 +233,9 @@ def _cls_index(adapter: Adapter, mask: Tensor | None) -> int | Tensor:
 
 
 def _features(adapter: Adapter, outputs: Any, read: _Record, mask: Tensor | None) -> Features:
+    if getattr(outputs, "hidden_states", None) is None:
+        got = type(outputs).__name__
+        raise ValueError(f"kdfast.hf: outputs: expected some by name, with .hidden_states of every layer, got {got}")
     return Features(
         outputs=outputs,
         hidden=tuple(outputs.hidden_states),

@@ -1,89 +1,94 @@
-"""A causal language model up to its logits: last hidden states and output embeddings, for `kdfast.linear_kd_loss`."""
+"""A language model up to its logits: last hidden states and output embeddings, for `kdfast.linear_kd_loss`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from kdfast._finish import Finish, capped, probes, seen
+from kdfast._head import OwnHead, plain, product
+from kdfast._router import router_loss
+from kdfast.ops._checks import kind
 
 
 class LastHidden(NamedTuple):
     """What a model's logits are made of: softcap · tanh((hidden weightᵀ + bias) / softcap), without softcap if it is None.
 
-    hidden: [B, L, H]. weight: [V, H], bias: [V] or None: the model's own parameters, DTensors where FSDP2 has them sharded.
+    hidden: [B, L, H], times the scale of the logits where the model has one (Cohere, Granite). weight: [V, H], bias: [V] or
+    None: the model's parameters, DTensors where FSDP2 has them sharded. All in the dtype that the model multiplies them in,
+    under autocast that of autocast.
+
+    head: in place of weight and bias, where the output embeddings are no plain product (an adapter, a quantised weight, a
+    forward of their own): makes float32 logits of hidden states.
+
+    router_loss: of a mixture of experts, weighted as in its own loss; None where it computes none. aligned: whether logits
+    are those of the same place's label (encoder-decoders) and not of the next token's.
     """
 
     hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
+    weight: Tensor | None
+    bias: Tensor | None = None
+    softcap: float | None = None
+    head: OwnHead | None = None
+    router_loss: Tensor | None = None
+    aligned: bool = False
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0] if self.head is None else self.head.vocabulary  # type: ignore[union-attr]
+
+    def make_logits(self, hidden: Tensor | None = None) -> Tensor:
+        """Of these hidden states [..., H], by default all: [..., V], float32 (float64 for float64)."""
+        hidden = self.hidden if hidden is None else hidden
+        if self.head is not None:
+            return capped(self.head(hidden), self.softcap)
+        assert self.weight is not None
+        bias = None if self.bias is None else _whole(self.bias)
+        return capped(product(hidden, _whole(self.weight), bias), self.softcap)
 
 
-# Models whose logits were seen to be what LastHidden says.
-_understood: WeakSet[nn.Module] = WeakSet()
+def _whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+# What models were seen to do to their logits, and in which state.
+_seen: WeakKeyDictionary[nn.Module, tuple[Any, Finish]] = WeakKeyDictionary()
 
 
 def last_hidden(model: nn.Module, **inputs: Any) -> LastHidden:
-    """Runs a causal language model of transformers without the logits, of which it makes one row.
+    """Runs a language model of transformers without the logits, of which it makes one row.
 
     `model(**inputs)` is called as it is, so DDP and FSDP2 do their work around it. For that call the hidden states join
     what it returns: DDP looks there for parameters that the loss does not reach, FSDP2 for where the backward begins.
 
     Args:
-        model: one with output embeddings, plain or wrapped by DistributedDataParallel or `fully_shard`.
+        model: one with output embeddings, plain or wrapped by DistributedDataParallel or `fully_shard`, with adapters of
+            peft or without.
         **inputs: arguments of its forward; no labels, which would make it compute a loss of its own.
 
     Raises:
         TypeError: the model has no output embeddings.
-        ValueError: it does more to its logits than `config.final_logit_softcapping`, such as a scale (Cohere, Granite).
+        ValueError: it does more to its logits than a scale, a constant bias and a soft-cap; or its output embeddings are no
+            plain product, and sharded.
     """
-    inner = _language_model(model)
-    head = inner.get_output_embeddings()
-    softcap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
-    hidden: list[Tensor] = []
-    rows: list[Tensor] = []
-
-    def one_row(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
-        hidden.append(arguments[0])
-        return (arguments[0][:1, :1],)
-
-    def beside_row(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> tuple[Tensor, Tensor]:
-        return output, hidden[-1]
-
-    def row_alone(_: nn.Module, __: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> Tensor:
-        rows.append(output[0])
-        return output[0]
-
-    def beside_logits(_: nn.Module, __: tuple[Any, ...], outputs: Any) -> dict[str, Tensor]:
-        if len(hidden) != 1:
-            raise ValueError(
-                f"kdfast: {type(inner).__name__}: expected one call of its output embeddings, got {len(hidden)}"
-            )
-        if inner not in _understood:
-            _check_logits(inner, rows[0], outputs.logits, softcap)
-            _understood.add(inner)
-        return {"hidden": hidden[0], "logits": outputs.logits}
-
-    # FSDP2's own hooks run between those that are prepended and those that are not, and look for tensors in outputs: it
-    # gathers parameters again when the gradient of one arrives.
-    handles = [
-        head.register_forward_pre_hook(one_row),
-        head.register_forward_hook(beside_row, prepend=True),
-        head.register_forward_hook(row_alone),
-        inner.register_forward_hook(beside_logits, prepend=True),
-    ]
-    try:
+    inner = language_model(model)
+    call = _Call(inner, inner.get_output_embeddings())
+    with call.hooked():
         outputs = model(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    # Only now: after the forward FSDP2 may have put shards in place of the parameters that the forward used.
-    return LastHidden(outputs["hidden"], head.weight, getattr(head, "bias", None), softcap)
+    return call.result(outputs["hidden"], outputs.get("router_loss"))
 
 
-def _language_model(model: nn.Module) -> Any:
+def language_model(model: nn.Module) -> Any:
+    """The model inside wrappers that has output embeddings.
+
+    Raises:
+        TypeError: there is none.
+    """
     inner: Any = model
     while not hasattr(inner, "get_output_embeddings") and hasattr(inner, "module"):
         inner = inner.module
@@ -92,12 +97,101 @@ def _language_model(model: nn.Module) -> Any:
     return inner
 
 
-def _check_logits(model: nn.Module, row: Tensor, logits: Tensor, softcap: float | None) -> None:
-    row, logits = row.detach().float(), logits.detach().float()
-    expected = row if softcap is None else softcap * torch.tanh(row / softcap)
-    # A few roundings of the model's own dtype: caps are applied in it.
-    if expected.shape != logits.shape or not torch.allclose(logits, expected, rtol=0.03, atol=1e-3):
-        raise ValueError(
-            f"kdfast: {type(model).__name__}: its logits are not those of its output embeddings, and "
-            f"final_logit_softcapping={softcap} does not explain it: scaled logits are not supported"
-        )
+class _Call:
+    """Of a model's output embeddings, `head`, in one forward: of one row, while the hidden states go past."""
+
+    def __init__(self, inner: Any, head: nn.Module) -> None:
+        self.inner, self.head, self.sharded = inner, head, hasattr(head, "reshard")  # by FSDP2, in a group of its own
+        # What was seen holds until hooks or buffers are others: load_state_dict changes buffers too.
+        within = [inner.get_base_model()] if hasattr(inner, "get_base_model") else []
+        own = [b for module in (inner, *within) for b in module.buffers(recurse=False)]
+        buffers = [(id(b), 0 if b.is_inference() else b._version) for b in own]
+        self.state = id(head), tuple(head._forward_hooks), tuple(buffers), torch.is_grad_enabled()
+        known, self.finish = _seen.get(inner, (None, Finish()))
+        self.checked = known == self.state
+        self.hidden: list[Tensor] = []
+        self.makers: list[tuple[nn.Module, Tensor, Tensor]] = []
+        self.autocast: dict[str, Any] = {}
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        head = self.head
+        # FSDP2's own hooks run between those that are prepended and those that are not, and look for tensors in outputs:
+        # it gathers parameters again when the gradient of one arrives. Other hooks change what they like: between ours.
+        handles = [head.register_forward_pre_hook(self.one_row, prepend=not self.sharded)]
+        if self.sharded:
+            handles.append(head.register_forward_hook(lambda _, __, row: (row, self.hidden[-1]), prepend=True))
+        handles += [m.register_forward_hook(self.keep, prepend=True) for m in head.modules() if plain(m)]
+        handles.append(head.register_forward_hook(self.after_head))
+        handles.append(self.inner.register_forward_hook(self.after_model, prepend=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def one_row(self, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Tensor]:
+        hidden = arguments[0] if arguments else None
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3 or self.hidden:
+            got = "another call" if self.hidden else [*hidden.shape] if isinstance(hidden, Tensor) else kind(hidden)
+            expected = "one call of its output embeddings with hidden states [batch, length, size]"
+            raise ValueError(f"kdfast: {self.name}: expected {expected}, got {got}")
+        device = hidden.device.type
+        self.autocast = {
+            "device_type": device,
+            "dtype": torch.get_autocast_dtype(device),
+            "enabled": torch.is_autocast_enabled(device),
+        }
+        self.hidden.append(hidden)
+        self.given = hidden[:1, :1]
+        return (self.given,)
+
+    def keep(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        self.makers.append((module, arguments[0], output))
+
+    def after_head(self, _: nn.Module, __: tuple[Tensor, ...], output: Any) -> Tensor:
+        self.row: Tensor = output[0] if self.sharded else output
+        # The product whose result this is, unchanged; an adapter's sum, or what another hook has changed, is none's.
+        found = [module for module, given, made in self.makers if given is self.given and made is self.row]
+        self.maker: Any = found[0] if found else None
+        self.passed = self.row.detach() if self.checked else probes(self.row)
+        return self.passed
+
+    def after_model(self, _: nn.Module, __: tuple[Any, ...], outputs: Any) -> dict[str, Tensor]:
+        if not self.hidden or not hasattr(outputs, "logits"):
+            got = f"{type(outputs).__name__} without them" if self.hidden else "no call of these"
+            raise ValueError(f"kdfast: {self.name}: expected logits of its output embeddings, got {got}")
+        if not self.checked:
+            finish = seen(self.passed, outputs.logits)
+            if finish is None:
+                raise ValueError(
+                    f"kdfast: {self.name}: expected logits that are those of its output embeddings but for a scale, a constant "
+                    "bias and a soft-cap, got others"
+                )
+            self.finish = finish
+            _seen[self.inner] = self.state, finish
+        router = router_loss(self.inner, outputs)
+        # The row, for parameters that only the loss reaches.
+        return {"hidden": self.hidden[0], "row": self.row} | ({} if router is None else {"router_loss": router})
+
+    def result(self, hidden: Tensor, router: Tensor | None) -> LastHidden:
+        """Only after the forward: FSDP2 may then have put shards in place of the parameters that it used."""
+        finish, maker = self.finish, self.maker
+        if finish.added is not None:  # seen before the model was moved, perhaps
+            finish = finish._replace(added=finish.added.to(self.row.device))
+        config = getattr(self.inner, "config", None)
+        others: Any = {"router_loss": router, "aligned": bool(getattr(config, "is_encoder_decoder", False))}
+        if maker is None:
+            head = OwnHead(self.head, self.row.shape[-1], finish._replace(softcap=None), self.autocast, self.name)
+            return LastHidden(hidden, None, None, finish.softcap, head, **others)
+        if finish.scale != 1:
+            hidden = hidden * finish.scale
+        bias = finish.bias(maker.bias)
+        # Autocast, and FSDP2's mixed precision, multiply in another dtype than that of the parameters.
+        dtype = self.row.dtype
+        hidden, weight, bias = hidden.to(dtype), maker.weight.to(dtype), None if bias is None else bias.to(dtype)
+        return LastHidden(hidden, weight, bias, finish.softcap, **others)
+
+    @property
+    def name(self) -> str:
+        return type(self.inner).__name__

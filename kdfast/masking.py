@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -163,6 +163,7 @@ def blocks(
     shortest: int = 12,
     unknown: float = 0.5,
     text_column: str = "text",
+    tell: Callable[[str], Any] | None = None,
 ) -> Any:
     """Rows for masked language modelling: a `datasets.Dataset` with input_ids.
 
@@ -172,6 +173,7 @@ def blocks(
     Args:
         texts: any number of them, or a `datasets.Dataset` with a column `text_column`.
         tokenizer: a fast one of transformers.
+        tell: gets how many rows are dropped, where some are.
 
     Raises:
         ValueError: the tokenizer is not a fast one, the dataset lacks the column, or nothing is left.
@@ -181,10 +183,13 @@ def blocks(
     source = texts if isinstance(texts, Dataset) else Dataset.from_dict({text_column: list(texts)})
     if text_column not in source.column_names:
         raise ValueError(f"blocks: text_column: expected one of {', '.join(source.column_names)}, got {text_column}")
+    made = 0
     unknown_id = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
 
     def pieces(batch: Sequence[str]) -> dict[str, list[list[int]]]:
+        nonlocal made
         whole = tokenizer(list(batch), truncation=True, max_length=max_length, return_overflowing_tokens=True)
+        made += len(whole["input_ids"])
         kept = [
             ids for ids in whole["input_ids"] if len(ids) >= shortest and ids.count(unknown_id) < unknown * len(ids)
         ]
@@ -200,4 +205,8 @@ def blocks(
     if not len(rows):
         expected = f"one of at least {shortest} tokens that are not mostly unknown"
         raise ValueError(f"blocks: texts: expected {expected}, got none among {len(source)}")
+    if tell is not None and (dropped := made - len(rows)) > 0:  # made is 0 where `datasets` had them in its cache
+        tell(
+            f"{dropped:,} of {made:,} rows have fewer than {shortest} tokens, or mostly unknown ones, and are left out"
+        )
     return rows

@@ -71,25 +71,29 @@ def sample_completions(model: Any, batch: dict[str, Tensor], max_new_tokens: int
 
     Args:
         model: a causal language model of transformers.
-        batch: `input_ids`, `attention_mask` and `labels`, [B, L]. A row's prompt is what comes before its first label.
+        batch: `input_ids`, `labels` and, where there is padding, on whichever side, `attention_mask`, [B, L]. A row's prompt
+            is what comes before its first label, padding aside; all of it where it has no label.
         max_new_tokens: where samples end that do not end by themselves, with the model's end-of-text token.
         seed: of the samples. The random state of the process stays as it is.
 
     Returns a batch of those three, padded on the right, in which the samples count, their end-of-text tokens included.
 
     Raises:
-        ValueError: a row without a prompt, or a model without an end-of-text token.
+        ValueError: a row without a prompt, a model without an end-of-text token, or an encoder-decoder.
     """
+    if getattr(model.config, "is_encoder_decoder", False):
+        got = f"{type(model).__name__}, an encoder-decoder"
+        raise ValueError(f"sample_completions: model: expected a causal language model, got {got}")
     ids, device = batch["input_ids"], batch["input_ids"].device
     ends = model.generation_config.eos_token_id
     if ends is None:
         raise ValueError("sample_completions: the model's generation_config has no eos_token_id")
     ends = [ends] if isinstance(ends, int) else list(ends)
-    counts = (batch["labels"] != OFF).int()
-    lengths = torch.where(counts.any(1), counts.argmax(1), batch["attention_mask"].sum(1)).tolist()
-    if min(lengths) < 1:
+    real = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    before = (batch["labels"] != OFF).cumsum(1) == 0
+    prompts = [row[on].tolist() for row, on in zip(ids, real & before, strict=True)]
+    if not all(prompts):
         raise ValueError("sample_completions: expected a prompt in every row: labels that begin with -100")
-    prompts = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
     # Padded on the left, so that all samples begin in one column.
     left = [torch.tensor(prompt) for prompt in prompts]
     start = pad_sequence(left, batch_first=True, padding_value=ends[0], padding_side="left")
@@ -105,7 +109,7 @@ def sample_completions(model: Any, batch: dict[str, Tensor], max_new_tokens: int
             output = model.generate(start.to(device), attention_mask=shown.to(device), generation_config=settings)
     finally:
         model.train(training)
-    samples = [_until_end(row, ends) for row in output[:, max(lengths) :].tolist()]
+    samples = [_until_end(row, ends) for row in output[:, start.shape[1] :].tolist()]
     rows = [prompt + sample for prompt, sample in zip(prompts, samples, strict=True)]
     labels = [[OFF] * len(prompt) + sample for prompt, sample in zip(prompts, samples, strict=True)]
     return {name: tensor.to(device) for name, tensor in padded(rows, labels, ends[0]).items()}

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,11 +28,11 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Train
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdfast import precision
+from kdfast._disk import saving, why_not_writable
 from kdfast.objective import model_inputs
+from kdfast.paths import CONFIG, located
 
 History = list[dict[str, float]]
-
-CONFIG = "config.yaml"  # a run folder's settings
 
 
 class StageInterrupted(KeyboardInterrupt):
@@ -101,6 +102,11 @@ class StageProgress(ProgressCallback):  # type: ignore[misc]
             self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
             self.training_bar.refresh()
 
+    def close(self) -> None:
+        """Before anything else is told: a bar that is still open draws itself once more at the end."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         pass  # a second bar for a few seconds of evaluation would only flicker
 
@@ -136,18 +142,21 @@ class Seconds(TrainerCallback):  # type: ignore[misc]
 def write_json(path: Path, value: Any) -> None:
     """Writes beside `path` and renames, so that the file is whole whenever it is there."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1))
-    partial.replace(path)
+    with saving(path):
+        partial.write_text(json.dumps(value, indent=1))
+        partial.replace(path)
 
 
 def check_run_folder(folder: Path, settings: Mapping[str, Any], fresh: bool) -> None:
     """A run's folder may be new, or hold a run with the same settings. With `fresh`, an earlier run is removed.
 
     Raises:
-        ValueError: the folder holds a run with other settings, or something that is not a run.
+        ValueError: the folder holds a run with other settings, or something that is not a run, or it cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output {folder} is not a folder")
+    if reason := why_not_writable(folder):
+        raise ValueError(f"output folder {folder} cannot be written: {reason}")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not (folder / CONFIG).is_file():
@@ -157,7 +166,7 @@ def check_run_folder(folder: Path, settings: Mapping[str, Any], fresh: bool) -> 
         return
     stored = yaml.safe_load((folder / CONFIG).read_text())
     for name, value in settings.items():
-        if stored.get(name) != value:
+        if located(name, stored.get(name), folder) != located(name, value, folder):
             keep = f" (with --teacher {folder / 'teacher'}: its own)" if finished(folder / "teacher") else ""
             raise ValueError(
                 f"output folder {folder} holds a run with {name} {stored.get(name)}, not {value}; "
@@ -167,10 +176,11 @@ def check_run_folder(folder: Path, settings: Mapping[str, Any], fresh: bool) -> 
 
 def write_config(folder: Path, settings: Mapping[str, Any]) -> None:
     """The settings of a run, of which `kdfast distill --config` makes another."""
-    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{CONFIG}.partial"
-    partial.write_text(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
-    partial.replace(folder / CONFIG)
+    with saving(folder / CONFIG):
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+        partial.replace(folder / CONFIG)
 
 
 def finished(folder: Path) -> History | None:
@@ -191,21 +201,24 @@ def train_stage(trainer: Trainer, folder: Path, title: str, dtype: str = "float3
 
     Raises:
         StageInterrupted: stopped by Ctrl-C or SIGTERM; a checkpoint was saved.
+        OSError: model or checkpoint cannot be written; the last whole checkpoint is still there.
     """
     checkpoints = Path(trainer.args.output_dir)
     checkpoint = last_checkpoint(checkpoints)
     for replaced in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(replaced)
-    trainer.add_callback(StageProgress(title))
-    with StopOnSignal() as stop:
+    progress = StageProgress(title)
+    trainer.add_callback(progress)
+    with StopOnSignal() as stop, closing(progress), saving(folder):
         trainer.add_callback(stop)
         trainer.add_callback(Seconds())  # after what may ask for a checkpoint
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.requested:
         raise StageInterrupted
     history: History = trainer.state.log_history
-    trainer.model.to(getattr(torch, dtype)).save_pretrained(folder)
-    trainer.processing_class.save_pretrained(folder)
+    with saving(folder):
+        trainer.model.to(getattr(torch, dtype)).save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
     write_json(folder / "stage.json", {"history": history, "precision": precision.of_arguments(trainer.args)})
     shutil.rmtree(checkpoints)
     return history

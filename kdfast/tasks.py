@@ -23,25 +23,17 @@ import torch
 from torch import Tensor
 
 from kdfast import data
+from kdfast.glue import GLUE
+from kdfast.labels import Labels, TaskError, has_labels, mismatch, values_of
 from kdfast.teacher_cache._text import read
 
 try:
-    from datasets import ClassLabel, Dataset, Features, List, Value
+    from datasets import ClassLabel, Dataset, Features, Value
 except ModuleNotFoundError as error:
     raise ImportError(f"kdfast.tasks needs {error.name}, which is not installed: pip install kdfast[train]") from error
 
-# The tasks of GLUE, each with the number that its models are compared by.
-GLUE = {
-    "cola": "matthews",
-    "mnli": "accuracy",
-    "mrpc": "f1",
-    "qnli": "accuracy",
-    "qqp": "f1",
-    "rte": "accuracy",
-    "sst2": "accuracy",
-    "stsb": "pearson",
-    "wnli": "accuracy",
-}
+__all__ = ["GLUE", "METRICS", "Task", "TaskError", "fingerprint", "load", "metrics", "tokenize"]
+
 METRICS = {"classification": "accuracy", "multi_label": "micro_f1", "regression": "pearson"}
 TEXT_COLUMNS = (
     ("text",),
@@ -58,14 +50,6 @@ TEST_SPLITS = ("test", "validation", "validation_matched", "dev", "valid", "val"
 HELD_OUT = 2000  # rows at most, of a tenth
 
 
-class TaskError(ValueError):
-    """A dataset or an argument is not what was expected; the message names it."""
-
-
-def _mismatch(argument: str, expected: object, got: object) -> TaskError:
-    return TaskError(f"tasks: {argument}: expected {expected}, got {got}")
-
-
 @dataclass(frozen=True)
 class Task:
     """Training and test rows, and what their labels are.
@@ -78,6 +62,7 @@ class Task:
         names: of the classes; none for regression.
         metric: the first of what `metrics` gives.
         held_out: whether the test rows were drawn from the training rows here.
+        notes: what a user should be told: rows that were left out, a kind that was guessed.
     """
 
     name: str
@@ -87,6 +72,15 @@ class Task:
     names: tuple[str, ...]
     metric: str
     held_out: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def described(self) -> str:
+        """Its kind, in words."""
+        if self.kind == "regression":
+            return "regression"
+        count = len(self.names)
+        return f"{count} labels, any number of them in a row" if self.kind == "multi_label" else f"{count} classes"
 
     @property
     def head(self) -> dict[str, Any]:
@@ -106,6 +100,7 @@ def load(
     *,
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
+    kind: str | None = None,
     train_rows: int | None = None,
     test_rows: int | None = None,
 ) -> Task:
@@ -114,7 +109,8 @@ def load(
     Test rows are those of a split "test" with labels, else of a validation split (GLUE; of mnli the matched one), else a
     tenth of the training rows, at most 2,000, drawn with a fixed seed. Rows without text, or with one half of a pair
     empty, are left out. Classes are numbered as a Hub dataset names them, else in their order: integers, texts, and false
-    before true. Decimal numbers make it a regression; lists of classes, or of a 0 or 1 for each, multi-label.
+    before true. Decimal numbers make it a regression, unless `kind` says otherwise; lists of classes, or of a 0 or 1 for each,
+    multi-label.
 
     Args:
         source: None: the movie reviews of `kdfast.data`; a task of GLUE, such as "sst2"; a .csv, .tsv, .json, .jsonl or
@@ -122,41 +118,46 @@ def load(
             dataset on the Hub: "imdb", "org/name", "org/name:config".
         text_columns: one, or two for pairs; None: the first there is of `TEXT_COLUMNS`.
         label_column: None: the first there is of `LABEL_COLUMNS`.
+        kind: "classification", also of decimal numbers that are whole; "regression", also of integers, among which -1 is one like
+            others then; "multi_label"; None: by the labels.
         train_rows, test_rows: use no more, drawn with a fixed seed.
 
     Raises:
         TaskError: no such file or dataset, no network, missing columns, labels that are missing, -1 (which means the same),
-            of one class only, or others for test than for training.
+            of one class only, not of the kind, or others for test than for training.
         kdfast.data.AssetError: the movie reviews cannot be fetched.
     """
     name = "movie_reviews" if source is None else str(source)
     for argument, rows in (("train_rows", train_rows), ("test_rows", test_rows)):
         if rows is not None and rows < 1:
-            raise _mismatch(argument, "at least 1", rows)
+            raise mismatch(argument, "at least 1", rows)
     if source is None:
         splits = _movie_reviews()
     else:
-        splits = read(f"nyu-mll/glue:{name}" if name in GLUE else name, partial(_mismatch, "source"))
+        splits = read(f"nyu-mll/glue:{name}" if name in GLUE else name, partial(mismatch, "source"))
     if "train" not in splits:
-        raise _mismatch("source", f"a split train in {name}", ", ".join(splits))
+        raise mismatch("source", f"a split train in {name}", ", ".join(splits))
     train = splits["train"]
     texts = _text_columns(train.features, text_columns, name)
     column = _label_column(train.features, label_column, name)
-    labels = _Labels.of(train.features[column], _values(train, column, "training", name), name)
-    train = _select(train, texts, column, labels, name)
+    labels = Labels.of(train.features[column], values_of(train, column, "training", name, kind), name, kind)
+    notes = [labels.guessed]
+    train = _select(train, texts, column, labels, name, notes, "training")
     # Models are compared on GLUE's validation rows; of its test rows some do have labels (mrpc).
     order = TEST_SPLITS[1:] if name in GLUE else TEST_SPLITS
-    if tests := [splits[part] for part in order if part in splits and _has_labels(splits[part], column)]:
-        labels.check(_values(tests[0], column, "test", name), name)
-        test = _select(tests[0], _text_columns(tests[0].features, texts, name), column, labels, name)
+    if tests := [splits[part] for part in order if part in splits and has_labels(splits[part], column)]:
+        labels.check(values_of(tests[0], column, "test", name, kind), name)
+        theirs = _text_columns(tests[0].features, texts, name)
+        test = _select(tests[0], theirs, column, labels, name, notes, "test")
     else:
         train, test = _hold_out(train, name)
     train, test = _first(train, train_rows), _first(test, test_rows)
     if len(set(map(str, train["labels"]))) < 2:
-        raise _mismatch(
-            "source", f"more than one label in the training rows of {name}", f"{column} {train['labels'][0]}"
-        )
-    return Task(name, train, test, labels.kind, labels.names, GLUE.get(name, METRICS[labels.kind]), held_out=not tests)
+        only = f"{column} {labels.shown(train['labels'][0])}"
+        raise mismatch("source", f"more than one label in the training rows of {name}", only)
+    metric = GLUE[name] if name in GLUE and kind is None else METRICS[labels.kind]
+    told = tuple(note for note in notes if note is not None)
+    return Task(name, train, test, labels.kind, labels.names, metric, held_out=not tests, notes=told)
 
 
 def fingerprint(rows: Any) -> str:
@@ -210,7 +211,7 @@ def metrics(metric: str, logits: Tensor, labels: Tensor) -> dict[str, float]:
     if metric == "matthews":
         return {"matthews": _matthews(predicted, labels, logits.shape[-1]), **accuracy}
     if metric != "accuracy":
-        raise _mismatch("metric", f"one of {', '.join(sorted({*GLUE.values(), *METRICS.values()}))}", repr(metric))
+        raise mismatch("metric", f"one of {', '.join(sorted({*GLUE.values(), *METRICS.values()}))}", repr(metric))
     return accuracy
 
 
@@ -253,17 +254,17 @@ def _movie_reviews() -> dict[str, Any]:
 
 def _text_columns(features: Mapping[str, Any], given: Sequence[str] | None, name: str) -> Sequence[str]:
     if isinstance(given, str) or (given is not None and len(given) not in (1, 2)):
-        raise _mismatch("text_columns", "a list of one name, or two for pairs", repr(given))
+        raise mismatch("text_columns", "a list of one name, or two for pairs", repr(given))
     for columns in TEXT_COLUMNS if given is None else [given]:
         if set(columns) <= set(features):
             break
     else:
         known = ", ".join("+".join(columns) for columns in TEXT_COLUMNS) if given is None else ", ".join(columns)
-        raise _mismatch("text_columns", f"{known} in {name}", f"columns {', '.join(features)}")
+        raise mismatch("text_columns", f"{known} in {name}", f"columns {', '.join(features)}")
     for column in columns:
         found = getattr(features[column], "dtype", features[column])
         if found not in ("string", "large_string"):
-            raise _mismatch("text_columns", f"texts in column {column} of {name}", found)
+            raise mismatch("text_columns", f"texts in column {column} of {name}", found)
     return columns
 
 
@@ -272,101 +273,13 @@ def _label_column(features: Mapping[str, Any], given: str | None, name: str) -> 
     for column in known:
         if column in features:
             return column
-    raise _mismatch("label_column", f"{' or '.join(known)} in {name}", f"columns {', '.join(features)}")
+    raise mismatch("label_column", f"{' or '.join(known)} in {name}", f"columns {', '.join(features)}")
 
 
-def _has_labels(part: Any, column: str) -> bool:
-    """Whether there is one: the test rows of a competition have -1 for all."""
-    return column in part.column_names and any(value is not None and value != -1 for value in part[column])
-
-
-def _values(part: Any, column: str, which: str, name: str) -> list[Any]:
-    """The labels as they stand in the dataset, all of them there."""
-    values = list(part[column])
-    absent = sum(map(_is_absent, values))
-    if absent or not values:
-        expected = f"labels (not -1) in column {column} of the {which} rows of {name}"
-        raise _mismatch("source", expected, f"{absent} rows without" if values else "no rows")
-    return values
-
-
-def _is_absent(value: Any) -> bool:
-    if isinstance(value, list):
-        return any(map(_is_absent, value))
-    # The numbers of a regression may be -1.0.
-    return value is None or value != value or (type(value) is int and value == -1)
-
-
-@dataclass(frozen=True)
-class _Labels:
-    """What the values of a label column are, and their numbers.
-
-    Attributes:
-        kind, names: of the `Task`.
-        numbers: of each class, by the value that it has in the dataset; empty for a regression, and where a row already has a
-            0 or 1 for each class.
-    """
-
-    kind: str
-    names: tuple[str, ...]
-    numbers: Mapping[Any, int]
-
-    @classmethod
-    def of(cls, feature: Any, values: list[Any], name: str) -> _Labels:
-        """From the training rows: `feature` is the column's type, which may name the classes."""
-        lists = isinstance(values[0], list)
-        kind = "multi_label" if lists else "classification"
-        flat = [value for row in values for value in row] if lists else values
-        named = getattr(getattr(feature, "feature", feature) if lists else feature, "names", None)
-        if named is not None:
-            return cls(kind, tuple(named), {number: number for number in range(len(named))})
-        types = {type(value) for value in flat}
-        if types == {float} and not lists:
-            return cls("regression", (), {})
-        width = len(values[0]) if lists else 0
-        if width > 1 and all(len(row) == width for row in values) and all(value in (0, 1) for value in flat):
-            return cls(kind, tuple(map(str, range(width))), {})
-        if len(types) != 1 or not types <= {bool, int, str}:
-            expected = f"labels that are integers, texts, true and false, decimal numbers or lists of classes in {name}"
-            raise _mismatch("label_column", expected, ", ".join(sorted(one.__name__ for one in types)) or "empty lists")
-        known = sorted(set(flat))
-        if len(known) > max(20, len(flat) // 2):  # numbers, most likely
-            expected = f"classes of several rows each, or decimal numbers, in {name}"
-            raise _mismatch("label_column", expected, f"{len(known)} different labels of {len(values)} rows")
-        return cls(kind, tuple(map(str, known)), {value: number for number, value in enumerate(known)})
-
-    def check(self, values: list[Any], name: str) -> None:
-        """Compares the labels of the test rows with those of the training rows."""
-        unknown: set[Any] = set()
-        if self.numbers:
-            found = {value for row in values for value in row} if self.kind == "multi_label" else set(values)
-            unknown = found - set(self.numbers)
-        elif self.kind == "multi_label":
-            unknown = {str(row) for row in values if len(row) != len(self.names) or not set(row) <= {0, 1}}
-        if unknown:
-            shown = ", ".join(sorted(map(str, unknown))[:5])
-            raise _mismatch("source", f"test labels of {name} among {', '.join(self.names)}", shown)
-
-    def number(self, value: Any) -> Any:
-        """A label as a model's loss takes it."""
-        if self.kind == "regression":
-            return value
-        if self.kind == "classification":
-            return self.numbers[value]
-        if not self.numbers:
-            return [float(one) for one in value]
-        chosen = {self.numbers[one] for one in value}
-        return [float(number in chosen) for number in range(len(self.names))]
-
-    @property
-    def feature(self) -> Any:
-        if self.kind == "multi_label":
-            return List(Value("float32"))
-        return Value("float32" if self.kind == "regression" else "int64")
-
-
-def _select(part: Any, texts: Sequence[str], column: str, labels: _Labels, name: str) -> Any:
-    """The rows with text, in the columns of a `Task`."""
+def _select(
+    part: Any, texts: Sequence[str], column: str, labels: Labels, name: str, notes: list[str | None], which: str
+) -> Any:
+    """The rows with text, in the columns of a `Task`; how many have none goes to `notes`."""
     columns = dict(zip(("text", "text_pair"), texts, strict=False))
 
     def select(rows: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -378,13 +291,15 @@ def _select(part: Any, texts: Sequence[str], column: str, labels: _Labels, name:
     features = Features({**{ours: Value("string") for ours in columns}, "labels": labels.feature})
     selected = part.map(select, batched=True, remove_columns=part.column_names, features=features)
     if not len(selected):
-        raise _mismatch("source", f"text in {', '.join(texts)} of {name}", "none")
+        raise mismatch("source", f"text in {', '.join(texts)} of {name}", "none")
+    if dropped := len(part) - len(selected):
+        notes.append(f"{dropped:,} of {len(part):,} {which} rows have no text and are left out")
     return selected
 
 
 def _hold_out(rows: Any, name: str) -> tuple[Any, Any]:
     if len(rows) < 2:
-        raise _mismatch("source", f"at least 2 rows with text in {name}", len(rows))
+        raise mismatch("source", f"at least 2 rows with text in {name}", len(rows))
     split = rows.train_test_split(test_size=max(1, min(HELD_OUT, len(rows) // 10)), seed=0)
     return split["train"], split["test"]
 

@@ -63,7 +63,5 @@ def test_the_loss_of_a_batch_from_its_topk(tmp_path: Path) -> None:
         objective(outputs, outputs, batch)
     with pytest.raises(ValueError, match=r"expected a student of the cache's 40 tokens .* got 50"):
         objective(outputs, None, batch | {"labels": labels, "teacher_vocab_size": 40})
-    with pytest.raises(ValueError, match="tail must be one of bucket, renormalize, drop, got 'none'"):
-        LanguageModel(tail="none")
     with pytest.raises(ValueError, match="needs a teacher, or rows with its top-k"):
         objective(outputs, None, {"input_ids": batch["input_ids"]})

@@ -33,6 +33,7 @@ from kdfast import data, stages, text
 from kdfast.objective import LanguageModel
 from kdfast.recipes import causal_lm
 from kdfast.recipes._causal_lm_run import CausalLMRun, quality
+from kdfast.teacher_cache._identity import tokenizer_sha256
 
 SETTINGS = causal_lm.Recipe(
     student_layers=(0, 2), steps=12, learning_rate=1e-2, max_length=16, max_new_tokens=6, batch_size=4, test_rows=10
@@ -73,6 +74,9 @@ def test_student_comes_closer_to_the_teacher(tmp_path: Path, on_policy: float) -
     assert stored["settings"] == config == dataclasses.replace(SETTINGS, on_policy=on_policy).as_dict()
     assert stored["training"]["tokens_per_second"] > 0
     assert stored["training"]["peak_memory_mb"] > 0
+    assert stored["tokenizer"] == tokenizer_sha256(AutoTokenizer.from_pretrained(tmp_path / "run" / "student"))[:12]
+    assert "demonstration: " in shown
+    assert " training rows, 10 held out" in shown
     assert (tmp_path / "run" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert f" {results['student']['perplexity']:.2f} " in shown
     assert "…" not in shown
@@ -162,11 +166,11 @@ def test_rows_of_files(tmp_path: Path) -> None:
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"learning_rate": 2.0}, "learning_rate must be between 0 and 1"),
         ({"on_policy": -1.0}, "on_policy must be between 0 and 1"),
-        ({"divergence": "kl"}, "divergence must be one of"),
+        ({"divergence": "kl"}, "divergence: expected one of"),
         ({"student_layers": (7,)}, "layers: expected numbers from 0 to 3, got"),
         ({"data": "no-such.jsonl"}, "data no-such.jsonl is not a file"),
         ({"teacher": "/no/such/model"}, "teacher /no/such/model: "),
-        ({"max_length": 500}, "max_length must be at most the teacher's 64, got 500"),
+        ({"max_length": 500}, "max_length must be at most 64, the positions of teacher .*, got 500"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

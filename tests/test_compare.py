@@ -187,6 +187,14 @@ def test_language_models_among_themselves(
     other = _language_run(tmp_path / "short", {**settings, "max_length": 128, "seed": 5}, student=9.0)
     message = refused(monkeypatch, capsys, "compare", runs[0], other)
     assert "are measured on different rows: max_length 256 and 128" in message
+    for name, known in (("kd-0", "0a"), ("kd-1", "0b"), ("ce-0", "0a")):
+        path = tmp_path / name / "metrics.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer": known}))
+    message = refused(monkeypatch, capsys, "compare", *runs)
+    assert (
+        f"{tmp_path}/kd-0 and {tmp_path}/kd-1 have different tokenizers: what is measured per token does not" in message
+    )
+    assert len(compare([runs[0], *runs[2:]]).rows) == 5  # ce-1 does not tell
     sampled = _language_run(tmp_path / "gkd", {**settings, "on_policy": 1.0}, student=9.0)
     assert "different rows: on_policy 0.0 and above 0" in refused(monkeypatch, capsys, "compare", runs[0], sampled)
 

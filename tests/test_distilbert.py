@@ -238,7 +238,7 @@ def test_stopped_run_continues_to_the_same_student(tmp_path: Path, monkeypatch: 
     expected, _ = _run(tmp_path / "through", recipe)
     train_stage, begun = stages.train_stage, []
 
-    def stopped_once(trainer: Any, folder: Path, title: str, dtype: str) -> Any:
+    def stopped_once(trainer: Any, folder: Path, title: str, dtype: str = "float32") -> Any:
         if folder.name not in begun:
             trainer.add_callback(_Signal())
         begun.append(folder.name)
@@ -268,6 +268,8 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
     rows = [row["input_ids"] for row in [*run.train, *run.test]]
     wanted = [[known[word] for word in f"[CLS] {gloss(i)} [SEP]".split()] for i in range(100)]
     assert sorted(rows) == sorted(wanted)
+    (note,) = run.notes  # of the one short text
+    assert note.endswith("texts: 1 of 91 rows have fewer than 12 tokens, or mostly unknown ones, and are left out")
     assert run.trainer(tmp_path / "student").args.max_steps == 3 * 12  # passes of 90 rows
     fewer = _prepared(tmp_path / "run", dataclasses.replace(SHORT, data=str(tmp_path / "texts.txt"), train_rows=20))
     assert len(fewer.train) == 20
@@ -302,7 +304,7 @@ def test_teacher_of_another_architecture(assets: dict[str, Path], tmp_path: Path
         ({"student_layers": (7,)}, "layers: expected numbers from 0 to 3, got"),
         ({"data": "no-such.txt"}, "data no-such.txt is not a file"),
         ({"teacher": "/no/such/model"}, "teacher /no/such/model: "),
-        ({"max_length": 500}, "max_length must be at most the teacher's 32, got 500"),
+        ({"max_length": 500}, "max_length must be at most 32, the positions of teacher .*, got 500"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from language_models import ARGUMENTS, PAD, RATE, completion_rows, llama, losses, plain_loop, same
+from peft import LoraConfig, get_peft_model
 from ranks import spawn
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -34,9 +35,21 @@ def expected_of(student: Any, teacher: Any) -> list[float]:
     return plain_loop(student, teacher, steps, OBJECTIVE)
 
 
+def adapted(model: Any) -> Any:
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)).eval()
+
+
 def check_ddp(rank: int, tied: bool, folder: Path) -> None:
     """The Trainer looks for unused parameters by default: the output embeddings must not count as such."""
-    teacher, student = llama(0, 3, tied), llama(1, 2, tied)
+    train(llama(1, 2, tied), llama(0, 3, tied), folder)
+
+
+def check_ddp_of_adapters(rank: int, tied: bool, folder: Path) -> None:
+    """Of the output embeddings too, whose logits are made in chunks."""
+    train(adapted(llama(1, 2, tied)), llama(0, 3, tied), folder)
+
+
+def train(student: Any, teacher: Any, folder: Path) -> None:
     one = copy.deepcopy(student)
     trainer = kdfast.DistillationTrainer(
         student,
@@ -77,32 +90,46 @@ def check_fsdp2(rank: int, tied: bool, folder: Path) -> None:
         if head and tied:  # FSDP2 does not split what is tied
             continue
         one = llama(1, 2, tied)
-        expected = expected_of(one, llama(0, 3, tied))
         student, teacher = (shard(model, options, head) for model in (llama(1, 2, tied), llama(0, 3, tied)))
-        assert all(isinstance(p, DTensor) for model in (student, teacher) for p in model.parameters())
-        optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, eps=1e-4, weight_decay=0.0)
-        for step in range(STEPS):
-            inputs: dict[str, Any] = batch(step, rank)
-            counted = OBJECTIVE.num_items(inputs).float()
-            dist.all_reduce(counted)
-            inputs["num_items"] = counted / RANKS
-            with torch.no_grad():
-                of_teacher = OBJECTIVE.run(teacher, inputs)
-            loss = sum(OBJECTIVE(OBJECTIVE.run(student, inputs), of_teacher, inputs).values())
-            loss.backward()
-            assert all(isinstance(p, DTensor) for p in student.parameters())
-            assert all(isinstance(p.grad, DTensor) for p in student.parameters()), name
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            total = loss.detach().clone()
-            dist.all_reduce(total)
-            torch.testing.assert_close(total.item() / RANKS, expected[step], rtol=0, atol=1e-5)
-        for parameter, whole in zip(student.parameters(), one.parameters(), strict=True):
-            assert isinstance(parameter, DTensor)
-            torch.testing.assert_close(
-                parameter.full_tensor(), whole, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-            )
+        follow(rank, name, student, teacher, one, llama(0, 3, tied))
+
+
+def check_fsdp2_of_adapters(rank: int, tied: bool, folder: Path) -> None:
+    """Their parameters are needed after the forward: whole in the root, or it is refused."""
+    student, one = (adapted(llama(1, 2, tied)).base_model.model for _ in range(2))
+    follow(rank, "root", shard(student, {}, False), shard(llama(0, 3, tied), {}, False), one, llama(0, 3, tied))
+    student = shard(adapted(llama(1, 2, tied)).base_model.model, {"reshard_after_forward": True}, False)
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM: expected output embeddings that are a plain nn\.Linear where "
+    ):
+        OBJECTIVE.run(student, batch(0, rank))
+
+
+def follow(rank: int, name: str, student: Any, teacher: Any, one: Any, of_one: Any) -> None:
+    expected = expected_of(one, of_one)
+    assert all(isinstance(p, DTensor) for model in (student, teacher) for p in model.parameters())
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, eps=1e-4, weight_decay=0.0)
+    for step in range(STEPS):
+        inputs: dict[str, Any] = batch(step, rank)
+        counted = OBJECTIVE.num_items(inputs).float()
+        dist.all_reduce(counted)
+        inputs["num_items"] = counted / RANKS
+        with torch.no_grad():
+            of_teacher = OBJECTIVE.run(teacher, inputs)
+        loss = sum(OBJECTIVE(OBJECTIVE.run(student, inputs), of_teacher, inputs).values())
+        loss.backward()
+        assert all(isinstance(p, DTensor) for p in student.parameters())
+        assert all(isinstance(p.grad, DTensor) for p in trained), name
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        torch.testing.assert_close(total.item() / RANKS, expected[step], rtol=0, atol=1e-5)
+    for parameter, whole in zip(student.parameters(), one.parameters(), strict=True):
+        assert isinstance(parameter, DTensor)
+        torch.testing.assert_close(parameter.full_tensor(), whole, rtol=0, atol=1e-5, msg=lambda m: f"{name}: {m}")
 
 
 def check_heads(rank: int, check: Any, folder: Path) -> None:
@@ -110,6 +137,10 @@ def check_heads(rank: int, check: Any, folder: Path) -> None:
         check(rank, tied, folder)
 
 
-@pytest.mark.parametrize("check", [check_ddp, check_fsdp2], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "check",
+    [check_ddp, check_ddp_of_adapters, check_fsdp2, check_fsdp2_of_adapters],
+    ids=["ddp", "ddp of adapters", "fsdp2", "fsdp2 of adapters"],
+)
 def test_two_processes_agree_with_one(check: Any, tmp_path: Path) -> None:
     spawn(check_heads, RANKS, tmp_path, check, tmp_path)

@@ -287,9 +287,13 @@ def test_blocks() -> None:
         [CLS, *range(5, 10), *[UNK] * 6, SEP],
     ]
     for source in (texts, iter(texts), Dataset.from_dict({"number": range(6), "text": texts})):
-        rows = blocks(source, TOKENIZER, 20)
+        told: list[str] = []
+        rows = blocks(source, TOKENIZER, 20, tell=told.append)
         assert rows.column_names == ["input_ids"]
         assert rows["input_ids"] == expected
+        assert told == ["4 of 8 rows have fewer than 12 tokens, or mostly unknown ones, and are left out"]
+    blocks(texts[1:2], TOKENIZER, 20, tell=told.append)
+    assert len(told) == 1
     everything = blocks(texts, TOKENIZER, 20, shortest=2, unknown=1.1)
     assert [len(ids) for ids in everything["input_ids"]] == [11, 12, 20, 20, 11, 14, 13, 2]
 

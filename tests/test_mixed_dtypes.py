@@ -15,6 +15,7 @@ import kdfast
 from kdfast.ops.linear_reference import linear_kd_loss as linear_reference
 from kdfast.registry import OPERATORS, Operator, Sample
 from kdfast.registry.linear import LINEAR
+from kdfast.registry.operator import apply, mapped, tensors
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FIRST = [pytest.param(operator, operator.samples[0], id=name) for name, operator in OPERATORS.items()]
@@ -143,3 +144,55 @@ def test_a_head_has_one_dtype_but_under_autocast(hidden: torch.dtype, weight: to
     for got, x, wanted in zip(gradients, student, torch.autograd.grad(exact, low[:2]), strict=True):
         assert got.dtype == x.dtype
         assert relative(got, wanted) < torch.finfo(torch.bfloat16).eps
+
+
+# ---- layers ----
+LAYERS = (torch.bfloat16, torch.float32, torch.float16)
+OF_LAYERS = [name for name, operator in OPERATORS.items() if operator.native[0] in ("layer_distance", "qk_distance")]
+
+
+@pytest.mark.parametrize("name", OF_LAYERS)
+def test_layers_of_several_dtypes(name: str) -> None:
+    """And queries of another dtype than keys. Every layer gets its gradient in its own."""
+    operator, generator = OPERATORS[name], torch.Generator().manual_seed(0)
+    sample = next(s for s in operator.samples if s.name in ("single", "first", "scores", "one_tile"))
+
+    def made(gap: float) -> tuple[Any, Any]:
+        """Three layers of student and teacher."""
+        layers = [sample.make(generator, gap) for _ in LAYERS]
+        return tuple(
+            tuple(zip(*side, strict=True)) if isinstance(side[0], tuple) else tuple(side)
+            for side in zip(*layers, strict=True)
+        )
+
+    def cast(side: Any, turn: int = 0) -> Any:
+        if isinstance(side[0], tuple):
+            return tuple(cast(x, turn) for turn, x in enumerate(side))
+        return [x.to(LAYERS[(i + turn) % 3]).requires_grad_() for i, x in enumerate(side)]
+
+    student, teacher = (cast(side) for side in made(1.0))
+    loss = apply(operator.function, student, teacher)
+    doubled = [mapped(lambda x: x.detach().double().requires_grad_(), side) for side in (student, teacher)]
+    exact = apply(operator.reference, *doubled)
+    assert loss.dtype == torch.float32
+    assert relative(loss, exact) < 1e-5
+    gradients = torch.autograd.grad(loss, tensors(student))
+    for got, x, wanted in zip(
+        gradients, tensors(student), torch.autograd.grad(exact, tensors(doubled[0])), strict=True
+    ):
+        assert got.dtype == x.dtype
+        assert relative(got, wanted) < max(1e-5, torch.finfo(got.dtype).eps)
+
+
+@pytest.mark.parametrize("name", ["hidden_mse", "attention_mse", "attention_kl", "qk_attention_mse", "qk_relation_kl"])
+def test_float64_beside_float32_where_a_mask_decides_the_divisor(name: str) -> None:
+    operator = OPERATORS[name]
+    sample = next(
+        sample
+        for sample in operator.samples
+        if {"mask", "key_mask"} & {*sample.kwargs(torch.Generator().manual_seed(0))}
+    )
+    given = inputs(sample, 1.0, torch.float32, torch.float64)
+    exact = value_and_gradient(operator.function, *inputs(sample, 1.0, torch.float64, torch.float64))
+    for got, wanted in zip(value_and_gradient(operator.function, *given), exact, strict=True):
+        assert relative(got, wanted) < 1e-6

@@ -79,7 +79,7 @@ class Plain(nn.Module):
             r"StageSchedule: stages: expected beginnings from 0.0 on, below 1, got \[0.5\]",
         ),
         (lambda: ExponentialSchedule(1.0, 0.0), r"ExponentialSchedule: start, end: expected positive .*, got 1.0, 0.0"),
-        (lambda: Hinton(alpha=2), r"Hinton: alpha must be between 0 and 1, got 2"),
+        (lambda: Hinton(alpha=2), r"Hinton: alpha: expected a number from 0 to 1, got 2"),
         (
             lambda: layer_map("skip", 12, 6),
             r"layer_map: layers: expected a dict .*, got 'skip' for a student of 12 layers",
@@ -154,6 +154,22 @@ class Plain(nn.Module):
         (
             lambda: Hidden(projection=nn.Sequential(nn.Linear(12, 12))),
             r"Hidden: projection: expected an nn.Linear, or a list of them, .*, got <class '.*Sequential'>",
+        ),
+        (lambda: Attention(head_map=3), r"Attention: head_map: expected the teacher's head of every .*, got 3"),
+        (lambda: Relations(relation_heads="4"), r"Relations: relation_heads: expected an int, got str"),
+        (
+            lambda: StageSchedule({0.0: 1, "half": 0}),
+            r"StageSchedule: stages: expected beginnings .*, got \[0.0, 'half'\]",
+        ),
+        (lambda: Hinton(alpha=LinearSchedule(1, 0)), r"Hinton: alpha: expected a number, got LinearSchedule"),
+        (lambda: Hinton(temperature="2"), r"Hinton: temperature: expected a number or a tensor, got str"),
+        (
+            lambda: Logits(temperature=LinearSchedule(1, 2)),
+            r"Logits: temperature: expected a number .*, got LinearSchedule",
+        ),
+        (
+            lambda: Labels(label_smoothing=LinearSchedule(1, 0)),
+            r"Labels: label_smoothing: expected a number, got Linear",
         ),
         # ---- batches ----
         (

@@ -43,7 +43,7 @@ def _json(path: Path, **columns: list[Any]) -> Path:
         ({"text": ["a", "b"], "label": [[0], [-1]]}, {}, "source: expected labels .*, got 1 rows without"),
         ({"text": ["a", "b"], "label": [[], []]}, {}, "label_column: expected labels that are integers, .*, got empty lists"),
         ({"text": ["a", "b"], "label": [{"a": 1}, {"a": 2}]}, {}, "label_column: expected labels that are integers, .*, got dict"),
-        ({"text": ["a", "b", "c"], "label": [1, 1, 1]}, {}, "source: expected more than one label in the training rows of .*, got label 0"),
+        ({"text": ["a", "b", "c"], "label": [1, 1, 1]}, {}, "source: expected more than one label in the training rows of .*, got label 1"),
         ({"text": ["", " "], "label": [0, 1]}, {}, "source: expected text in text of .*, got none"),
         ({"text": ["a", " "], "label": [0, 1]}, {}, "source: expected at least 2 rows with text in .*, got 1"),
     ],

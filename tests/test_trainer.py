@@ -269,9 +269,9 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     unlabelled = [{"input_ids": row["input_ids"]} for row in _rows(4)]
     with pytest.raises(ValueError, match="needs rows with labels"):
         _trainer(tmp_path, student, unlabelled, teacher=_bert(0)).train()
-    with pytest.raises(ValueError, match=r"alpha must be between 0 and 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"Hinton: alpha: expected a number from 0 to 1, got 1\.5"):
         Hinton(alpha=1.5)
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+    with pytest.raises(ValueError, match="Hinton: temperature: expected a finite number > 0, got 0"):
         Hinton(temperature=0)
 
 

@@ -21,7 +21,9 @@ EPSILON = 1e-4
 Row = dict[str, Any]
 
 
-def bert(seed: int, *, width: int = 16, layers: int = 2, dropout: float = 0.0, kind: Any = None) -> Any:
+def bert(
+    seed: int, *, width: int = 16, layers: int = 2, dropout: float = 0.0, kind: Any = None, classes: int = CLASSES
+) -> Any:
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=VOCABULARY,
@@ -32,7 +34,7 @@ def bert(seed: int, *, width: int = 16, layers: int = 2, dropout: float = 0.0, k
         max_position_embeddings=16,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
-        num_labels=CLASSES,
+        num_labels=classes,
         initializer_range=0.4,  # far enough apart for the terms to matter
     )
     return (kind or BertForSequenceClassification)(config).eval()
@@ -66,9 +68,15 @@ def collate(given: Sequence[Row]) -> dict[str, Any]:
 
 
 def trainer(folder: Path, model: Any, given: Any, objective: Any, *, teacher: Any = None, **options: Any) -> Any:
-    of_trainer = {
-        name: options.pop(name) for name in ("eval_dataset", "callbacks", "compute_metrics") if name in options
-    }
+    own = (
+        "eval_dataset",
+        "callbacks",
+        "compute_metrics",
+        "preprocess_logits_for_metrics",
+        "model_init",
+        "data_collator",
+    )
+    of_trainer = {"data_collator": collate} | {name: options.pop(name) for name in own if name in options}
     defaults = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -91,7 +99,6 @@ def trainer(folder: Path, model: Any, given: Any, objective: Any, *, teacher: An
         teacher=teacher,
         objective=objective,
         train_dataset=given,
-        data_collator=collate,
         **of_trainer,
     )
 

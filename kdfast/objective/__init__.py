@@ -1,14 +1,14 @@
 """What a distilled student is trained on: callables that return the weighted terms of its loss.
 
-`Terms` puts an objective together from terms: `Logits`, `Labels`, `Hidden`, `Embedding`, `Cosine`, `CLS`, `Attention` and
-`Relations`, each with a weight that is constant or follows a schedule. `LanguageModel` is for causal language models.
+`Terms` puts an objective together from terms: `Logits`, `Spans`, `Labels`, `Hidden`, `Embedding`, `Cosine`, `CLS`, `Attention`
+and `Relations`, each with a weight that is constant or follows a schedule. `LanguageModel` is for language models.
 """
 
-from kdfast.objective._protocol import Objective, model_inputs
+from kdfast.objective._protocol import Missing, Objective, model_inputs
 from kdfast.objective.language_model import LanguageModel
 from kdfast.objective.layer_maps import layer_map
 from kdfast.objective.of_layers import CLS, Attention, Cosine, Embedding, Hidden, Relations
-from kdfast.objective.of_logits import Labels, Logits
+from kdfast.objective.of_logits import Labels, Logits, Spans
 from kdfast.objective.schedules import ExponentialSchedule, LinearSchedule, StageSchedule
 from kdfast.objective.term import Term, token_mask
 from kdfast.objective.terms import Hinton, Terms
@@ -25,8 +25,10 @@ __all__ = [
     "LanguageModel",
     "LinearSchedule",
     "Logits",
+    "Missing",
     "Objective",
     "Relations",
+    "Spans",
     "StageSchedule",
     "Term",
     "Terms",

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from kdfast import cls_distance, cosine_distance, hidden_mse, qk_attention_mse, qk_relation_kl
+from kdfast.objective._protocol import Missing
 from kdfast.objective.layer_maps import LayerMap, layer_map
 from kdfast.objective.schedules import Weight
-from kdfast.objective.term import Inputs, Stored, Term, token_mask
+from kdfast.objective.term import Inputs, Stored, Term, check_aligned, token_mask, tokens_of_rows
+from kdfast.ops._checks import check_int
 
 Projection = nn.Linear | Sequence[nn.Linear] | None
 
@@ -20,6 +22,7 @@ class _OfLayers(Term):
     """Pairs of hidden states by a layer map; sums over layers, or their mean."""
 
     needs = "hidden"
+    stored = "hidden"  # the kind of state that a teacher's columns may hold
 
     def __init__(self, layers: LayerMap, weight: Weight, mean_over_layers: bool) -> None:
         super().__init__(weight)
@@ -32,22 +35,28 @@ class _OfLayers(Term):
         if not isinstance(teacher, Stored):
             return layer_map(self.layers, count, len(teacher.hidden) - 1, name)
         if isinstance(self.layers, str) or min(self.layers.values()) < 0:
+            if not teacher.has(self.stored):
+                raise Missing(f"{name}: needs a teacher, or rows with teacher_{self.stored}_<state> columns")
             self.refuse(
                 "layers", "a dict of numbers from 0 where the teacher's states are columns of the batch", self.layers
             )
         return layer_map(self.layers, count, max(self.layers.values()), name)
 
-    def state(self, side: Any, kind: str, number: int) -> Tensor:
-        """A hidden state [B, L, D], or (`kind` "cls") its token that stands for the sequence, [B, D]."""
+    def states(self, student: Any, teacher: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Of every pair, in turn."""
+        pairs = self.pairs(student, teacher)
+        return [self._state(student, i) for i in pairs], [self._state(teacher, i) for i in pairs.values()]
+
+    def _state(self, side: Any, number: int) -> Tensor:
+        """A hidden state [B, L, D], or (`stored` "cls") its token that stands for the sequence, [B, D]."""
         if isinstance(side, Stored):
-            found: Tensor | None = side.state(kind, number)
+            found = side.state(self.stored, number)
             if found is None:
-                raise ValueError(
-                    f"{type(self).__name__}: needs a teacher, or rows with a teacher_{kind}_{number} column"
-                )
+                column = f"teacher_{self.stored}_{number}"
+                raise Missing(f"{type(self).__name__}: needs a teacher, or rows with a {column} column")
             return found
         hidden: Tensor = side.hidden[number]
-        if kind == "hidden":
+        if self.stored == "hidden":
             return hidden
         place = torch.as_tensor(side.cls_index, device=hidden.device).expand(len(hidden))
         first: Tensor = hidden[torch.arange(len(hidden), device=hidden.device), place]
@@ -64,7 +73,7 @@ class _OfLayers(Term):
             return part * loss(reduction="mean")
         values = loss(reduction="none").sum(0)
         weighted: Tensor = weight.float().view(-1, *[1] * (values.dim() - 1)) * values
-        return part * weighted.sum() / divisor
+        return part * weighted.sum() / (divisor.clamp(min=1) if isinstance(divisor, Tensor) else max(divisor, 1))
 
 
 class Hidden(_OfLayers):
@@ -100,19 +109,17 @@ class Hidden(_OfLayers):
         self.masked = masked
 
     def count(self, inputs: Inputs) -> Tensor:
-        mask = token_mask(inputs)
-        return mask.sum() if self.masked else torch.tensor(mask.numel())
+        return tokens_of_rows(inputs, self.masked).sum()
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
-        pairs = self.pairs(student, teacher)
-        s = [self.state(student, "hidden", i) for i in pairs]
-        t = [self.state(teacher, "hidden", i) for i in pairs.values()]
+        check_aligned(type(self).__name__, inputs)
+        s, t = self.states(student, teacher)
+        mask = token_mask(inputs, s[0].shape[:2]) if self.masked else None
 
         def loss(reduction: str) -> Tensor:
-            mask = token_mask(inputs) if self.masked else None
-            return hidden_mse(s, t, mask=mask, reduction=reduction, **self._projected(len(pairs)))
+            return hidden_mse(s, t, mask=mask, reduction=reduction, **self._projected(len(s)))
 
-        return self.reduced(loss, len(pairs), inputs, self.count(inputs).clamp(min=1))
+        return self.reduced(loss, len(s), inputs, s[0].shape[:2].numel() if mask is None else mask.sum())
 
     def _projected(self, layers: int) -> dict[str, Any]:
         if self.projection is None:
@@ -122,8 +129,11 @@ class Hidden(_OfLayers):
         linears: Any = list(self.projection)
         if len(linears) != layers:
             self.refuse("projection", f"one nn.Linear, or {layers}, one per layer", len(linears))
-        bias = None if linears[0].bias is None else [linear.bias for linear in linears]
-        return {"projection": [linear.weight for linear in linears], "bias": bias}
+        weights, biases = [x.weight for x in linears], [x.bias for x in linears]
+        if all(bias is None for bias in biases):
+            return {"projection": weights}
+        biases = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
+        return {"projection": weights, "bias": biases}
 
 
 class Embedding(Hidden):
@@ -146,17 +156,17 @@ class Cosine(_OfLayers):
         super().__init__({-1: -1} if layers is None else layers, weight, mean_over_layers)
 
     def count(self, inputs: Inputs) -> Tensor:
-        return token_mask(inputs).sum()
+        return tokens_of_rows(inputs).sum()
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
-        pairs = self.pairs(student, teacher)
-        s = [self.state(student, "hidden", i) for i in pairs]
-        t = [self.state(teacher, "hidden", i) for i in pairs.values()]
+        check_aligned(type(self).__name__, inputs)
+        s, t = self.states(student, teacher)
+        mask = token_mask(inputs, s[0].shape[:2])
 
         def loss(reduction: str) -> Tensor:
-            return cosine_distance(s, t, mask=token_mask(inputs), reduction=reduction)
+            return cosine_distance(s, t, mask=mask, reduction=reduction)
 
-        return self.reduced(loss, len(pairs), inputs, self.count(inputs).clamp(min=1))
+        return self.reduced(loss, len(s), inputs, mask.sum())
 
 
 class CLS(_OfLayers):
@@ -168,6 +178,8 @@ class CLS(_OfLayers):
         weight: a number or a schedule.
         mean_over_layers: False adds the layers up.
     """
+
+    stored = "cls"
 
     def __init__(
         self,
@@ -181,14 +193,12 @@ class CLS(_OfLayers):
         self.normalize = normalize
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
-        pairs = self.pairs(student, teacher)
-        s = [self.state(student, "cls", i) for i in pairs]
-        t = [self.state(teacher, "cls", i) for i in pairs.values()]
+        s, t = self.states(student, teacher)
 
         def loss(reduction: str) -> Tensor:
             return cls_distance(s, t, normalize=self.normalize, reduction=reduction)
 
-        return self.reduced(loss, len(pairs), inputs, len(s[0]))
+        return self.reduced(loss, len(s), inputs, len(s[0]))
 
 
 class _OfHeads(_OfLayers):
@@ -196,14 +206,19 @@ class _OfHeads(_OfLayers):
 
     needs = "attention"
 
-    def heads(self, student: Any, teacher: Any) -> tuple[list[int], list[int]]:
+    def heads(self, student: Any, teacher: Any, inputs: Inputs) -> tuple[list[int], list[int]]:
         """Layers, numbered from 0."""
+        check_aligned(type(self).__name__, inputs)
         if isinstance(teacher, Stored):
-            raise ValueError(f"{type(self).__name__}: needs a teacher: attention is not stored")
+            raise Missing(f"{type(self).__name__}: needs a teacher: attention is not stored")
         pairs = self.pairs(student, teacher)
         if 0 in pairs or 0 in pairs.values():
             self.refuse("layers", "layers from 1, as the embeddings have no attention", pairs)
         return [i - 1 for i in pairs], [i - 1 for i in pairs.values()]
+
+    def mask(self, student: Any, inputs: Inputs) -> Tensor:
+        batch, _, length, _ = student.q[0].shape
+        return token_mask(inputs, (batch, length))
 
 
 class Attention(_OfHeads):
@@ -217,8 +232,10 @@ class Attention(_OfHeads):
         weight: a number or a schedule.
         mean_over_layers: divide by the number of layers.
 
-    With `sample_weight`, the mean of every row is weighted (and rows of any length count alike). Micro-batches of causal
-    models count by n² scores of a row, not by n(n + 1)/2: a little inexact where lengths differ.
+    With `sample_weight`, the mean of every row is weighted (and rows of any length count alike).
+
+    Attributes:
+        causal: whether n tokens are counted as n(n + 1)/2 scores, not n²; `Terms.for_student` sets it.
     """
 
     def __init__(
@@ -230,26 +247,30 @@ class Attention(_OfHeads):
         mean_over_layers: bool = False,
     ) -> None:
         super().__init__(layers, weight, mean_over_layers)
-        self.head_map = head_map
+        if head_map is not None and not isinstance(head_map, Sequence):
+            self.refuse("head_map", "the teacher's head of every student head, such as [0, 2]", head_map, TypeError)
+        self.head_map, self.causal = head_map, False
 
     def count(self, inputs: Inputs) -> Tensor:
-        return super().count(inputs) if "sample_weight" in inputs else (token_mask(inputs).sum(-1) ** 2).sum()
+        if "sample_weight" in inputs:
+            return super().count(inputs)
+        tokens = tokens_of_rows(inputs)
+        return (tokens * (tokens + 1) // 2 if self.causal else tokens**2).sum()
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
-        mine, its = self.heads(student, teacher)
+        mine, its = self.heads(student, teacher, inputs)
         if self.head_map is not None and min(self.head_map) < 0 and "sample_weight" in inputs:
             self.refuse("head_map", "no heads to skip beside sample_weight", list(self.head_map))
+        mask = self.mask(student, inputs)
 
         def loss(reduction: str) -> Tensor:
             value = qk_attention_mse(
-                [student.q[i] for i in mine],
-                [student.k[i] for i in mine],
-                [teacher.q[i] for i in its],
-                [teacher.k[i] for i in its],
+                *([getattr(student, name)[i] for i in mine] for name in "qk"),
+                *([getattr(teacher, name)[i] for i in its] for name in "qk"),
                 student_scale=student.scale,
                 teacher_scale=teacher.scale,
-                key_mask=token_mask(inputs),
-                query_mask=token_mask(inputs),
+                key_mask=mask,
+                query_mask=mask,
                 is_causal=student.causal,
                 head_map=self.head_map,
                 reduction=reduction,
@@ -285,13 +306,16 @@ class Relations(_OfHeads):
         super().__init__({-1: -1} if layers is None else layers, weight, mean_over_layers)
         if not relations or any(len(pair) != 2 or not set(pair) <= set("qkv") for pair in relations):
             self.refuse("relations", "pairs of q, k and v such as 'qk'", relations)
+        if relation_heads is not None:
+            check_int(type(self).__name__, "relation_heads", relation_heads)
         self.relations, self.relation_heads = tuple(relations), relation_heads
 
     def count(self, inputs: Inputs) -> Tensor:
-        return super().count(inputs) if "sample_weight" in inputs else token_mask(inputs).sum()
+        return super().count(inputs) if "sample_weight" in inputs else tokens_of_rows(inputs).sum()
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
-        mine, its = self.heads(student, teacher)
+        mine, its = self.heads(student, teacher, inputs)
+        mask = self.mask(student, inputs)
 
         def loss(reduction: str) -> Tensor:
             values = [
@@ -299,8 +323,8 @@ class Relations(_OfHeads):
                     *([getattr(student, name)[i] for i in mine] for name in pair),
                     *([getattr(teacher, name)[i] for i in its] for name in pair),
                     relation_heads=self.relation_heads,
-                    key_mask=token_mask(inputs),
-                    query_mask=token_mask(inputs),
+                    key_mask=mask,
+                    query_mask=mask,
                     reduction=reduction,
                 )
                 for pair in self.relations

@@ -5,19 +5,62 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
+from kdfast.objective._protocol import Missing
 from kdfast.objective.schedules import Weight
-from kdfast.objective.term import Inputs, Term, token_mask
+from kdfast.objective.term import Inputs, Term, check_aligned, token_mask, tokens_of_rows
 from kdfast.ops import _checks
 from kdfast.ops._divergence import check_divergence
 
-TASKS = ("classification", "multi_label", "regression", "tokens")
+TASKS = ("classification", "multi_label", "regression", "tokens", "spans")
+POSITIONS = ("start_positions", "end_positions")
+SPANS = " (of question answering: kdfast.objective.Spans, and Labels('spans'))"
 
 
-class Logits(Term):
+class _Soft(Term):
+    """A divergence between softened logits, times T²."""
+
+    known: tuple[str, ...] = ("vocab_size", "beta", "skew")  # settings of divergences
+
+    def __init__(
+        self, divergence: str, weight: Weight, temperature: float, t_squared: bool, settings: dict[str, Any], names: str
+    ) -> None:
+        super().__init__(weight)
+        who = type(self).__name__
+        check_divergence(who, divergence)
+        _checks.check_temperature_number(who, temperature)
+        takes = inspect.signature(getattr(kdfast, divergence)).parameters
+        own = [name for name in self.known if name in takes]
+        for name, value in settings.items():
+            if name not in own:
+                self.refuse("arguments", f"some of {', '.join([names, *own])} beside {divergence!r}", name, TypeError)
+            if name != "vocab_size":
+                _checks.check_fraction(who, name, value, below_one=name == "skew")
+        self.divergence, self.temperature, self.t_squared, self.settings = divergence, temperature, t_squared, settings
+
+    def distance(self, student: Tensor, teacher: Tensor, inputs: Inputs, mask: Tensor | None) -> Tensor:
+        """T² · D of logits [B, ..., C], with the temperatures and weights that rows have of their own."""
+        temperature, weight = inputs.get("sample_temperature", self.temperature), inputs.get("sample_weight")
+        factor = temperature**2 if self.t_squared else 1.0
+        if isinstance(factor, Tensor):
+            weight, factor = factor if weight is None else factor * weight, 1.0
+        rows = (-1, *[1] * (student.dim() - 2))
+        loss: Tensor = getattr(kdfast, self.divergence)(
+            student,
+            teacher,
+            temperature=temperature.float().view(rows) if isinstance(temperature, Tensor) else temperature,
+            mask=mask,
+            weight=None if weight is None else weight.float().view(rows),
+            **self.settings,
+        )
+        return loss * factor
+
+
+class Logits(_Soft):
     """T² · D(student, teacher): a divergence of kdfast between softened logits [B, C], or [B, L, V] of tokens.
 
     Args:
@@ -49,61 +92,81 @@ class Logits(Term):
         tokens: str | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(weight)
-        who = type(self).__name__
-        check_divergence(who, divergence)
-        _checks.check_temperature_number(who, temperature)
+        names = "weight, temperature, t_squared, per_class, tokens"
+        super().__init__(divergence, weight, temperature, t_squared, settings, names)
         if tokens not in (None, "all", "labels"):
             self.refuse("tokens", "None, 'all' or 'labels'", tokens)
-        takes = inspect.signature(getattr(kdfast, divergence)).parameters
-        own = [name for name in ("vocab_size", "beta", "skew") if name in takes]
-        for name, value in settings.items():
-            if name not in own:
-                known = ", ".join(["weight, temperature, t_squared, per_class, tokens", *own])
-                self.refuse("arguments", f"some of {known} beside {divergence!r}", name, TypeError)
-            if name != "vocab_size":
-                _checks.check_fraction(who, name, value, below_one=name == "skew")
-        self.divergence, self.temperature, self.t_squared = divergence, temperature, t_squared
-        self.per_class, self.tokens, self.settings = per_class, tokens, settings
+        self.per_class, self.tokens = per_class, tokens
 
     def count(self, inputs: Inputs) -> Tensor:
-        if self.tokens == "labels" and "labels" not in inputs:
+        if self.tokens is None or (self.tokens == "labels" and "labels" not in inputs):
             return super().count(inputs)
-        mask = self._mask(inputs)
-        return super().count(inputs) if mask is None else mask.sum()
+        return tokens_of_rows(inputs).sum() if self.tokens == "all" else (inputs["labels"] != -100).sum()
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
-        if teacher.logits is None:
-            raise ValueError("Logits: needs a teacher, or rows with a teacher_logits column")
+        s, t = self.output(student, "logits", instead=SPANS), self.output(teacher, "logits", teacher=True)
         dims = 2 if self.tokens is None else 3
-        if student.logits.dim() != dims:
+        if s.dim() != dims:
             expected = "[batch, classes]" if dims == 2 else "[batch, length, vocabulary]"
-            self.refuse("logits", f"{expected} with tokens={self.tokens!r}", list(student.logits.shape))
-        temperature, weight = inputs.get("sample_temperature", self.temperature), inputs.get("sample_weight")
-        factor = temperature**2 if self.t_squared else 1.0
-        if isinstance(factor, Tensor):
-            weight, factor = factor if weight is None else factor * weight, 1.0
-        rows = (-1, *[1] * (dims - 2))
-        loss: Tensor = getattr(kdfast, self.divergence)(
-            student.logits,
-            teacher.logits,
-            temperature=temperature.float().view(rows) if isinstance(temperature, Tensor) else temperature,
-            mask=self._mask(inputs),
-            weight=None if weight is None else weight.float().view(rows),
-            **self.settings,
-        )
-        classes = self.settings.get("vocab_size") or student.logits.shape[-1]
-        return loss * (factor / classes if self.per_class else factor)
+            self.refuse("logits", f"{expected} with tokens={self.tokens!r}", list(s.shape))
+        if self.tokens is not None:
+            check_aligned(type(self).__name__, inputs)
+        loss = self.distance(s, t, inputs, self._mask(inputs, s))
+        return loss / (self.settings.get("vocab_size") or s.shape[-1]) if self.per_class else loss
 
-    def _mask(self, inputs: Inputs) -> Tensor | None:
+    def _mask(self, inputs: Inputs, logits: Tensor) -> Tensor | None:
         if self.tokens is None:
             return None
         if self.tokens == "all":
-            return token_mask(inputs)
+            return token_mask(inputs, logits.shape[:2])
         if "labels" not in inputs:
-            raise ValueError("Logits: needs rows with labels with tokens='labels'")
+            raise Missing("Logits: needs rows with labels with tokens='labels'")
         counted: Tensor = inputs["labels"] != -100
         return counted
+
+
+class Spans(_Soft):
+    """T² · (D(start) + D(end)) / 2: a divergence of kdfast between the softened start and end logits [B, L] of question answering.
+
+    Padding, by the batch's `attention_mask`, is no position.
+
+    Args:
+        divergence, weight, temperature, t_squared: as of `Logits`, without "logit_mse".
+        **settings: `beta` of `js_div`, `skew` of the skewed ones.
+
+    The columns `sample_weight` and `sample_temperature` are as of `Logits`; `teacher_start_logits` and `teacher_end_logits`
+    [B, L] stand for a teacher. The labels are the task "spans" of `Labels`.
+
+    Raises:
+        TypeError, ValueError: as `Logits`; a teacher whose tokens are not the student's.
+    """
+
+    known = ("beta", "skew")
+
+    def __init__(
+        self,
+        divergence: str = "kl_div",
+        *,
+        weight: Weight = 1.0,
+        temperature: float = 1.0,
+        t_squared: bool = True,
+        **settings: Any,
+    ) -> None:
+        super().__init__(divergence, weight, temperature, t_squared, settings, "weight, temperature, t_squared")
+        if divergence == "logit_mse":
+            self.refuse("divergence", "one of probabilities", divergence)
+
+    def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
+        check_aligned(type(self).__name__, inputs)
+
+        def of(name: str) -> Tensor:
+            sides = self.output(student, name), self.output(teacher, name, teacher=True)
+            on = token_mask(inputs, sides[0].shape)
+            # Columns that are -inf on both sides count for nothing.
+            s, t = (x.masked_fill(~on, -torch.inf) for x in sides)
+            return self.distance(s, t, inputs, on.any(-1))
+
+        return (of("start_logits") + of("end_logits")) / 2
 
 
 class Labels(Term):
@@ -112,7 +175,10 @@ class Labels(Term):
     Args:
         task: "classification": cross-entropy of logits [B, C] with class numbers [B]; "multi_label": binary cross-entropy
             with labels [B, C], mean over classes; "regression": squared error of logits [B] or [B, 1] with numbers [B], or
-            of logits and labels [B, C], mean over C; "tokens": cross-entropy of logits [B, L, V] with labels [B, L], of masked language models: nothing is shifted.
+            of logits and labels [B, C], mean over C; "tokens": cross-entropy of logits [B, L, V] with labels [B, L], of masked language models: nothing is shifted;
+            "spans": of question answering, mean cross-entropy of the start and end logits [B, L] with `start_positions` and
+            `end_positions` [B]; as transformers has it, those beyond L do not count, negative ones are 0, and padding is
+            among the positions.
         weight: a number or a schedule.
         label_smoothing: of the cross-entropies.
 
@@ -134,18 +200,19 @@ class Labels(Term):
         self.task, self.label_smoothing = task, label_smoothing
 
     def count(self, inputs: Inputs) -> Tensor:
+        if self.task == "spans" and all(name in inputs for name in POSITIONS):
+            length = tokens_of_rows(inputs, masked=False)
+            return torch.stack([inputs[name].flatten() < length for name in POSITIONS]).sum()
         if self.task in ("classification", "tokens") and "labels" in inputs:
             counted: Tensor = (inputs["labels"] != -100).sum()
             return counted
         return super().count(inputs)
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
-        if "labels" not in inputs:
-            raise ValueError("Labels: needs rows with labels")
-        labels, logits, weight = inputs["labels"], student.logits, inputs.get("sample_weight")
+        logits, labels, weight = self._targets(student, inputs)
         self._check_shapes(logits, labels)
         dtype = _checks.loss_dtype(logits)
-        if self.task in ("classification", "tokens"):
+        if self.task in ("classification", "tokens", "spans"):
             _checks.check_labels(type(self).__name__, labels, None, logits, logits.shape[-1], -100)
             counted = labels != -100
             if weight is not None:
@@ -161,6 +228,19 @@ class Labels(Term):
             losses = losses.flatten(1).mean(1) if losses.dim() > 1 else losses  # one of each row, as weights are
         total = losses.sum() if weight is None else (weight * losses).sum()
         return total / max(losses.numel(), 1)
+
+    def _targets(self, student: Any, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits, labels and row weights; of spans, the starts with the ends below them."""
+        names, weight = POSITIONS if self.task == "spans" else ("labels",), inputs.get("sample_weight")
+        if lacking := [name for name in names if name not in inputs]:
+            raise Missing(f"Labels: needs rows with {', '.join(lacking)}")
+        if self.task != "spans":
+            return self.output(student, "logits", instead=SPANS), inputs["labels"], weight
+        both = [self.output(student, name) for name in ("start_logits", "end_logits")]
+        logits = torch.cat([x.to(_checks.loss_dtype(x)) for x in both])  # before: autocast joins no float16 on a CPU
+        labels = torch.cat([inputs[name].flatten() for name in POSITIONS]).clamp(min=0)
+        labels = torch.where(labels < logits.shape[-1], labels, -100)
+        return logits, labels, None if weight is None else weight.repeat(2)
 
     def _check_shapes(self, logits: Tensor, labels: Tensor) -> None:
         shape = logits.shape

@@ -77,7 +77,8 @@ class StageSchedule:
             raise TypeError(f"StageSchedule: stages: expected {expected}, got {self.stages!r}")
         for weight in self.stages.values():
             check_weight("StageSchedule", "stages", weight)
-        if 0.0 not in self.stages or any(not 0 <= start < 1 for start in self.stages):
+        numbers = all(isinstance(start, Real) for start in self.stages)
+        if not numbers or 0.0 not in self.stages or any(not 0 <= start < 1 for start in self.stages):
             raise ValueError(
                 f"StageSchedule: stages: expected beginnings from 0.0 on, below 1, got {list(self.stages)}"
             )

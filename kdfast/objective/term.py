@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from kdfast.objective._protocol import TEACHER, Missing
 from kdfast.objective.schedules import NOT_NEGATIVE, Weight, check_weight
 
 Inputs = Mapping[str, Any]
@@ -18,16 +19,21 @@ class Stored:
     as `kdfast.teacher_cache` stores them; or what a model without hidden states returned."""
 
     def __init__(self, outputs: Any, inputs: Inputs) -> None:
-        self._outputs, self._inputs = outputs, inputs
+        self.outputs, self._inputs = outputs, inputs
 
     @property
     def logits(self) -> Tensor | None:
-        found: Tensor | None = getattr(self._outputs, "logits", self._inputs.get("teacher_logits"))
+        return self.output("logits")
+
+    def output(self, name: str) -> Tensor | None:
+        found: Tensor | None = getattr(self.outputs, name, self._inputs.get(TEACHER + name))
         return found
 
     def state(self, kind: str, number: int) -> Tensor | None:
-        found: Tensor | None = self._inputs.get(f"teacher_{kind}_{number}")
-        return found
+        return self.output(f"{kind}_{number}")
+
+    def has(self, kind: str) -> bool:
+        return any(name.startswith(f"{TEACHER}{kind}_") for name in self._inputs)
 
 
 class Term(nn.Module):
@@ -62,7 +68,21 @@ class Term(nn.Module):
 
     def count(self, inputs: Inputs) -> Tensor:
         """Rows, unless a subclass counts something else; a scalar."""
-        return torch.tensor(len(_any_column(inputs)))
+        return torch.tensor(rows_of(inputs))
+
+    def output(self, side: Any, name: str, *, teacher: bool = False, instead: str = "") -> Tensor:
+        """What a model returned by this name, such as "logits". `instead`: what to use where a model has no such output."""
+        found = side.output(name) if isinstance(side, Stored) else getattr(side, name, None)
+        holder = getattr(side, "outputs", side)
+        found = getattr(holder, name, None) if found is None else found
+        if isinstance(found, Tensor):
+            return found
+        who = type(self).__name__
+        if teacher and (holder is None or hasattr(holder, name)):
+            raise Missing(f"{who}: needs a teacher, or rows with a {TEACHER}{name} column")
+        got = type(holder).__name__ + (f" of {', '.join(holder)}" if isinstance(holder, Mapping) else "")
+        whose = "teacher" if teacher else "student"
+        raise ValueError(f"{who}: outputs: expected a {whose}'s with .{name}{instead}, got {got}")
 
     def refuse(self, argument: str, expected: str, got: Any, error: type[Exception] = ValueError) -> NoReturn:
         raise error(f"{type(self).__name__}: {argument}: expected {expected}, got {got!r}")
@@ -72,9 +92,15 @@ class Term(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
-def _any_column(inputs: Inputs) -> Tensor:
-    column: Tensor = next(inputs[name] for name in ("input_ids", "inputs_embeds", "labels", *inputs) if name in inputs)
-    return column
+def any_column(inputs: Inputs) -> Tensor:
+    names = ("input_ids", "inputs_embeds", "labels", *inputs)
+    columns = (inputs[name] for name in names if name in inputs)
+    return next(column for column in columns if isinstance(column, Tensor) and column.dim())
+
+
+def rows_of(inputs: Inputs) -> int:
+    """B."""
+    return len(any_column(inputs))
 
 
 def check_per_row(who: str, inputs: Inputs) -> None:
@@ -82,17 +108,62 @@ def check_per_row(who: str, inputs: Inputs) -> None:
     for column in ("sample_weight", "sample_temperature"):
         if column not in inputs:
             continue
-        values, rows = inputs[column], len(_any_column(inputs))
+        values, rows = inputs[column], rows_of(inputs)
         if values.shape != (rows,):
             raise ValueError(f"{who}: {column}: expected shape [{rows}], a number per row, got {list(values.shape)}")
         if values.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((values >= 0).all()):
             raise ValueError(f"{who}: {column}: expected numbers that are not negative, got {values.min().item()}")
 
 
-def token_mask(inputs: Inputs) -> Tensor:
-    """[B, L], True where a token is no padding."""
+def check_aligned(who: str, inputs: Inputs) -> None:
+    """That a teacher with a tokenizer of its own read as many tokens of every row, as what is compared token by token needs.
+
+    Masks on a device, where it would wait, are not compared.
+    """
+    own, its = (inputs.get(f"{side}input_ids") for side in ("", TEACHER))
+    if own is None or its is None:
+        return
+    expected = (
+        "the tokens of input_ids, one by one (of other tokens: terms of whole sequences, such as Logits() and CLS)"
+    )
+    if own.shape != its.shape:
+        raise ValueError(f"{who}: {TEACHER}input_ids: expected {expected}, {list(own.shape)}, got {list(its.shape)}")
+    masks = [inputs.get(f"{side}attention_mask") for side in ("", TEACHER)]
+    lengths = [None if mask is None else mask.bool().sum(-1) for mask in masks]
+    counts = [torch.full_like(own[:, 0], own.shape[1]) if n is None else n for n in lengths]
+    if own.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.equal(*counts):
+        got = [n.tolist() for n in counts]
+        raise ValueError(f"{who}: {TEACHER}input_ids: expected {expected}, {got[0]} of each row, got {got[1]}")
+
+
+def token_mask(inputs: Inputs, shape: Sequence[int] | None = None) -> Tensor:
+    """[B, L], True where a token is no padding.
+
+    Args:
+        inputs: the batch. Without an `attention_mask` all tokens count.
+        shape: (B, L) of the hidden states, which a batch of images says nothing about.
+
+    Raises:
+        ValueError: an `attention_mask` of another shape, as models of sound that shorten their inputs have it.
+    """
     if "attention_mask" in inputs:
         mask: Tensor = inputs["attention_mask"].bool()
+        if shape is not None and mask.shape != torch.Size(shape):
+            expected = f"the hidden states' {list(shape)}, a number for each token"
+            raise ValueError(f"kdfast.objective: attention_mask: expected {expected}, got {list(mask.shape)}")
         return mask
-    ids = _any_column(inputs)
-    return torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
+    ids = any_column(inputs)
+    return torch.ones(*(ids.shape[:2] if shape is None else shape), dtype=torch.bool, device=ids.device)
+
+
+def tokens_of_rows(inputs: Inputs, masked: bool = True) -> Tensor:
+    """[B]: how many tokens of each row count, with padding where not `masked`.
+
+    1 where the batch does not tell, as of images, rows of which have equally many tokens: their shares are the same.
+    """
+    if masked and "attention_mask" in inputs:
+        counts: Tensor = inputs["attention_mask"].bool().sum(-1)
+        return counts
+    columns = [inputs[name] for name in ("attention_mask", "input_ids", "inputs_embeds") if name in inputs]
+    length, rows = columns[0].shape[1] if columns else 1, any_column(inputs)
+    return torch.full((len(rows),), length, device=rows.device)

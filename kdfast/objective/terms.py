@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.objective._protocol import model_inputs, unwrapped
+from kdfast._router import warn_of_router_loss
+from kdfast.objective._protocol import Missing, model_inputs, unwrapped
+from kdfast.objective.of_layers import Attention
 from kdfast.objective.of_logits import Labels, Logits
-from kdfast.objective.term import Inputs, Stored, Term, check_per_row
+from kdfast.objective.term import Inputs, Stored, Term, any_column, check_per_row
+from kdfast.ops._checks import check_fraction, check_temperature_number
 
 NEEDS = ("", "hidden", "attention")
 RESERVED = (  # what the Trainer and its evaluation log: a term of such a name would take its place, or be lost
@@ -70,6 +73,16 @@ class Terms(nn.Module):
         if term.needs not in NEEDS:
             term.refuse("needs", f"one of {', '.join(map(repr, NEEDS))}", term.needs)
 
+    def for_student(self, model: nn.Module) -> Terms:
+        """This objective, which counts the scores of a causal student's attention as such from now on."""
+        from kdfast import hf  # imports transformers, which logits do not need
+
+        adapter = hf.ADAPTERS.get(getattr(getattr(unwrapped(model), "config", None), "model_type", ""))
+        for term in self.terms.values():
+            if isinstance(term, Attention) and adapter is not None:
+                term.causal = adapter.causal
+        return self
+
     def run(self, model: nn.Module, inputs: Inputs) -> Any:
         """The student or the teacher on a batch: its outputs, or where a term needs more, `kdfast.hf.Features`."""
         own = model_inputs(model, inputs)
@@ -92,29 +105,41 @@ class Terms(nn.Module):
 
     def num_items(self, inputs: Inputs) -> Tensor:
         """What each term is a mean of, [terms]."""
-        terms: Any = self.terms.values()
-        return torch.stack([term.count(inputs).cpu() for term in terms])
+        device, terms = any_column(inputs).device, self.terms.values()
+        return torch.stack([term.count(inputs).to(device) for term in terms])  # type: ignore[operator]
 
     def forward(self, student_outputs: Any, teacher_outputs: Any, inputs: Inputs) -> dict[str, Tensor]:
         """The terms, weighted."""
-        check_per_row(type(self).__name__, inputs)
-        teacher = teacher_outputs if hasattr(teacher_outputs, "hidden") else Stored(teacher_outputs, inputs)
-        totals = inputs.get("num_items")
-        values: dict[str, Tensor] = {}
-        for number, (name, term) in enumerate(self.terms.items()):
-            weight = term.weight_at(self.progress)  # type: ignore[operator]
-            if weight == 0:
-                continue
-            value = weight * self._value(term, student_outputs, teacher, inputs)
-            if totals is not None:
-                count = term.count(inputs).to(value.device)  # type: ignore[operator]
-                value = value * (count / totals[number].clamp(min=1e-6))  # both 0 where nothing counts
-            values[name] = value
+        warn_of_router_loss(type(self).__name__, getattr(student_outputs, "outputs", student_outputs))
+        values, missing = self.possible(student_outputs, teacher_outputs, inputs)
+        for error in missing.values():
+            raise error
         if not values:
             raise ValueError(
                 f"{type(self).__name__}: expected a term whose weight is not 0 at {self.progress:.0%}, got none"
             )
-        return values
+        if "num_items" not in inputs:
+            return values
+        shares = self.num_items(inputs) / inputs["num_items"].clamp(min=1e-6)  # both 0 where nothing counts
+        of_terms = dict(zip(self.terms, shares, strict=True))
+        return {name: value * of_terms[name].to(value.device) for name, value in values.items()}
+
+    def possible(
+        self, student_outputs: Any, teacher_outputs: Any, inputs: Inputs
+    ) -> tuple[dict[str, Tensor], dict[str, Missing]]:
+        """The terms, weighted, that have what they need, and what the others lack; means of this batch alone."""
+        check_per_row(type(self).__name__, inputs)
+        teacher = teacher_outputs if hasattr(teacher_outputs, "hidden") else Stored(teacher_outputs, inputs)
+        values: dict[str, Tensor] = {}
+        missing: dict[str, Missing] = {}
+        for name, term in self.terms.items():
+            weight = term.weight_at(self.progress)  # type: ignore[operator]
+            try:
+                if weight:
+                    values[name] = weight * self._value(term, student_outputs, teacher, inputs)
+            except Missing as error:
+                missing[name] = error
+        return values, missing
 
     @staticmethod
     def _value(term: Any, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
@@ -127,7 +152,9 @@ class Terms(nn.Module):
                 term.refuse("needs", f"'hidden' or 'attention' where the term reads .{error.name}", "")
             side = "teacher" if error.obj is teacher else "student"
             run = f"what objective.run({side}, inputs) returns"
-            raise ValueError(f"{type(term).__name__}: needs a {side} with .{error.name}: {run}") from error
+            message = f"{type(term).__name__}: needs a {side} with .{error.name}: {run}"
+            lacking = isinstance(teacher, Stored) and teacher.outputs is None and side == "teacher"
+            raise (Missing if lacking else ValueError)(message) from error
         if not isinstance(value, Tensor):
             term.refuse("forward", "a scalar tensor", type(value).__name__, TypeError)
         if value.dim():
@@ -149,13 +176,12 @@ class Hinton(Terms):
     Its terms are `kl` and `ce`.
 
     Raises:
+        TypeError: alpha or temperature is no number.
         ValueError: alpha outside [0, 1], a temperature that is not positive, logits that are not
             `[batch, classes]`, or a batch that lacks what a term needs.
     """
 
     def __init__(self, alpha: float = 0.9, temperature: float = 2.0) -> None:
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"Hinton: alpha must be between 0 and 1, got {alpha}")
-        if not temperature > 0:
-            raise ValueError(f"Hinton: temperature must be positive, got {temperature}")
+        check_fraction("Hinton", "alpha", alpha)
+        check_temperature_number("Hinton", temperature)
         super().__init__(kl=Logits(weight=alpha, temperature=temperature), ce=Labels(weight=1 - alpha))

@@ -134,9 +134,10 @@ def check_topk_repeats(op: str, loss: Tensor, log_probabilities: Tensor, indices
 
 def check_labels(
     op: str, labels: Tensor, mask: Tensor | None, logits: Tensor, vocabulary: int, ignore_index: int
-) -> Tensor:
-    """Class indices for every row. Values of CPU tensors are checked; on a device, where that would wait, a row with a
-    label that is not in the vocabulary gives NaN."""
+) -> Tensor | None:
+    """The rows that count, of class indices for every row: those of the mask; without one all that have a label (None:
+    every row). Values of CPU tensors are checked; on a device, where that would wait, a row with a label that is not in the
+    vocabulary gives NaN."""
     if not isinstance(labels, Tensor):
         wrong_type(op, "labels", "a tensor", kind(labels))
     if labels.dtype != torch.int64:
@@ -146,15 +147,17 @@ def check_labels(
     if labels.shape != logits.shape[:-1]:
         wrong_value(op, "labels", f"the logits' leading dimensions {list(logits.shape[:-1])}", list(labels.shape))
     if labels.device.type != "cpu" or torch.compiler.is_compiling() or not labels.numel():
-        return labels
-    least, most = labels.aminmax()  # where nothing is ignored one pass tells
-    if least.item() < 0 or most.item() >= vocabulary:
+        return labels != ignore_index if mask is None else mask
+    least, most = (int(x) for x in labels.aminmax())  # where nothing is ignored one pass tells
+    if mask is None and least <= ignore_index <= most:
+        mask = labels != ignore_index
+    if least < 0 or most >= vocabulary:
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
         if mask is not None:
             wrong &= mask
         if bool(wrong.any()):
             wrong_value(op, "labels", f"0 to {vocabulary - 1}, or ignore_index {ignore_index}", labels[wrong][0].item())
-    return labels
+    return mask
 
 
 def check_reduction(op: str, reduction: str, logits: Tensor) -> None:

@@ -122,11 +122,8 @@ def call_of(
     weight = _checks.check_rows(op, "weight", options.weight, student)
     hard = own = None
     if labels is not None and labels.labels is not None:
-        hard = _checks.check_labels(op, labels.labels, mask, student, shard.vocabulary, labels.ignore_index)
-        if mask is None:  # who leaves a row out of the labels leaves it out; a mask says otherwise
-            mask = hard != labels.ignore_index
-        else:
-            own = labels._replace(labels=hard)
+        hard, own = labels.labels, None if mask is None else labels
+        mask = _checks.check_labels(op, hard, mask, student, shard.vocabulary, labels.ignore_index)
     if options.reduction == "mean":
         scale, divisor = _of_mean(student, num_items, mask, own)
     else:

@@ -5,6 +5,7 @@ A layer is [B, H, R, C] here: sequences, heads, rows, numbers of a row; or [B, R
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +58,7 @@ class Masks:
 
 
 def as_list(op: str, argument: str, x: Layers) -> list[Tensor]:
+    """Layers of one shape; of several dtypes, as autocast leaves some models' states, in the widest."""
     layers = [x] if isinstance(x, Tensor) else list(x) if isinstance(x, Sequence) else [x]
     if not layers:
         _checks.wrong_value(op, argument, "a layer or more", "none")
@@ -66,13 +68,20 @@ def as_list(op: str, argument: str, x: Layers) -> list[Tensor]:
         if not isinstance(layer, Tensor):
             _checks.wrong_type(op, argument, "a tensor or a sequence of tensors", _checks.kind(layer))
         _checks.check_float(op, argument, layer)
-        if layer.dtype != layers[0].dtype:
-            _checks.wrong_type(op, argument, f"layers of one dtype, the first's {layers[0].dtype}", layer.dtype)
         if layer.shape != layers[0].shape:
             _checks.wrong_value(
                 op, argument, f"layers of one shape, the first's {list(layers[0].shape)}", list(layer.shape)
             )
-    return layers
+    return in_one_dtype(layers)
+
+
+def in_one_dtype(tensors: list[Tensor]) -> list[Tensor]:
+    """The widest of theirs, that holds all of them exactly."""
+    dtypes = {x.dtype for x in tensors}
+    if len(dtypes) == 1:
+        return tensors
+    widest = functools.reduce(torch.promote_types, dtypes)
+    return [x.to(widest) for x in tensors]
 
 
 def check_layers(
@@ -257,6 +266,8 @@ def call(op: str, native: str, tensors: Tensors, numbers: LayerNumbers | QkNumbe
     student, teacher = tensors.student, [[x.detach() for x in layers] for layers in tensors.teacher]
     if any(layers[0].dtype == torch.float64 for layers in student + teacher):
         student, teacher = ([[x.double() for x in layers] for layers in side] for side in (student, teacher))
+        if tensors.divisor is not None:
+            tensors = tensors._replace(divisor=tensors.divisor.double())
     tensors = tensors._replace(student=student, teacher=teacher)
     if torch.is_grad_enabled() and any(x.requires_grad for layers in student for x in layers):
         return _OfLayers.apply(op, native, len(student[0]), numbers, *tensors.flat())  # type: ignore[no-any-return]

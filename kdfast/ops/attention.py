@@ -30,7 +30,7 @@ def attention_mse(
     grows with the square of the length: `qk_attention_mse` gives the same value from queries and keys.
 
     Args:
-        student_scores: [B, H, L, L], or a sequence of such layers; float32, bfloat16, float16 or float64, any strides.
+        student_scores: [B, H, L, L], or a sequence of such layers; float32, bfloat16, float16 or float64, each its own, any strides.
         teacher_scores: as many layers, [B, H_t, L, L]; no gradient flows into them.
         key_mask, query_mask: bool, broadcast to [B, L], True where a token counts. Other scores are not read, have no
             gradient and leave the divisor. TinyBERT's code instead zeroes masked keys by `floor` and counts all.

@@ -31,7 +31,7 @@ def hidden_mse(
     together.
 
     Args:
-        student_hidden: [B, L, D], or a sequence of such layers; float32, bfloat16, float16 or float64, any strides.
+        student_hidden: [B, L, D], or a sequence of such layers; float32, bfloat16, float16 or float64, each its own, any strides.
         teacher_hidden: as many layers, [B, L, D_t]; no gradient flows into them.
         projection: W, [D_t, D], trained, one for all layers or one for each; needed where D and D_t differ. TinyBERT's
             code has one W and b for all layers, its paper separate ones without b. Where its dtype is not the student's
@@ -182,12 +182,8 @@ def _projected(
     return [_linear(x, w, b) for x, w, b in zip(student, weights, biases, strict=True)]
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    if bias is not None:
-        dtype = torch.promote_types(dtype, bias.dtype)
-        bias = bias.to(dtype)
-    return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
+def _linear(*inputs: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(*_layers.in_one_dtype([x for x in inputs if x is not None]))
 
 
 def _per_layer(op: str, argument: str, x: Layers, count: int, shape: list[int]) -> list[Tensor]:

@@ -214,7 +214,7 @@ def _run(
     shard = _shards.shard_of(op, like, t, options.process_group, options.vocab_start, options.vocab_size)
     if indices is not None and given is not None:
         given, indices = _checks.check_topk(op, like, given, indices)
-    budget = _check_budget(op, memory_budget)
+    budget = check_budget(op, memory_budget)
     if torch.float64 in (like.dtype, t.dtype):
         student, teacher = student.double(), teacher and teacher.double()
         given = None if given is None else given.double()
@@ -250,7 +250,7 @@ def _check_pair(op: str, student: Head, teacher: Head, options: Options) -> None
         _checks.wrong_value(op, "teacher_weight", expected, widths[1])
 
 
-def _check_budget(op: str, budget: int | str) -> int:
+def check_budget(op: str, budget: int | str) -> int:
     if budget == "auto":
         return 0  # what it comes to cannot be traced
     if isinstance(budget, bool) or not isinstance(budget, int):

@@ -38,7 +38,7 @@ def qk_attention_mse(
 
     Args:
         student_q, student_k: [B, H, L, d] and [B, heads, L, d], or sequences of such layers; keys may be shared by groups
-            of query heads (their count divides H). float32, bfloat16, float16 or float64, any strides.
+            of query heads (their count divides H). float32, bfloat16, float16 or float64, each its own, any strides.
         teacher_q, teacher_k: as many layers, of their own H and d; no gradient flows into them.
         student_scale, teacher_scale: a and b; None is 1/√d of each.
         key_mask, query_mask: bool, broadcast to [B, L], True where a token counts. Others are not read, have no gradient
@@ -85,7 +85,7 @@ def qk_relation_kl(
 
     Args:
         student_a, student_b: [B, H, L, d], or sequences of such layers; the same tensor for a relation with itself.
-            float32, bfloat16, float16 or float64, any strides.
+            float32, bfloat16, float16 or float64, each its own, any strides.
         teacher_a, teacher_b: as many layers, of their own H and d; no gradient flows into them.
         relation_heads: r: the heads of a token are joined and split anew into r of H·d/r numbers each (48 for base-size
             teachers of MiniLMv2); None keeps the heads, whose counts must then be equal.
@@ -133,12 +133,14 @@ def _check_qk(op: str, names: tuple[str, ...], given: tuple[Layers, ...]) -> lis
             _checks.wrong_value(op, name, f"[{first.shape[0]}, heads, {first.shape[2]}, d]", list(layers[0].shape))
     for q, k in ((0, 1), (2, 3)):
         (_, heads, _, size), (_, shared, _, of_keys) = lists[q][0].shape, lists[k][0].shape
-        if lists[k][0].dtype != lists[q][0].dtype:
-            _checks.wrong_type(op, names[k], f"the dtype of {names[q]}, {lists[q][0].dtype}", lists[k][0].dtype)
         if of_keys != size:
             _checks.wrong_value(op, names[k], f"the head size of {names[q]}, {size}", of_keys)
         if shared == 0 or heads % shared:
             _checks.wrong_value(op, names[k], f"a number of heads that divides the {heads} of {names[q]}", shared)
+        if lists[k][0].dtype != lists[q][0].dtype:
+            count = len(lists[q])
+            both = _layers.in_one_dtype(lists[q] + lists[k])
+            lists[q], lists[k] = both[:count], both[count:]
     return lists
 
 

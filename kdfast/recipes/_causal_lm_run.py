@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from kdfast import data, precision, report, stages, students, text
+from kdfast.last_hidden import last_hidden
 from kdfast.objective import LanguageModel
 from kdfast.on_policy import OnPolicyTrainer
 from kdfast.recipes._language_run import LanguageRun, PeakMemory
@@ -36,8 +37,9 @@ def quality(models: Mapping[str, Any], rows: Sequence[text.Row], collate: text.C
         count = int(halves.num_items(batch))
         outputs = {name: halves.run(model, batch) for name, model in models.items()}
         for name, output in outputs.items():
-            for term, value in halves(output, outputs["teacher"], batch).items():
-                sums[name][term] += 2 * count * value.item()
+            terms = halves(output, outputs["teacher"], batch)
+            for term in sums[name]:
+                sums[name][term] += 2 * count * terms[term].item()
         tokens += count
     return {
         name: {"perplexity": math.exp(total["ce"] / tokens), "kl_to_teacher": total["kd"] / tokens}
@@ -54,7 +56,7 @@ def check_causal(teacher: Any, source: str | Path) -> None:
     """
     ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=teacher.device)
     try:
-        first, second = LanguageModel().run(teacher, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).hidden
+        first, second = last_hidden(teacher, input_ids=ids, attention_mask=torch.ones_like(ids)).hidden
     except (TypeError, ValueError) as error:
         raise ValueError(f"teacher {source}: {error}") from None
     if (first - second)[:-1].abs().max() > 1e-3 * first.abs().max():

@@ -61,6 +61,10 @@ class ClassifierRecipe(Recipe):
     )
     text_columns: tuple[str, ...] | None = setting(None, "Column of the text, or two of pairs. Default: found by name.")
     label_column: str | None = setting(None, "Default: found by name.")
+    kind: str | None = setting(
+        None,
+        "classification, regression or multi_label. Default: by the labels; decimal numbers are a regression, lists multi_label.",
+    )
     base: str | None = setting(None, "Pre-trained encoder, a folder or Hub name. Default: MiniLM, 6 layers, 384 wide.")
     teacher: str | None = setting(None, "Classifier of this data, a folder or Hub name. Default: the base, fine-tuned.")
     teacher_epochs: int = setting(2, "Passes of the teacher's fine-tuning.")
@@ -77,6 +81,7 @@ class ClassifierRecipe(Recipe):
     baseline: bool = setting(False, "Train the same student on the labels alone as well.")
     epochs: int = setting(3, "Passes of each student over the training rows.")
     learning_rate: float = setting(1e-4, "Peak of the linear schedule.")
+    teacher_learning_rate: float | None = setting(None, "Of the teacher's fine-tuning. Default: as the students'.")
     warmup: float = setting(0.06, "Share of the steps before the peak.")
     batch_size: int = setting(32, "Rows per step.")
     max_length: int = setting(64, "Tokens; longer rows are cut.")
@@ -87,10 +92,12 @@ class ClassifierRecipe(Recipe):
         super().__post_init__()
         self.at_least(1, "epochs", "teacher_epochs", "batch_size", "train_rows", "test_rows")
         self.at_least(4, "max_length")
-        if not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning_rate must be between 0 and 1, got {self.learning_rate}")
+        for name in ("learning_rate", "teacher_learning_rate"):
+            if (rate := getattr(self, name)) is not None and not 0 < rate < 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {rate}")
         self.between(0, 1, "warmup")
         self.one_of(("teacher", "base"), "student_start")
+        self.one_of((None, "classification", "regression", "multi_label"), "kind")
         if self.student_start == "base" and self.teacher is not None and self.base is None and self.student is None:
             raise ValueError("student_start base with a given teacher needs base, the pre-trained encoder")
         if self.student_layers is not None and (not self.student_layers or min(self.student_layers) < 0):

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 import yaml
@@ -20,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from kdfast import data, precision, report, stages, students, tasks, teacher_cache
+from kdfast import data, pairing, plots, precision, report, stages, students, tasks, teacher_cache
 from kdfast.evaluation import (
     BATCH,
     Candidate,
@@ -29,10 +30,12 @@ from kdfast.evaluation import (
     length,
     load_tokenizer,
     measure,
+    named,
     pretrained,
     shortcut,
 )
 from kdfast.objective import CLS, Labels, Logits
+from kdfast.paths import absolute
 from kdfast.recipes._classifier import ClassifierRecipe, Stage, labels_only
 from kdfast.trainer import DistillationTrainer
 
@@ -61,10 +64,12 @@ class ClassifierRun:
         """Trains, measures and shows; returns the metrics of the models by their folders."""
         transformers.utils.logging.set_verbosity_error()  # a new classification head is not worth a warning here
         transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
         r = self.recipe
         self.task = self._task()
         source = r.base or r.teacher or data.fetch(data.MINILM)
         self.tokenizer = load_tokenizer("teacher" if r.teacher else "base", r.teacher or source)
+        self._check_tokenizers()
         train, test = (part.to_list() for part in tasks.tokenize(self.task, self.tokenizer, r.max_length))
         self.curve = len(test[:CURVE_ROWS])
         # Batches that are made in this order have hardly any padding; training has an order of its own.
@@ -90,15 +95,16 @@ class ClassifierRun:
 
     def _task(self) -> tasks.Task:
         r = self.recipe
-        columns: dict[str, Any] = {"text_columns": r.text_columns, "label_column": r.label_column}
+        columns: dict[str, Any] = {"text_columns": r.text_columns, "label_column": r.label_column, "kind": r.kind}
         try:
             task = tasks.load(r.data, **columns, train_rows=r.train_rows, test_rows=r.test_rows)
         except tasks.TaskError as error:
             raise ValueError(str(error).removeprefix("tasks: ").replace("source: ", "data: ", 1)) from None
         held_out = ", held out of the file's" if task.held_out else ""
-        self.console.print(
-            f"{data.shown_name(task.name)}: {len(task.train):,} training rows, {len(task.test):,} test rows{held_out}"
-        )
+        rows = f"{len(task.train):,} training rows, {len(task.test):,} test rows{held_out}"
+        self.console.print(f"{data.shown_name(task.name)}: {rows}; {task.described}")
+        for note in task.notes:
+            self.console.print(note, markup=False)
         return task
 
     def _plan(self, teacher: Any) -> tuple[tuple[int, ...], list[Stage]]:
@@ -108,13 +114,29 @@ class ClassifierRun:
         count = len(layers) if r.student is None else pretrained(AutoConfig, "student", r.student).num_hidden_layers
         return layers, r.all_stages(count, depth, self.task.kind)
 
+    def _check_tokenizers(self) -> None:
+        """Rows are made by one tokenizer, the teacher's."""
+        r = self.recipe
+        for name, source in (("base", r.base if r.teacher else None), ("student", r.student)):
+            if source is not None:
+                pairing.check_tokens(named(name, source), load_tokenizer(name, source), self.tokenizer)
+
     def _check(self, source: str | Path) -> None:
         """Tries every stage on two rows, with models that are like the later ones, before the first is trained for long."""
         r = self.recipe
-        teacher = self._load("base", source) if r.teacher is None else classifier(self.task, "teacher", r.teacher)
+        teacher = self._load("base", source) if r.teacher is None else self._given_teacher(r.teacher)
         base = self._load("base", r.base) if r.teacher and r.base else teacher
         layers, todo = self._plan(teacher)
         student = self._student(base if r.student_start == "base" else teacher, layers)
+        titles = {"teacher": (r.teacher, teacher), "base": (r.base, base), "student": (r.student, student)}
+        for name, (given, model) in titles.items():
+            pairing.check_length(named(name, given or name), model, r.max_length)
+            pairing.check_ids(named(name, given or name), model, (*self.train, *self.test))
+        if r.teacher and r.student:
+            own = pretrained(AutoConfig, "student", r.student)  # whose classes `_load` names anew
+            pairing.check_same_classes(named("student", r.student), own, teacher)
+        if r.teacher and (note := pairing.matched_by_number("the teacher", teacher.config, self.task.names)):
+            self.console.print(note, markup=False)
         rows = DataCollatorWithPadding(self.tokenizer)(self.train[:2])
         for stage in todo:
             terms: Any = stage.objective
@@ -131,20 +153,32 @@ class ClassifierRun:
     def _load(self, argument: str, source: str | Path) -> Any:
         """A classifier of the task. PyTorch's fused attention has no dropout on the CPU; the rest of the dropout stays."""
         config = pretrained(AutoConfig, argument, source)
-        # However it is stored: small steps are lost on weights of 16 bits.
-        options: dict[str, Any] = {"ignore_mismatched_sizes": False, "dtype": torch.float32} | self.task.head
+        options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True} | self.task.head
+        options["dtype"] = torch.float32  # however it is stored: small steps are lost on weights of 16 bits
         if hasattr(config, "attention_probs_dropout_prob"):
             options["attention_probs_dropout_prob"] = 0.0
         transformers.set_seed(self.recipe.seed)  # for the classifier's initial weights
-        return pretrained(AutoModelForSequenceClassification, argument, source, **options)
+        pairing.check_names(named(argument, source), config, self.task.names)
+        model, loading = pretrained(AutoModelForSequenceClassification, argument, source, **options)
+        if unlike := sorted(name for name, *_ in loading["mismatched_keys"]):
+            raise ValueError(
+                f"{named(argument, source)}: {', '.join(unlike)} are not of {self.task.described}, as the data"
+            )
+        pairing.pad_alike(named(argument, source), model, self.tokenizer)
+        return model
+
+    def _given_teacher(self, source: str) -> Any:
+        model = classifier(self.task, "teacher", source)
+        pairing.pad_alike(named("teacher", source), model, self.tokenizer)
+        return model
 
     def _teacher(self, source: str | Path) -> Any:
         r, folder = self.recipe, self.folder / "teacher"
         if r.teacher is not None:
-            return classifier(self.task, "teacher", r.teacher)
+            return self._given_teacher(r.teacher)
         if stages.finished(folder) is None:
-            of_labels = labels_only(self.task.kind)
-            stage = Stage("teacher", "teacher", of_labels, epochs=r.teacher_epochs, measured=False)
+            rates: Any = {"epochs": r.teacher_epochs, "learning_rate": r.teacher_learning_rate}
+            stage = Stage("teacher", "teacher", labels_only(self.task.kind), measured=False, **rates)
             self._train(stage, self._frozen(self._load("base", source)), None, None)
         return self._load("teacher", folder)
 
@@ -158,9 +192,6 @@ class ClassifierRun:
         r = self.recipe
         if r.student is not None:
             student = self._load("student", r.student)
-            if student.config.vocab_size != model.config.vocab_size:
-                got = f"{student.config.vocab_size} tokens, not the teacher's {model.config.vocab_size}"
-                raise ValueError(f"student {r.student} has a vocabulary of {got}")
         elif r.student_config is None:
             # The teacher's logits are made without dropout: a student without any comes closer to the same function.
             student = students.from_layers(model, layers, dropout=0.0)
@@ -257,7 +288,7 @@ class ClassifierRun:
         if not stored.is_file():
             results = self._measure(titles, histories, cached[0][1].cache)
             facts = {
-                "data": self.task.name,
+                "data": absolute("data", self.task.name),
                 "kind": self.task.kind,
                 "metric": self.task.metric,
                 "test": tasks.fingerprint(self.task.test),
@@ -267,7 +298,7 @@ class ClassifierRun:
             settings = {"settings": self.recipe.as_dict(), "versions": report.versions(), "precision": trained}
             stages.write_json(stored, {**settings, "task": facts, "models": results})
         results = json.loads(stored.read_text())["models"]
-        report.plot_learning_curves(
+        plots.plot_learning_curves(
             self.folder / "learning_curves.png",
             {title: histories[folder] for folder, title in titles.items() if folder != "teacher"},
             self.task.metric,

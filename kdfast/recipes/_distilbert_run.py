@@ -47,7 +47,7 @@ class MaskedTokens:
         self, student_outputs: LastHidden, teacher_outputs: Any, inputs: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         on = inputs["labels"] != OFF
-        logits = F.linear(student_outputs.hidden[on], student_outputs.weight, student_outputs.bias).float()
+        logits = student_outputs.make_logits(student_outputs.hidden[on])
         total = F.cross_entropy(logits, inputs["labels"][on], reduction="sum")
         return {"mlm": total / inputs.get("num_items", on.sum()).clamp(min=1)}
 
@@ -141,16 +141,22 @@ class DistilBERTRun(LanguageRun):
         random.Random(0).shuffle(texts)
         # Twice as many texts as rows: some are too short to be one.
         held_out = min(2 * r.test_rows, len(texts) // 10)
-        parts = []
-        for some, count in ((texts[held_out:], r.train_rows), (texts[:held_out], r.test_rows)):
+        parts: list[Any] = []
+        self.notes = []
+        for which, some, count in (
+            ("training", texts[held_out:], r.train_rows),
+            ("held-out", texts[:held_out], r.test_rows),
+        ):
+            notes: list[str] = []
             some = some if count is None else some[: 2 * count]
             try:
-                rows = masking.blocks(some, self.tokenizer, r.max_length)
+                rows = masking.blocks(some, self.tokenizer, r.max_length, tell=notes.append)
             except ValueError:  # the tokenizer is a fast one: nothing is left
                 raise ValueError(
                     f"data {r.data or 'by default'}: expected texts of at least 12 tokens that the teacher knows, to train "
                     f"on and to hold out, got none among {len(some)}"
                 ) from None
+            self.notes += [f"{which} texts: {note}" for note in notes]
             parts.append(rows if count is None else rows.select(range(min(count, len(rows)))))
         return parts[0], parts[1]
 

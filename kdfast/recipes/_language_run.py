@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,9 +14,10 @@ from rich.console import Console
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from kdfast import precision, report, stages
+from kdfast import data, pairing, plots, precision, report, stages
 from kdfast.evaluation import device, load_tokenizer, pretrained
 from kdfast.recipes._recipe import Recipe
+from kdfast.teacher_cache._identity import tokenizer_sha256
 
 # Files that would be read as if they were prose, or not at all.
 NO_TEXT = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip")
@@ -50,6 +51,8 @@ class LanguageRun:
         kind: what that is.
         data_files: what `data` may be, and those endings of `NO_TEXT` that it may have.
         teacher, start, tokenizer: what `prepare` leaves; `start` is the student before it is trained.
+        train, test: so does it the rows, to train on and held out.
+        notes: and what to tell of them.
 
     Raises:
         ValueError: the folder holds a run with other settings, or something that is not a run.
@@ -68,6 +71,9 @@ class LanguageRun:
     teacher: Any
     start: Any
     tokenizer: Any
+    train: Any
+    test: Any
+    notes: Sequence[str] = ()
 
     def __init__(self, recipe: Recipe, folder: Path, console: Console, fresh: bool = False) -> None:
         self.recipe: Any = recipe
@@ -119,9 +125,7 @@ class LanguageRun:
         if (lacking := sorted(loading["missing_keys"])) and not new_head:
             names = ", ".join(lacking[:4]) + (f" and {len(lacking) - 4} more" if len(lacking) > 4 else "")
             raise ValueError(f"teacher {source} is no {self.kind}: it has no {names}")
-        limit = getattr(model.config, "max_position_embeddings", self.recipe.max_length)
-        if self.recipe.max_length > limit:
-            raise ValueError(f"max_length must be at most the teacher's {limit}, got {self.recipe.max_length}")
+        pairing.check_length(f"teacher {source}", model, self.recipe.max_length)
         return model.eval().to(device())
 
     def data_file(self) -> Path:
@@ -146,6 +150,10 @@ class LanguageRun:
         """
         transformers.utils.logging.disable_progress_bar()
         self.prepare()
+        source = data.shown_name(self.recipe.data or "demonstration")
+        self.console.print(f"{source}: {len(self.train):,} training rows, {len(self.test):,} held out")
+        for note in self.notes:
+            self.console.print(note, markup=False)
         stages.write_config(self.folder, self.recipe.as_dict())
         self.train_teacher()
         folder = self.folder / "student"
@@ -154,7 +162,7 @@ class LanguageRun:
         student = self.auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(device())
         history = stages.finished(folder) or []
         results = self._measured({"teacher": self.teacher, "start": self.start, "student": student}, history)
-        report.plot_losses(self.folder / "learning_curve.png", history, self.losses)
+        plots.plot_losses(self.folder / "learning_curve.png", history, self.losses)
         self.console.print(
             report.language_table({self.titles[name]: row for name, row in results.items()}, self.caption)
         )
@@ -180,6 +188,7 @@ class LanguageRun:
                 "peak_memory_mb": next(event["peak_memory_mb"] for event in history if "peak_memory_mb" in event),
             }
             facts = {"settings": self.recipe.as_dict(), "versions": report.versions(), "training": training}
+            facts["tokenizer"] = tokenizer_sha256(self.tokenizer)[:12]
             stages.write_json(stored, {**facts, "models": results})
         measured: dict[str, report.Metrics] = json.loads(stored.read_text())["models"]
         return measured

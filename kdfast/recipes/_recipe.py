@@ -12,6 +12,8 @@ from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from kdfast.paths import absolute, located
+
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -59,7 +61,8 @@ class Recipe:
     def one_of(self, values: tuple[Any, ...], *names: str) -> None:
         for name in names:
             if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, values))}, got {getattr(self, name)}")
+                known = ", ".join(str(value) for value in values if value is not None)
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)}")
 
     def positive(self, *names: str) -> None:
         for name in names:
@@ -67,8 +70,8 @@ class Recipe:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     def as_dict(self) -> dict[str, Any]:
-        """As YAML and JSON have it: the recipe's name first, lists for tuples."""
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """As YAML and JSON have it: the recipe's name first, lists for tuples, files and folders that are there as absolute paths."""
+        values = {k: list(v) if isinstance(v, tuple) else absolute(k, v) for k, v in dataclasses.asdict(self).items()}
         return {"recipe": self.name, **values}
 
     def to_yaml(self) -> str:
@@ -77,7 +80,7 @@ class Recipe:
 
     @classmethod
     def read_yaml(cls, path: Path) -> dict[str, Any]:
-        """The settings in a file, such as config.yaml of a run's folder.
+        """The settings in a file, such as config.yaml of a run's folder. Paths are where they are now, if the run was moved.
 
         Raises:
             ValueError: no such file, no settings in it, another recipe's, or names that this one does not have.
@@ -98,7 +101,8 @@ class Recipe:
             raise ValueError(
                 f"config {path}: {cls.name} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}"
             )
-        return {name: _converted(f"config {path}: {name}", fields[name], value) for name, value in values.items()}
+        found = {name: located(name, value, path.parent) for name, value in values.items()}
+        return {name: _converted(f"config {path}: {name}", fields[name], value) for name, value in found.items()}
 
     def run(self, folder: Path, console: Any, fresh: bool = False) -> dict[str, Any]:
         """Does what is not done yet in a run's folder; returns the metrics of its models.

@@ -15,19 +15,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from transformers import AutoConfig, AutoTokenizer
 
-from kdfast.teacher_cache._manifest import Manifest, mismatch
+from kdfast import pairing
+from kdfast._disk import saving
+from kdfast.teacher_cache._manifest import CacheError, Manifest, mismatch
 from kdfast.teacher_cache._read import TeacherCache
 from kdfast.teacher_cache._text import text_rows
 from kdfast.teacher_cache._write import write
 
+MAX_LENGTH = 1024  # tokens of a row, where nothing else is said
+
 
 def cache_teacher(
-    model: str, data: str, output: Path, text_column: str, max_length: int, outputs: Sequence[str], **options: Any
+    model: str,
+    data: str,
+    output: Path,
+    text_column: str,
+    max_length: int | None,
+    outputs: Sequence[str],
+    **options: Any,
 ) -> None:
     """Writes a cache of a model's outputs on a file of text; `options` are those of `write`.
 
+    Args:
+        max_length: None: `MAX_LENGTH`, or as many tokens as the model takes.
+
     Raises:
-        CacheError, OSError, ImportError: as `write` and `text_rows`; the model cannot be loaded, or lacks its head.
+        CacheError, OSError, ImportError: as `write` and `text_rows`; the model cannot be loaded, lacks its head, or takes fewer
+            tokens than `max_length`.
     """
     _quiet()
     if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
@@ -37,9 +51,17 @@ def cache_teacher(
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:  # of several lines
         raise mismatch("model", "a folder or Hub name of a transformers model", f"{model!r}: {_line(error)}") from None
-    limits = (max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", max_length))
-    rows = text_rows(data, tokenizer, text_column=text_column, max_length=min(limits))
     teacher = _load(model, config, outputs)
+    try:
+        if max_length is None:
+            max_length = min(MAX_LENGTH, tokenizer.model_max_length, pairing.positions(teacher) or MAX_LENGTH)
+        pairing.check_length(model, teacher, max_length)
+        if "logits" in outputs:
+            pairing.pad_alike(model, teacher, tokenizer)
+    except ValueError as error:
+        raise CacheError(f"teacher_cache: {error}") from None
+    notes: list[str] = []
+    rows = text_rows(data, tokenizer, text_column=text_column, max_length=max_length, tell=notes.append)
     options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     before: list[tuple[int, float]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -53,9 +75,12 @@ def cache_teacher(
             before.append((tokens_done, time.perf_counter()))
             bar.update(task, completed=rows_done)
 
+        stack.enter_context(saving(output))
         cache = write(teacher, rows, output, tokenizer=tokenizer, outputs=outputs, progress=progress, **options)
     tokens, seconds = (last - first for first, last in zip(before[0], before[-1], strict=True))
     speed = {"seconds": f"{seconds:.1f}", "tokens/s": f"{tokens / seconds:,.0f}"} if tokens else {}
+    for note in notes:
+        print(note)
     _show(cache.manifest, f"{output}: {', '.join(cache.manifest.settings.outputs)} of {model}", speed)
 
 

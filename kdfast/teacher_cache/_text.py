@@ -28,7 +28,14 @@ PARTS = ("train", "test", "validation", "dev")  # how the names of a folder's fi
 Wrong = Callable[[object, object], Exception]
 
 
-def text_rows(data: str | Path, tokenizer: Any, *, text_column: str = "text", max_length: int | None = None) -> Any:
+def text_rows(
+    data: str | Path,
+    tokenizer: Any,
+    *,
+    text_column: str = "text",
+    max_length: int | None = None,
+    tell: Callable[[str], Any] | None = None,
+) -> Any:
     """A `datasets.Dataset` with input_ids (and what else the tokenizer gives) in place of the text; other columns stay.
 
     `kdfast cache-teacher` reads its rows with it: the same call gives the dataset to train on beside the cache.
@@ -39,6 +46,7 @@ def text_rows(data: str | Path, tokenizer: Any, *, text_column: str = "text", ma
         tokenizer: of transformers.
         text_column: where the text is ("text" in a .txt file). Rows without any text are left out.
         max_length: longer rows are cut to as many tokens.
+        tell: gets how many rows are left out, where some are.
 
     Raises:
         CacheError: no such file or column, a kind of file that is not known, or no text in it.
@@ -54,9 +62,12 @@ def text_rows(data: str | Path, tokenizer: Any, *, text_column: str = "text", ma
         )
     if text_column not in rows.column_names:
         raise mismatch("text_column", f"one of {', '.join(rows.column_names)} in {data}", text_column)
+    every = len(rows)
     rows = rows.filter(lambda text: bool(text and text.strip()), input_columns=text_column)
     if not len(rows):
         raise mismatch("data", f"text in column {text_column} of {data}", "none")
+    if tell is not None and len(rows) < every:
+        tell(f"{every - len(rows):,} of {every:,} rows have no text and are left out")
     return rows.map(
         lambda texts: dict(tokenizer(texts, truncation=max_length is not None, max_length=max_length)),
         input_columns=text_column,

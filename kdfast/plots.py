@@ -1,0 +1,133 @@
+"""What a run and a comparison show as images: learning curves, quality beside speed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from kdfast._disk import saving
+from kdfast.compare import Comparison, standard_error
+from kdfast.report import HEADINGS, LATENCY, SPEEDS, column_of, folded
+
+
+def _pyplot() -> Any:
+    """Without a screen; imported late, as it takes a second."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def _save(plt: Any, figure: Any, path: Path) -> None:
+    with saving(path):
+        figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_losses(path: Path, history: Sequence[Mapping[str, float]], terms: Mapping[str, str]) -> None:
+    """The loss of training, its terms by name with what they are, and the loss on held-out rows, over the steps; an image."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    dashes = ("--", ":", "-.", (0, (1, 3)))
+    styles: dict[str, dict[str, Any]] = {"loss": {"label": "training, loss", "color": "#1b6ca8"}}
+    for (name, title), dash in zip(terms.items(), dashes, strict=False):
+        styles[name] = {"label": f"training, {title}", "color": "#1b6ca8", "linestyle": dash, "linewidth": 1.2}
+    styles["eval_loss"] = {"label": "held out, loss", "color": "#d95f02", "marker": "o"}
+    for name, style in styles.items():
+        points = [(event["step"], event[name]) for event in history if name in event]
+        if points:
+            axes.plot(*zip(*points, strict=True), **style)
+    axes.set(title="Distillation of a language model", xlabel="step", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    _save(plt, figure, path)
+
+
+# What the trainer compares with the teacher: title and unit.
+DISTANCES = {
+    "kl_to_teacher": ("KL(teacher ‖ student) on held-out rows", "nats"),
+    "mse_to_teacher": ("Squared distance to the teacher on held-out rows", "mean of squares"),
+}
+
+
+def plot_learning_curves(
+    path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]], metric: str, teacher_value: float
+) -> None:
+    """The metric and the distance to the teacher over training, one line per student, saved as an image."""
+    plt = _pyplot()
+    heading, factor, _ = HEADINGS[metric]
+    figure, (quality, distance) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    styles: list[dict[str, Any]] = [{"color": "#1b6ca8", "marker": "o"}, {"color": "#d95f02", "marker": "s"}]
+    events = {name: [event for event in of if f"eval_{metric}" in event] for name, of in histories.items()}
+    known = next(
+        (key for key in DISTANCES if any(f"eval_{key}" in event for of in events.values() for event in of)), None
+    )
+    for (name, points), style in zip(reversed(list(events.items())), cycle(styles), strict=False):
+        epochs = [event["epoch"] for event in points]
+        quality.plot(epochs, [factor * event[f"eval_{metric}"] for event in points], label=name, **style)
+        apart = [(event["epoch"], event[f"eval_{known}"]) for event in points if f"eval_{known}" in event]
+        if apart:
+            distance.plot(*zip(*apart, strict=True), label=name, **style)
+    quality.axhline(factor * teacher_value, color="0.4", linestyle="--", label="teacher, all test rows")
+    name = heading.splitlines()[0]
+    quality.set(
+        title=f"{name[0].upper()}{name[1:]} on held-out rows",
+        xlabel="epoch",
+        ylabel="%" if factor == 100 else "correlation",
+    )
+    for axes in (quality, distance):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    quality.legend(frameon=False)
+    if known is None:
+        distance.remove()
+    else:
+        title, unit = DISTANCES[known]
+        per_label = ", mean over labels" * (metric == "micro_f1")
+        distance.set(title=title, xlabel="epoch", ylabel=unit + per_label)
+        distance.axhline(0, linewidth=0).sticky_edges.y.append(0)  # from 0 on, with a margin above
+        distance.legend(frameon=False)
+    _save(plt, figure, path)
+
+
+def plot_comparison(path: Path, comparison: Comparison) -> None:
+    """The metric with its standard error, and against latency (of language models: speed), saved as an image.
+
+    A colour for the models of one group, a marker for what they are in their runs.
+    """
+    plt = _pyplot()
+    rows = [row for row in comparison.rows if comparison.metric in row.values]
+    heading, factor, _ = column_of(comparison.metric)
+    label = heading.replace("\n", ", " if factor == 100 else " ")
+    speed = next((name for name in SPEEDS if any(name in row.values for row in rows)), None)
+    groups, models = (list(dict.fromkeys(of)) for of in ([r.group for r in rows], [r.model for r in rows]))
+    colors = {group: plt.get_cmap("tab10" if len(groups) <= 10 else "tab20")(i % 20) for i, group in enumerate(groups)}
+    markers = dict(zip(models, cycle("^sovDPX*<>"), strict=False))
+    figure, (quality, speeds) = plt.subplots(1, 2, figsize=(11, 1.6 + 0.34 * max(6, len(rows))), layout="constrained")
+    for place, row in enumerate(rows):
+        values = [factor * value for value in row.values[comparison.metric]]
+        style = {"color": colors[row.group], "marker": markers[row.model], "linestyle": "none", "capsize": 3}
+        mean, error = fmean(values), standard_error(values)
+        quality.errorbar(mean, place, xerr=error, **style)
+        if speed is not None and speed in row.values:
+            speeds.errorbar(fmean(row.values[speed]), mean, yerr=error, label=row.name, **style)
+    quality.set_yticks(range(len(rows)), [folded(row.name, 32) for row in rows], fontsize=8)
+    quality.set_ylim(len(rows) - 0.5, -0.5)
+    quality.set(xlabel=label, title="± standard error over seeds" * any(len(row.runs) > 1 for row in rows))
+    speeds.set(ylabel=label, title="against speed, colours and markers as on the left")
+    speeds.set_xlabel("ms of a forward pass, 1 row" if speed == LATENCY else str(speed).replace("_", " "))
+    far_apart = [fmean(row.values[comparison.metric]) for row in rows]
+    if comparison.metric == "perplexity" and max(far_apart) > 20 * min(far_apart):
+        quality.set_xscale("log")
+        speeds.set_yscale("log")
+    for axes in (quality, speeds):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(comparison.title)
+    _save(plt, figure, path)

@@ -1,0 +1,188 @@
+"""What ends a command beside its own work, each in one line: disks, Ctrl-C while libraries are imported, quantised models."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import call
+from word_classifiers import bert, save, write_reviews
+
+from kdfast import _disk, stages
+
+LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes}, {bytes})); "
+
+
+def _python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", **environment},
+    )
+
+
+# ---- disks
+@pytest.mark.parametrize(
+    ("write", "expected"),
+    [
+        ("open(path, 'w').write('x' * 10000)", errno.EFBIG),
+        ("save_file({'x': torch.zeros(5000)}, path)", errno.EFBIG),
+        ("torch.save(torch.zeros(5000), path)", errno.EIO),  # which tells nothing but that it failed
+    ],
+)
+def test_real_failures_of_each_library_name_the_place(write: str, expected: int, tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; from pathlib import Path; from safetensors.torch import save_file; from kdfast._disk import saving\n"
+        f"{LIMITED.format(bytes=4096)}path = sys.argv[1]\n"
+        f"try:\n with saving(Path('the/place')): {write}\n"
+        "except OSError as error: print(error.errno, error.filename)"
+    )
+    done = _python(code, tmp_path / "file")
+    assert done.stdout == f"{expected} the/place\n", done.stderr
+
+
+def test_torch_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 4096}))
+    told = "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
+    with (
+        pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/new'") as failure,
+        _disk.saving(tmp_path / "new"),
+    ):
+        raise RuntimeError(told)
+    assert _disk.told(failure.value) == f"{tmp_path}/new: no space left on device"
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), _disk.saving(tmp_path):
+        raise RuntimeError("mat1 and mat2 must have the same dtype")
+    # A library that names a file of its own keeps it; elsewhere only caches are written.
+    with pytest.raises(FileNotFoundError) as missing, _disk.saving(tmp_path):
+        (tmp_path / "none" / "file").write_text("")
+    assert _disk.told(missing.value) == f"{tmp_path}/none/file: no such file or directory"
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert _disk.told(full) == "No space left on device (a cache or temporary folder: $HF_HOME, $KDFAST_CACHE, $TMPDIR)"
+    assert _disk.told(OSError("cannot write it: so\nand so")) == "cannot write it: so"
+
+
+def test_command_whose_checkpoint_cannot_be_written(tmp_path: Path) -> None:
+    data = write_reviews(tmp_path / "reviews.csv")
+    teacher = save(tmp_path / "teacher", bert(0, hidden_size=32))
+    command = [
+        "distill",
+        "hinton",
+        "--data",
+        data,
+        "--teacher",
+        teacher,
+        "--max-length",
+        16,
+        "--output",
+        tmp_path / "run",
+    ]
+    code = f"{LIMITED.format(bytes=20_000)}from kdfast.cli import main; main()"
+    done = _python(code, *command, HF_DATASETS_CACHE=str(tmp_path / "datasets"))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    expected = f"kdfast: {tmp_path}/run/labels_only: file too large; the same command continues where this one was"
+    assert done.stderr.splitlines()[-1] == expected
+
+
+def test_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(OSError, match="'/proc/") as failure:  # where not even root makes a folder
+        stages.write_config(Path("/proc/kdfast/run"), {})
+    assert _disk.told(failure.value).startswith("/proc/kdfast")
+    monkeypatch.setattr(os, "access", lambda place, mode: str(place) != str(tmp_path))
+    for flags, reason in ((0, "permission denied"), (os.ST_RDONLY, "read-only file system")):
+        monkeypatch.setattr(os, "statvfs", lambda place, flags=flags: type("Facts", (), {"f_flag": flags}))
+        output = tmp_path / "new" / "run"
+        assert call(monkeypatch, "distill", "causal-lm", "--output", output) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert f"output folder {output} cannot be written: {reason}" in err
+    assert not (tmp_path / "new").exists()
+
+
+# ---- Ctrl-C
+SIGNALS = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "command", "as_script"),
+    [
+        ("torch", "--version", False),
+        ("torch", "--version", True),
+        ("transformers", "distill hinton", True),
+        ("transformers", "distill causal-lm", False),
+        ("transformers", "evaluate x", False),
+        ("transformers", "cache-teacher m d.txt o", False),
+        ("rich", "compare x", False),
+    ],
+)
+def test_ctrl_c_while_importing(module: str, command: str, as_script: bool, tmp_path: Path) -> None:
+    """In each of the two ways to call it; `module` is one of those that take long, early or late."""
+    (tmp_path / "fake" / module).mkdir(parents=True)
+    (tmp_path / "fake" / module / "__init__.py").write_text(SIGNALS)
+    script = tmp_path / "kdfast"
+    script.write_text("from kdfast.cli import main\nmain()\n")
+    here = str(Path(_disk.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, *([str(script)] if as_script else ["-m", "kdfast"]), *command.split()],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "fake"), here])},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "kdfast: stopped\n")
+
+
+def test_other_programs_keep_their_ctrl_c(tmp_path: Path) -> None:
+    code = "import signal, kdfast; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    assert _python(code).stdout == "True\n"
+
+
+# ---- quantised models
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["distill", "hinton", "--teacher"],
+        ["distill", "patient-kd", "--base"],
+        ["distill", "distilbert", "--teacher"],
+        ["distill", "causal-lm", "--teacher"],
+        ["evaluate"],
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
+def test_quantised_models_are_refused_before_they_are_loaded(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *a, **k: pytest.fail("loaded"))
+    model = Path(save(tmp_path / "model", bert(0)))
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "torchao",
+        "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}},
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "model.safetensors").write_bytes(b"")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("good film\n\n" * 40)
+    of_texts = "distilbert" in arguments or "causal-lm" in arguments
+    data: Any = texts if of_texts else write_reviews(tmp_path / "reviews.csv")
+    output = [] if arguments == ["evaluate"] else ["--output", tmp_path / "run"]
+    assert call(monkeypatch, *arguments, model, "--data", data, "--max-length", 16, *output) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        f"{model}: expected weights that are not quantised, got torchao (quantization_config in its config.json)"
+        in told
+    )
+    assert not (tmp_path / "run").exists()
