@@ -2,33 +2,30 @@
 // (csrc/cpu/*.cpp, csrc/cuda/*.cu), shapes for tracing beside the public functions (kdfast/ops/*.py).
 #include <torch/csrc/stable/library.h>
 
+#include "common/divergence_schema.h"
+
 STABLE_TORCH_LIBRARY(kdfast, m) {
   // All divergences and kd_loss. kind: of csrc/common/divergence_terms.h; mixing: beta or skew. columns count of these
   // logits; they are a shard, from vocab_start on, of a whole vocabulary. labels, row_temperature, mask and weight are
   // expanded to the leading dimensions. indices: of top-k kinds, whose teacher is the log-probabilities of these
-  // columns. num_items: one, or one for each component. reduction: 0 none, 1 mean, 2 sum, 3 batchmean. distillation:
-  // kd_loss, whose components (divergence and cross-entropy, without alpha) are the second result. state, known: what
-  // is known of the rows already: 0 nothing, 1 the normalisers, 2 everything. save: 0 nothing, 1 the state of every
-  // row, 2 the gradient; it is the third result.
-  m.def(
-      "divergence(Tensor student, Tensor teacher, Tensor? indices, Tensor? labels, Tensor? row_temperature, "
-      "Tensor? mask, Tensor? weight, Tensor? num_items, int kind, float mixing, float temperature, SymInt columns, "
-      "SymInt vocabulary, SymInt vocab_start, int reduction, float scale, bool distillation, float alpha, "
-      "float smoothing, int ignore_index, Tensor? state, int known, int save) "
-      "-> (Tensor loss, Tensor components, Tensor saved)");
-  m.def(
-      "divergence_backward(Tensor grad_loss, Tensor state, Tensor student, Tensor teacher, Tensor? indices, "
-      "Tensor? labels, Tensor? row_temperature, Tensor? mask, Tensor? weight, Tensor? num_items, int kind, "
-      "float mixing, float temperature, SymInt columns, SymInt vocabulary, SymInt vocab_start, int reduction, "
-      "float scale, bool distillation, float alpha, float smoothing, int ignore_index) -> Tensor");
+  // columns. The rows' losses, times scale and over divisor (one number, or [2] for each component; where it is 0
+  // nothing counts), are summed but for per_row. distillation: kd_loss, whose components (divergence and
+  // cross-entropy, without alpha) are the second result. state, known: what is known of the rows already: 0 nothing, 1
+  // the normalisers, 2 everything. save: 0 nothing, 1 the state of every row, 2 the gradient; it is the third result.
+  const std::string call = "Tensor student, Tensor teacher, " + kdfast::divergence_arguments();
+  const std::string forward =
+      "divergence(" + call + ", Tensor? state, int known, int save) -> (Tensor loss, Tensor components, Tensor saved)";
+  const std::string backward = "divergence_backward(Tensor grad_loss, Tensor state, " + call + ") -> Tensor";
   // The same with the gradient into given memory, whose dtype may differ from the student's. On the CPU this may be the
   // student's own.
+  const std::string into = "divergence_into(Tensor(a!) gradient, " + call +
+                           ", Tensor? state, int known) -> (Tensor loss, Tensor components)";
+  for (const std::string* schema : {&forward, &backward, &into}) m.def(schema->c_str());
+  // Rows' states [..., 9] of a shard, which these become over all shards when they are added up: referred to maxima
+  // [2, ...] of student and teacher over all of them. kind and temperatures as above.
   m.def(
-      "divergence_into(Tensor(a!) gradient, Tensor student, Tensor teacher, Tensor? indices, Tensor? labels, "
-      "Tensor? row_temperature, Tensor? mask, Tensor? weight, Tensor? num_items, int kind, float mixing, "
-      "float temperature, SymInt columns, SymInt vocabulary, SymInt vocab_start, int reduction, float scale, "
-      "bool distillation, float alpha, float smoothing, int ignore_index, Tensor? state, int known) "
-      "-> (Tensor loss, Tensor components)");
+      "divergence_referred(Tensor state, Tensor maxima, Tensor? row_temperature, int kind, float temperature) "
+      "-> Tensor");
   // Distances between layers, each [B, H, R, C]: the sum over layers and heads of weight times the sum over rows of a
   // distance of csrc/common/layer_terms.h, over divisor. row_mask [B, R], column_mask [B, C]; head_map (the teacher's
   // head of a student's, or -1) and weight of every layer and head in turn; floor: NaN for none. per_row: every row's

@@ -15,25 +15,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdfast.bench.registry.divergences import DIVERGENCES
-from kdfast.ops import _checks, _divergence
-from kdfast.ops._divergence import (
-    KINDS,
+from kdfast.ops._call import (
     KNOWN_EVERYTHING,
     KNOWN_NORMALISERS,
     KNOWN_NOTHING,
     SAVE_GRADIENT,
     SAVE_NOTHING,
     SAVE_STATE,
-    SECOND_LOOK,
+    STATE_SIZE,
+    Call,
+    Numbers,
+    RowValues,
 )
+from kdfast.ops._divergence import KINDS, SECOND_LOOK
+from kdfast.bench.registry.divergences import DIVERGENCES
 
 ROOT = Path(__file__).parents[1]
 OPS = (
-    *("divergence", "divergence_backward", "divergence_into", "scale_"),
+    *("divergence", "divergence_backward", "divergence_into", "divergence_referred", "scale_"),
     *("layer_distance", "layer_distance_backward", "qk_distance", "qk_distance_backward"),
 )
-NONE, MEAN, SUM, BATCHMEAN = range(4)
+NONE, MEAN, SUM, BATCHMEAN = "none", "mean", "sum", "batchmean"
 IGNORED = -100
 
 
@@ -84,32 +86,54 @@ class Loss:
     mask: Tensor | None = None
     weight: Tensor | None = None
     columns: int | None = None
-    reduction: int = SUM
+    reduction: str = SUM
     scale: float = 0.5
     items: float | None = None
     labels: Tensor | None = None
     alpha: float | None = None
     smoothing: float = 0.0
 
-    def args(self, columns: int, start: int = 0, vocabulary: int | None = None) -> tuple[Any, ...]:
+    def args(self, s: Tensor, start: int = 0, vocabulary: int | None = None) -> tuple[Any, ...]:
         """As the operators take them, between the logits and the state."""
         per_row = isinstance(self.temperature, Tensor)
-        return (
-            *(None, self.labels, self.temperature if per_row else None, self.mask, self.weight),
-            *(None if self.items is None else torch.tensor(self.items), KINDS.index(self.kind), self.mixing),
-            *(1.0 if per_row else self.temperature, columns, columns if vocabulary is None else vocabulary, start),
-            *(self.reduction, self.scale, self.alpha is not None, 1.0 if self.alpha is None else self.alpha),
-            *(self.smoothing, IGNORED),
+        columns = s.shape[-1] if self.columns is None else self.columns
+        scale, divisor = self.division(s)
+        rows = RowValues(None, self.labels, self.temperature if per_row else None, self.mask, self.weight)
+        numbers = Numbers(
+            kind=KINDS.index(self.kind),
+            mixing=self.mixing,
+            temperature=1.0 if per_row else self.temperature,
+            columns=columns,
+            vocabulary=columns if vocabulary is None else vocabulary,
+            vocab_start=start,
+            scale=self.scale * scale,
+            per_row=self.reduction == NONE,
+            distillation=self.alpha is not None,
+            alpha=1.0 if self.alpha is None else self.alpha,
+            smoothing=self.smoothing,
+            ignore_index=IGNORED,
         )
+        return Call(rows, divisor, numbers).flat()
+
+    def division(self, s: Tensor) -> tuple[float, Tensor | None]:
+        """What the sum over rows is multiplied by, and divided by on the device."""
+        if self.reduction == BATCHMEAN:
+            return 1 / s.shape[0], None
+        if self.reduction != MEAN:
+            return 1.0, None
+        if self.items is not None:
+            return 1.0, torch.tensor(self.items)
+        mask = torch.ones(s.shape[:-1], dtype=torch.bool) if self.mask is None else self.mask
+        counts = [mask.sum()] if self.labels is None else [mask.sum(), (mask & (self.labels != IGNORED)).sum()]
+        return 1.0, torch.stack(counts).float()
 
     def value(self, s: Tensor, t: Tensor) -> Tensor:
         """By the reference, in the logits' precision."""
-        names = {code: name for name, code in _checks.REDUCTIONS.items()}
         # A raw operator's rows count whatever their labels, but for a mask.
         mask = torch.ones(s.shape[:-1], dtype=torch.bool) if self.mask is None else self.mask
         arguments = {"mask": mask, "weight": self.weight, "vocab_size": self.columns, "num_items": self.items}
         arguments |= {"temperature": self.temperature, "beta": self.mixing, "skew": self.mixing}
-        arguments["reduction"] = names[self.reduction]
+        arguments["reduction"] = self.reduction
         if self.alpha is None:
             return self.scale * DIVERGENCES[self.kind].reference(s, t, **arguments)
         arguments |= {"labels": self.labels, "alpha": self.alpha, "label_smoothing": self.smoothing}
@@ -153,7 +177,7 @@ class Case:
         """Loss and gradient of the forward, state, the backward from it, and the forward with it given."""
         columns = s.shape[-1] if of.columns is None else of.columns
         loss, gradient = of.exact(s, t)
-        args = of.args(columns)
+        args = of.args(s)
         fresh = (None, KNOWN_NOTHING)
         ours, components, ours_gradient = self.ops.divergence(s, t, *args, *fresh, SAVE_GRADIENT)
         only, _, nothing = self.ops.divergence(s, t, *args, *fresh, SAVE_NOTHING)
@@ -172,7 +196,7 @@ class Case:
         self.clean()
 
     def check_state(self, state: Tensor, s: Tensor, t: Tensor, columns: int, of: Loss) -> None:
-        assert state.shape == (*s.shape[:-1], _divergence.STATE_SIZE)
+        assert state.shape == (*s.shape[:-1], STATE_SIZE)
         leading = state[..., 0]
         counted = torch.ones_like(leading, dtype=torch.bool) if of.mask is None else of.mask.expand(leading.shape)
         assert (state[~counted] == 0).all()

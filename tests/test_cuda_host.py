@@ -18,17 +18,17 @@ from shim import BATCHMEAN, IGNORED, MEAN, NONE, SUM, Case, Device, Loss, assert
 from torch import Tensor
 
 import kdfast
-from kdfast.ops import _divergence, _shards
-from kdfast.ops._divergence import (
-    KINDS,
+from kdfast.ops import _shards
+from kdfast.ops._call import (
     KNOWN_EVERYTHING,
     KNOWN_NORMALISERS,
     KNOWN_NOTHING,
     SAVE_GRADIENT,
     SAVE_NOTHING,
     SAVE_STATE,
-    SECOND_LOOK,
+    STATE_SIZE,
 )
+from kdfast.ops._divergence import KINDS, SECOND_LOOK
 
 __all__ = ["shim"]  # a fixture
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the shim switches fibers on x86-64 only")
@@ -191,7 +191,7 @@ def test_labels_that_are_none(shim: ctypes.CDLL) -> None:
     case = Case(shim, Device())
     s, t = pair(40, torch.float32)
     wrong = Loss(labels=torch.tensor([1, -1, 40, IGNORED, 3, 39]), alpha=0.5, reduction=NONE)
-    loss, components, gradient = case.ops.divergence(s, t, *wrong.args(40), None, KNOWN_NOTHING, SAVE_GRADIENT)
+    loss, components, gradient = case.ops.divergence(s, t, *wrong.args(s), None, KNOWN_NOTHING, SAVE_GRADIENT)
     bad = torch.tensor([False, True, True, False, False, False])
     for value in (loss, components[:, 1], gradient.sum(-1)):
         assert torch.equal(value.isnan(), bad)
@@ -204,18 +204,19 @@ def test_shards(shim: ctypes.CDLL, device: Device, width: int, kind: str, monkey
     """A vocabulary in three parts, one of them empty: each part's states, merged, give it the loss and its gradient."""
 
     def all_reduce(x: Tensor, op: Any, group: Any) -> None:  # of states that are stacked over the parts
-        x.copy_((x.amax(1, True) if op == torch.distributed.ReduceOp.MAX else x.sum(1, True)).expand_as(x))
+        x.copy_((x.amax(1, True) if op == torch.distributed.ReduceOp.MAX else x.sum(0, True)).expand_as(x))
 
-    monkeypatch.setattr(_shards.dist, "all_reduce", all_reduce)
     case = Case(shim, device)
+    monkeypatch.setattr(_shards.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.ops.kdfast, "divergence_referred", case.ops.divergence_referred)
     s, t = pair(width, torch.float32)
     s[0] += 100  # far from the other rows' maxima, and from 0
     of = Loss(kind, labels=labels_of(width), alpha=0.4, smoothing=0.1, temperature=2.0)
     starts = [0, width // 3, width, width]
-    parts = [(s[:, a:b], t[:, a:b], *of.args(b - a, a, width)) for a, b in itertools.pairwise(starts)]
+    parts = [(s[:, a:b], t[:, a:b], *of.args(s[:, a:b], a, width)) for a, b in itertools.pairwise(starts)]
     forward = case.ops.divergence
     states = torch.stack([forward(*part, None, KNOWN_NOTHING, SAVE_STATE)[2] for part in parts])
-    states = _shards.merged(states, kind, 2.0, None)
+    states = _shards.merged(states, KINDS.index(kind), None, 2.0, None)
     if kind in SECOND_LOOK:
         states = torch.stack(
             [forward(*part, state, KNOWN_NORMALISERS, SAVE_STATE)[2] for part, state in zip(parts, states, strict=True)]
@@ -234,7 +235,7 @@ def test_shards(shim: ctypes.CDLL, device: Device, width: int, kind: str, monkey
 @BOTH_LOOKS
 @KERNELS
 def test_rows_and_reductions(
-    shim: ctypes.CDLL, columns: int, dtype: torch.dtype | None, device: Device, kind: str, reduction: int
+    shim: ctypes.CDLL, columns: int, dtype: torch.dtype | None, device: Device, kind: str, reduction: str
 ) -> None:
     """Masks, weights, temperatures per row; padding beyond the vocabulary and masked rows hold NaN."""
     case = Case(shim, device)
@@ -268,7 +269,7 @@ def test_infinities(shim: ctypes.CDLL, columns: int, dtype: torch.dtype | None, 
     if kind != "logit_mse":  # a mask that is finite
         s[0, 1::3] = t[0, 1::3] = torch.finfo(s.dtype).min if s.dtype == t.dtype else -1e38
     of = Loss(kind, temperature=1.0, reduction=NONE, scale=1.0)
-    loss, _, gradient = case.ops.divergence(s, t, *of.args(columns), None, KNOWN_NOTHING, SAVE_GRADIENT)
+    loss, _, gradient = case.ops.divergence(s, t, *of.args(s), None, KNOWN_NOTHING, SAVE_GRADIENT)
     exact, exact_gradient = of.exact(s, t)
     assert torch.equal(loss.isnan(), exact.isnan())
     assert torch.equal(loss.isinf(), exact.isinf())
@@ -292,7 +293,7 @@ def test_mean_of_nothing_and_given_items(
     case = Case(shim, device)
     s, t = pair(columns, dtype)
     nothing = Loss(mask=torch.zeros(6, dtype=torch.bool), labels=torch.zeros(6, dtype=torch.long), alpha=0.5)
-    args = replace(nothing, reduction=MEAN).args(columns)
+    args = replace(nothing, reduction=MEAN).args(s)
     loss, components, gradient = case.ops.divergence(s, t, *args, None, KNOWN_NOTHING, SAVE_GRADIENT)
     for zero in (loss, components, gradient):
         assert (zero == 0).all()
@@ -304,8 +305,8 @@ def test_empty(shim: ctypes.CDLL) -> None:
     args = Loss(reduction=MEAN, alpha=0.5)
     for shape in ((0, 5), (3, 0), (2, 0, 5)):
         z = torch.zeros(shape)
-        for save, of in ((SAVE_GRADIENT, shape), (SAVE_STATE, (*shape[:-1], _divergence.STATE_SIZE))):
-            loss, components, saved = case.ops.divergence(z, z, *args.args(shape[-1]), None, KNOWN_NOTHING, save)
+        for save, of in ((SAVE_GRADIENT, shape), (SAVE_STATE, (*shape[:-1], STATE_SIZE))):
+            loss, components, saved = case.ops.divergence(z, z, *args.args(z), None, KNOWN_NOTHING, save)
             assert loss == 0
             assert components.tolist() == [0, 0]
             assert saved.shape == of
@@ -323,7 +324,7 @@ def test_few_rows_spread_over_the_device(shim: ctypes.CDLL, kind: str) -> None:
     results = []
     for seed in (0, 1, 2):
         shim.cuda_host_device(16, 227 << 10, 16, seed, 0)
-        results.append(case.ops.divergence(s, t, *of.args(20011), None, KNOWN_NOTHING, SAVE_GRADIENT))
+        results.append(case.ops.divergence(s, t, *of.args(s), None, KNOWN_NOTHING, SAVE_GRADIENT))
     for loss, _, gradient in results[1:]:
         assert torch.equal(loss, results[0][0])
         assert torch.equal(gradient, results[0][2])
@@ -345,7 +346,7 @@ def test_scale(shim: ctypes.CDLL, dtype: torch.dtype, count: int) -> None:
 def test_refuses_what_it_cannot_do(shim: ctypes.CDLL) -> None:
     case = Case(shim, Device())
     z = torch.zeros(2, 5)
-    args = Loss("js_div").args(5)
+    args = Loss("js_div").args(z)
     with pytest.raises(
         RuntimeError, match="js_div: logits: expected float32, bfloat16 or float16 on the GPU, got float64"
     ):

@@ -9,22 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from shim import BATCHMEAN, IGNORED, MEAN, NONE, SUM, Case, Device, assert_close, logits, shim
+from shim import IGNORED, Case, Device, assert_close, logits, shim
 from torch import Tensor
 
 from kdfast.ops import _shards
-from kdfast.ops._divergence import (
-    _ALL_KINDS,
-    KINDS,
+from kdfast.ops._call import (
     KNOWN_EVERYTHING,
     KNOWN_NOTHING,
     SAVE_GRADIENT,
     SAVE_NOTHING,
     SAVE_STATE,
-    SECOND_LOOK,
-    TAILS,
     Call,
+    Numbers,
+    RowValues,
 )
+from kdfast.ops._divergence import ALL_KINDS, KINDS, SECOND_LOOK, TAILS
 
 __all__ = ["shim"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -36,29 +35,33 @@ def topk_of(teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
-def call(columns: int, kind: str, **of: Any) -> Call:
-    defaults: dict[str, Any] = dict.fromkeys(("indices", "labels", "row_temperature", "mask", "weight", "num_items"))
-    defaults |= {"kind": _ALL_KINDS.index(kind), "mixing": 0.3, "temperature": 1.5, "columns": columns}
-    defaults |= {"vocabulary": columns, "vocab_start": 0, "reduction": SUM, "scale": 0.5, "distillation": False}
-    return Call(**defaults | {"alpha": 1.0, "smoothing": 0.0, "ignore_index": IGNORED} | of)
+def call(columns: int, kind: str, divisor: Tensor | None = None, **of: Any) -> Call:
+    rows = RowValues(*(of.pop(name, None) for name in RowValues._fields))
+    defaults: dict[str, Any] = {"kind": ALL_KINDS.index(kind), "mixing": 0.3, "temperature": 1.5, "columns": columns}
+    defaults |= {"vocabulary": columns, "vocab_start": 0, "scale": 0.5, "per_row": False, "distillation": False}
+    return Call(rows, divisor, Numbers(**defaults | {"alpha": 1.0, "smoothing": 0.0, "ignore_index": IGNORED} | of))
 
 
 def exact(s: Tensor, t: Tensor, of: Call, save: int = SAVE_GRADIENT) -> tuple[Tensor, Tensor, Tensor]:
-    real = {name: x.double() for name, x in of._asdict().items() if isinstance(x, Tensor) and x.dtype == torch.float32}
-    return torch.ops.kdfast.divergence(s.double(), t.double(), *of._replace(**real), None, KNOWN_NOTHING, save)
+    real = of.rows.map(lambda x: x.double() if x.dtype == torch.float32 else x)
+    of = of._replace(rows=real, divisor=None if of.divisor is None else of.divisor.double())
+    return torch.ops.kdfast.divergence(s.double(), t.double(), *of.flat(), None, KNOWN_NOTHING, save)
 
 
 def check(case: Case, s: Tensor, t: Tensor, of: Call) -> None:
     loss, components, gradient = exact(s, t, of)
     forward, fresh = case.ops.divergence, (None, KNOWN_NOTHING)
-    state = forward(s, t, *of, *fresh, SAVE_STATE)[2]
-    made = [forward(s, t, *of, *fresh, SAVE_GRADIENT), forward(s, t, *of, state, KNOWN_EVERYTHING, SAVE_GRADIENT)]
+    state = forward(s, t, *of.flat(), *fresh, SAVE_STATE)[2]
+    made = [
+        forward(s, t, *of.flat(), *fresh, SAVE_GRADIENT),
+        forward(s, t, *of.flat(), state, KNOWN_EVERYTHING, SAVE_GRADIENT),
+    ]
     for value, parts, ours in made:
         assert_close(value, loss, torch.float32)
         assert_close(parts, components, torch.float32)
         assert_close(ours, gradient, s.dtype)
-    assert_close(forward(s, t, *of, *fresh, SAVE_NOTHING)[0], loss, torch.float32)
-    backward = case.ops.divergence_backward(2 * torch.ones(loss.shape), state, s, t, *of)
+    assert_close(forward(s, t, *of.flat(), *fresh, SAVE_NOTHING)[0], loss, torch.float32)
+    backward = case.ops.divergence_backward(2 * torch.ones(loss.shape), state, s, t, *of.flat())
     assert_close(backward / 2, gradient, s.dtype)
     case.clean()
 
@@ -72,7 +75,7 @@ def test_values_and_gradients(shim: ctypes.CDLL, columns: int, k: int, dtype: to
     t, indices = topk_of(3 * torch.randn(3, columns), k)
     t[1, k // 2 :] = -torch.inf if k > 1 else t[1, 0]
     check(case, s, t, call(columns, f"topk_{tail}", indices=indices))
-    check(case, s, t.bfloat16(), call(columns, f"topk_{tail}", indices=indices, reduction=NONE, temperature=1.0))
+    check(case, s, t.bfloat16(), call(columns, f"topk_{tail}", indices=indices, per_row=True, temperature=1.0))
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -89,11 +92,11 @@ def test_labels_and_rows(shim: ctypes.CDLL, tail: str, smoothing: float) -> None
         "weight": torch.linspace(0.5, 2, 6),
         "row_temperature": torch.linspace(1, 3, 6),
     }
-    for reduction in (NONE, MEAN, SUM, BATCHMEAN):
-        of = {"indices": indices, "labels": labels, "distillation": True, "alpha": 0.6, "smoothing": smoothing}
-        check(case, s, t, call(1025, f"topk_{tail}", **of, **rows, reduction=reduction))
-    two = call(1025, f"topk_{tail}", **of, reduction=MEAN, num_items=torch.tensor([3.0, 7.0]))
-    check(case, s, t, two)
+    of = {"indices": indices, "labels": labels, "distillation": True, "alpha": 0.6, "smoothing": smoothing}
+    for divisor in (None, torch.tensor(5.0), torch.tensor([3.0, 7.0])):
+        for per_row in (False, True):
+            check(case, s, t, call(1025, f"topk_{tail}", divisor, **of, **rows, per_row=per_row))
+            check(case, s, t, call(1025, f"topk_{tail}", divisor, **of, per_row=per_row))
 
 
 def test_what_cannot_be(shim: ctypes.CDLL) -> None:
@@ -104,8 +107,8 @@ def test_what_cannot_be(shim: ctypes.CDLL) -> None:
     indices[1, 3] = indices[1, 0]
     indices[2, 2] = 50
     t[3, 3:], indices[3, 3:] = -torch.inf, 0
-    of = call(50, "topk_bucket", indices=indices, reduction=NONE)
-    loss, _, gradient = case.ops.divergence(s, t, *of, None, KNOWN_NOTHING, SAVE_GRADIENT)
+    of = call(50, "topk_bucket", indices=indices, per_row=True)
+    loss, _, gradient = case.ops.divergence(s, t, *of.flat(), None, KNOWN_NOTHING, SAVE_GRADIENT)
     assert loss.isnan().tolist() == [False, True, True, False]
     assert gradient.isnan().any(-1).tolist() == [False, True, True, False]
 
@@ -115,18 +118,22 @@ def test_shards(shim: ctypes.CDLL, tail: str, monkeypatch: pytest.MonkeyPatch) -
     """Parts of the vocabulary, one empty, one without any of the teacher's columns."""
 
     def all_reduce(x: Tensor, op: Any, group: Any) -> None:  # of states that are stacked over the parts
-        x.copy_((x.amax(1, True) if op == torch.distributed.ReduceOp.MAX else x.sum(1, True)).expand_as(x))
+        x.copy_((x.amax(1, True) if op == torch.distributed.ReduceOp.MAX else x.sum(0, True)).expand_as(x))
 
     monkeypatch.setattr(_shards.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.ops.kdfast, "divergence_referred", torch.ops.kdfast_cuda_host.divergence_referred)
     case = Case(shim, Device())
     s, teacher = logits(6, 1025, torch.float32), 3 * torch.randn(6, 1025)
     teacher[:, 700:] -= 100
     t, indices = topk_of(teacher, 20)
     of = call(1025, f"topk_{tail}", indices=indices, temperature=2.0)
     starts = [0, 300, 300, 700, 1025]
-    parts = [(s[:, a:b], t, *of._replace(columns=b - a, vocab_start=a)) for a, b in itertools.pairwise(starts)]
+    parts = [
+        (s[:, a:b], t, *of._replace(numbers=of.numbers._replace(columns=b - a, vocab_start=a)).flat())
+        for a, b in itertools.pairwise(starts)
+    ]
     states = torch.stack([case.ops.divergence(*part, None, KNOWN_NOTHING, SAVE_STATE)[2] for part in parts])
-    states = _shards.merged(states, f"topk_{tail}", 2.0, None)
+    states = _shards.merged(states, len(KINDS) + TAILS.index(tail), None, 2.0, None)
     made = [
         case.ops.divergence(*p, state, KNOWN_EVERYTHING, SAVE_GRADIENT) for p, state in zip(parts, states, strict=True)
     ]
@@ -159,13 +166,14 @@ def test_gradient_into_given_memory(
     case = Case(shim, device)
     s, t = (logits(6, columns, torch.float32, width=width, offset=offset) for _ in range(2))
     labels = torch.tensor([0, columns - 1, IGNORED, columns // 2, columns - 2, 3])
-    of = call(columns, kind, labels=labels, distillation=True, alpha=0.4, smoothing=0.1, reduction=MEAN)
+    of = call(columns, kind, labels=labels, distillation=True, alpha=0.4, smoothing=0.1)
+    of = of._replace(divisor=torch.tensor([6.0, 5.0]))
     loss, components, gradient = exact(s, t, of)
     memory = torch.full((8, width), 7.0, dtype=of_gradient)
-    state = case.ops.divergence(s, t, *of, None, KNOWN_NOTHING, SAVE_STATE)[2]
+    state = case.ops.divergence(s, t, *of.flat(), None, KNOWN_NOTHING, SAVE_STATE)[2]
     for known, given in ((KNOWN_NOTHING, None), (KNOWN_EVERYTHING, state)):
         memory[1:7] = torch.nan
-        ours, parts = case.ops.divergence_into(memory[1:7], s, t, *of, given, known)
+        ours, parts = case.ops.divergence_into(memory[1:7], s, t, *of.flat(), given, known)
         assert_close(ours, loss, torch.float32)
         assert_close(parts, components, torch.float32)
         assert_close(memory[1:7], gradient, of_gradient)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kdfast
 from kdfast.ops import reference
+from kdfast.ops._call import Call, Numbers, RowValues
 from kdfast.ops._divergence import KINDS
 
 INF = float("inf")
@@ -280,21 +281,24 @@ def test_mixtures_refuse() -> None:
         kdfast.js_div(S, T, beta=1.1)
     with pytest.raises(ValueError, match="skew_kl_div: skew: expected a number from 0 to 1, 1 excluded, got 1"):
         kdfast.skew_kl_div(S, T, skew=1)
-    with pytest.raises(ValueError, match="SkewKLDivLoss: skew: expected a number from 0 to 1"):
-        kdfast.nn.SkewKLDivLoss(skew=2.0)
-    with pytest.raises(ValueError, match="KLDivLoss: reduction: expected 'none'"):
-        kdfast.nn.KLDivLoss(reduction="average")
-    with pytest.raises(ValueError, match="KDLoss: temperature: expected a finite number > 0, got -1"):
-        kdfast.nn.KDLoss(temperature=-1)
 
 
 def test_raw_operator_guards_its_memory() -> None:
     """What Python has refused already must not reach memory by a direct call either."""
-    native = torch.ops.kdfast.divergence
-    numbers = (0, 0.5, 1.0, 7, 7, 0, 1, 1.0, True, 0.5, 0.0, -100, None, 0, 0)
+    rows = RowValues(None, None, None, None, None)
+    numbers = Numbers(0, 0.5, 1.0, 7, 7, 0, 1.0, False, True, 0.5, 0.0, -100)
+
+    def native(divisor: Tensor | None = None, labels: Tensor | None = None, **changed: Any) -> None:
+        call = Call(rows._replace(labels=labels), divisor, numbers._replace(**changed))
+        torch.ops.kdfast.divergence(S, T, *call.flat(), None, 0, 0)
+
     with pytest.raises(RuntimeError, match="kd_loss: labels: expected 0 to 6, or ignore_index -100, got 7 in row 0"):
-        native(S, T, None, L + 7, None, None, None, None, *numbers)
+        native(labels=L + 7)
     with pytest.raises(RuntimeError, match="kind: expected 0 to"):
-        native(S, T, None, None, None, None, None, None, 99, *numbers[1:])
+        native(kind=99)
     with pytest.raises(RuntimeError, match="vocab_size: expected at least 8 for columns up to there, got 7"):
-        native(S, T, None, None, None, None, None, None, *numbers[:5], 1, *numbers[6:])
+        native(vocab_start=1)
+    with pytest.raises(RuntimeError, match=r"kd_loss: divisor: expected one number or two, got \[3\]"):
+        native(torch.ones(3))
+    with pytest.raises(RuntimeError, match="kd_loss: divisor: expected dtype Float, got Double"):
+        native(torch.ones(2).double())

@@ -185,9 +185,9 @@ def test_compiles_without_graph_breaks(name: str, reduction: str) -> None:
 
 def test_modules_too() -> None:
     labels, of = labels_of(), case("kd_loss")
-    module = of._replace(function=kdfast.nn.KDLoss(temperature=T))
+    module = of._replace(function=kdfast.nn.Loss("kd_loss", temperature=T))
     loss = module.function(*of.trained, *of.teacher, labels)
     assert torch.equal(loss, of.run(labels)[0])
     linear = case("linear_kd_loss", IGNORED)
-    loss = kdfast.nn.LinearKDLoss(temperature=T)(*linear.trained, *linear.teacher, labels)
+    loss = kdfast.nn.Loss("linear_kd_loss", temperature=T)(*linear.trained, *linear.teacher, labels)
     assert torch.equal(loss, linear.run(labels)[0])

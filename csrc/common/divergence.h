@@ -6,13 +6,11 @@
 #include <vector>
 
 #include "common/checks.h"
-#include "common/divergence_terms.h"
+#include "common/divergence_facts.h"
 #include "common/row_offsets.h"
 
 namespace kdfast {
 
-// As kdfast/ops/_checks.py numbers them.
-enum class Reduction : int64_t { none, mean, sum, batchmean };
 // What the forward leaves for the backward: nothing, the state of every row, or the gradient for an upstream of 1.
 enum class Save : int64_t { nothing, state, gradient };
 
@@ -22,14 +20,9 @@ struct RowInput {
   RowOffsets offsets;
 };
 
-// Of a Divergence.
-inline const char* divergence_name(int64_t kind) {
-  static constexpr const char* kNames[] = {
-      "kl_div",          "reverse_kl_div",     "js_div",    "skew_kl_div",      "skew_reverse_kl_div",
-      "total_variation", "soft_cross_entropy", "logit_mse", "symmetric_kl_div", "topk_kl_div",
-      "topk_kl_div",     "topk_kl_div"};
-  static_assert(std::size(kNames) == size_t(Divergence::count));
-  return kNames[kind];
+// The operator that users know a divergence by.
+inline const char* divergence_name(Divergence kind) {
+  return facts_of(kind).topk ? "topk_kl_div" : facts_of(kind).name;
 }
 
 // In the order of the schema (csrc/library.cpp).
@@ -37,21 +30,20 @@ struct DivergenceCall {
   Tensor student, teacher;
   // The teacher's columns, where it has some of them only: teacher holds their log-probabilities.
   std::optional<Tensor> indices;
-  std::optional<Tensor> labels, row_temperature, mask, weight, num_items;
-  int64_t kind;  // of Divergence
+  std::optional<Tensor> labels, row_temperature, mask, weight;
+  std::optional<Tensor> divisor;  // of both parts, or [2] of divergence and cross-entropy; 0 counts nothing
+  int64_t kind;                   // of Divergence
   double mixing, temperature;
   int64_t columns;                  // that count, of these logits
   int64_t vocabulary, vocab_start;  // of all shards together, and where this one starts
-  int64_t reduction;                // of Reduction
   double scale;                     // of the result
+  bool per_row;                     // no sum over the rows
   bool distillation;                // kd_loss: the divergence counts alpha * T^2, the cross-entropy 1 - alpha
   double alpha, smoothing;
   int64_t ignore_index;
 
-  const char* op() const { return distillation ? "kd_loss" : divergence_name(kind); }
-  bool is_topk() const { return is_topk_kind(Divergence(kind)); }
-  bool reduces_to(Reduction r) const { return Reduction(reduction) == r; }
-  bool per_row() const { return reduces_to(Reduction::none); }
+  const char* op() const { return distillation ? "kd_loss" : divergence_name(Divergence(kind)); }
+  bool is_topk() const { return facts_of(Divergence(kind)).topk; }
   int64_t leading() const { return student.dim() - 1; }
   std::vector<int64_t> leading_sizes() const { return {student.sizes().begin(), student.sizes().begin() + leading()}; }
   std::vector<int64_t> leading_sizes_and(int64_t last) const {
@@ -59,11 +51,11 @@ struct DivergenceCall {
     sizes.push_back(last);
     return sizes;
   }
-  // Of the results: the loss, and the components of kd_loss (none of other operators).
-  std::vector<int64_t> loss_sizes() const { return per_row() ? leading_sizes() : std::vector<int64_t>{}; }
+  // The loss's sizes, and those of kd_loss's components (other operators have none).
+  std::vector<int64_t> loss_sizes() const { return per_row ? leading_sizes() : std::vector<int64_t>{}; }
   std::vector<int64_t> component_sizes() const {
     if (!distillation) return {0};
-    return per_row() ? leading_sizes_and(2) : std::vector<int64_t>{2};
+    return per_row ? leading_sizes_and(2) : std::vector<int64_t>{2};
   }
   int64_t rows() const {
     int64_t n = 1;
@@ -93,7 +85,7 @@ struct DivergenceCall {
     check_rows(row_temperature, "temperature", loss_type());
     check_rows(labels, "labels", ScalarType::Long);
     STD_TORCH_CHECK(!labels || distillation, op(), ": labels: expected none, got some");
-    check_num_items();
+    check_divisor();
   }
   // Where the gradient goes that is asked for. On the CPU this may be the student's own memory.
   void check_gradient(const Tensor& gradient) const {
@@ -117,18 +109,17 @@ struct DivergenceCall {
   void check_upstream(const Tensor& grad_loss) const {
     check_device(op(), "grad_loss", grad_loss, student);
     check_dtype(op(), "grad_loss", grad_loss, loss_type());
-    if (per_row()) return check_leading(op(), "grad_loss", grad_loss, student, leading());
+    if (per_row) return check_leading(op(), "grad_loss", grad_loss, student, leading());
     STD_TORCH_CHECK(grad_loss.numel() == 1, op(), ": grad_loss: expected one number, got ", shape_of(grad_loss));
   }
 
  private:
-  // One number, or one for the divergence and one for the cross-entropy.
-  void check_num_items() const {
-    if (!num_items) return;
-    check_device(op(), "num_items", *num_items, student);
-    check_dtype(op(), "num_items", *num_items, loss_type());
-    STD_TORCH_CHECK(num_items->numel() == 1 || (num_items->numel() == 2 && num_items->is_contiguous()), op(),
-                    ": num_items: expected one number or two, got ", shape_of(*num_items));
+  void check_divisor() const {
+    if (!divisor) return;
+    check_device(op(), "divisor", *divisor, student);
+    check_dtype(op(), "divisor", *divisor, loss_type());
+    STD_TORCH_CHECK(divisor->numel() == 1 || (divisor->numel() == 2 && divisor->is_contiguous()), op(),
+                    ": divisor: expected one number or two, got ", shape_of(*divisor));
   }
   void check_indices() const {
     STD_TORCH_CHECK(indices.has_value() == is_topk(), op(), ": indices: expected beside top-k log-probabilities only");
@@ -166,6 +157,46 @@ struct DivergenceCall {
   }
 };
 
+// The rows' states of a shard [..., kRowStateSize], and the maxima [2, ...] of the student's and the teacher's logits
+// over all shards.
+struct StatesCall {
+  Tensor state, maxima;
+  std::optional<Tensor> row_temperature;
+  int64_t kind;  // of Divergence
+  double temperature;
+
+  int64_t rows() const { return state.numel() / kRowStateSize; }
+  bool is_double() const { return state.scalar_type() == ScalarType::Double; }
+  RowInput temperatures() const {
+    RowInput input;
+    if (!row_temperature) return input;
+    input.data = row_temperature->const_data_ptr();
+    const auto& t = *row_temperature;
+    STD_TORCH_CHECK(row_offsets(t.sizes().data(), t.strides().data(), t.dim(), &input.offsets),
+                    "divergence_referred: temperature: expected at most ", RowOffsets::kMax,
+                    " dimensions that memory keeps apart, got ", shape_of(t));
+    return input;
+  }
+  void check() const {
+    const char* op = "divergence_referred";
+    STD_TORCH_CHECK(kind >= 0 && kind < int64_t(Divergence::count), op, ": kind: expected 0 to ",
+                    int64_t(Divergence::count) - 1, ", got ", kind);
+    const int64_t last = state.dim() - 1;
+    STD_TORCH_CHECK(last >= 0 && state.size(last) == kRowStateSize && state.is_contiguous() &&
+                        (is_double() || state.scalar_type() == ScalarType::Float),
+                    op, ": state: expected [..., ", kRowStateSize, "], float32 or float64, contiguous, got ",
+                    shape_of(state));
+    check_device(op, "maxima", maxima, state);
+    check_dtype(op, "maxima", maxima, state.scalar_type());
+    STD_TORCH_CHECK(maxima.is_contiguous() && maxima.numel() == 2 * rows(), op, ": maxima: expected two per row, got ",
+                    shape_of(maxima));
+    if (!row_temperature) return;
+    check_device(op, "temperature", *row_temperature, state);
+    check_dtype(op, "temperature", *row_temperature, state.scalar_type());
+    check_leading(op, "temperature", *row_temperature, state, last);
+  }
+};
+
 // The raw operators on a backend, `Part` being a DivergenceCall's. `forward` takes the memory of the gradient last,
 // null for memory of its own.
 template <auto forward, auto backward, class... Part>
@@ -187,6 +218,6 @@ template <auto forward, auto backward>
 using DivergenceOps =
     DivergenceOpsOf<forward, backward, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>,
                     std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, int64_t,
-                    double, double, int64_t, int64_t, int64_t, int64_t, double, bool, double, double, int64_t>;
+                    double, double, int64_t, int64_t, int64_t, double, bool, bool, double, double, int64_t>;
 
 }  // namespace kdfast

@@ -1,39 +1,42 @@
 // The divergences, each a struct of terms: what a column adds to its row, what a row comes to, what a column's gradient
 // is. Shared by the CPU variants and the CUDA kernels, which know nothing else of a divergence. Natural logarithms, p =
-// softmax(z / T); x and y are logits less their row's maxima, d = log2(p_s / p_t).
+// softmax(z / T); x and y are logits less their row's maxima, log_ratio = log2(p_s / p_t).
 //
 // With u = p_s * dL/dp_s (up to a multiple of p_s, which cancels) the gradient of every loss over distributions is
-// dL/dz_s = (u - p_s * pull) / T, pull = sum u. Where the first look already tells loss and pull, two sums a and b of
-// it do (kOfTeacher: a = sum 2^(y*k) * of_teacher(x, y), kOfStudent: b = sum 2^(x*k) * of_student(x, y)). Else a second
-// look, with the normalisers known, leaves a = sum of `value` and b = pull (kSecondLook).
+// dL/dz_s = (u - p_s * mean_u) / T, mean_u = sum u: the mean of dL/dp_s under p_s. Where the first look already tells
+// loss and mean_u, two moments of it do (kOfTeacher: moment_t = sum 2^(y*k) * of_teacher(x, y), kOfStudent: moment_s =
+// sum 2^(x*k) * of_student(x, y)). Else a second look, with the normalisers known, leaves moment_t = sum of `value` and
+// moment_s = mean_u (kSecondLook).
 //
 // `Math` holds the number type V (a float, a double, a vector of a CPU variant), its Real, and exp2, log2 and
-// reciprocal of it. The README tells how to add a divergence.
+// reciprocal of it. docs/extending.md tells how to add a divergence.
 #pragma once
-#include "common/rowmath.h"
+#include "common/row_state.h"
+
+// The list: of every divergence the name that Python has for it and its terms. `Divergence` and the tables of both
+// backends are made of it, and CMake compiles the CUDA kernels of each line by itself.
+#define KDFAST_DIVERGENCES(X)              \
+  X(kl_div, KlDiv)                         \
+  X(reverse_kl_div, ReverseKlDiv)          \
+  X(js_div, JsDiv)                         \
+  X(skew_kl_div, SkewKlDiv)                \
+  X(skew_reverse_kl_div, SkewReverseKlDiv) \
+  X(total_variation, TotalVariation)       \
+  X(soft_cross_entropy, SoftCrossEntropy)  \
+  X(logit_mse, LogitMse)                   \
+  X(symmetric_kl_div, SymmetricKlDiv)      \
+  X(topk_bucket, TopkBucket)               \
+  X(topk_renormalize, TopkRenormalize)     \
+  X(topk_drop, TopkDrop)
 
 namespace kdfast {
 
-// As kdfast/ops/_divergence.py numbers them.
 enum class Divergence : int {
-  kl_div,
-  reverse_kl_div,
-  js_div,
-  skew_kl_div,
-  skew_reverse_kl_div,
-  total_variation,
-  soft_cross_entropy,
-  logit_mse,
-  symmetric_kl_div,
-  topk_bucket,  // of a teacher's top-k, by what becomes of the rest of its probability
-  topk_renormalize,
-  topk_drop,
-  count
+#define KDFAST_NAME(name, Terms) name,
+  KDFAST_DIVERGENCES(KDFAST_NAME)
+#undef KDFAST_NAME
+      count
 };
-
-KDFAST_HD bool is_topk_kind(Divergence kind) {
-  return kind == Divergence::topk_bucket || kind == Divergence::topk_renormalize || kind == Divergence::topk_drop;
-}
 
 // How much of a row's state is given: a first look leaves the normalisers, a second look the rest. Divergences without
 // a second look know everything after the first.
@@ -55,22 +58,24 @@ KDFAST_HD Real counted_log_probability(Real x) {
 
 // What a divergence has unless it says otherwise.
 struct TermsBase {
-  static constexpr bool kOfTeacher = false, kOfStudent = false;  // a, b are made by the first look
+  static constexpr bool kOfTeacher = false, kOfStudent = false;  // which moments the first look makes
   static constexpr bool kSecondLook = false;
-  static constexpr bool kLogRatio = false;    // u asks for d
-  static constexpr bool kDifference = false;  // of logits, without a softmax: d = (z_s - z_t) * k, and a = sum d^2
-  static constexpr bool kTopk = false;        // the teacher is known in some columns, and -inf elsewhere
-  static constexpr bool kOfRow = false;       // u asks for the row's `kept` and `rest`
+  static constexpr bool kLogRatio = false;  // u asks for log_ratio
+  // Of logits, without a softmax: log_ratio = (z_s - z_t) * k, and moment_t = the sum of its squares.
+  static constexpr bool kDifference = false;
+  static constexpr bool kTopk = false;   // the teacher is known in some columns, and -inf elsewhere
+  static constexpr bool kOfRow = false;  // u asks for the row's `kept` and `rest`
 };
 
 namespace terms {
 
-// Bounds d, which is infinite or (at 0 / 0) NaN where a probability is 0: times that probability it then gives 0.
+// Bounds log_ratio, which is infinite or (at 0 / 0) NaN where a probability is 0: times that probability it then gives
+// 0.
 template <class V>
-KDFAST_HD V bounded(V d) {
+KDFAST_HD V bounded(V log_ratio) {
   const V bound = V{} + 16384.f;
-  d = d > -bound ? d : -bound;
-  return d < bound ? d : bound;
+  log_ratio = log_ratio > -bound ? log_ratio : -bound;
+  return log_ratio < bound ? log_ratio : bound;
 }
 
 // m = w * p_t + (1 - w) * p_s seen from both, without underflow, overflow or cancellation: from the smaller ratio.
@@ -80,13 +85,13 @@ struct Mixture {
   V log_s, log_t;  // log2(p_s / m), log2(p_t / m)
   V ratio_s;       // p_s / m
 
-  KDFAST_HD_MEMBER Mixture(V w, V d) {
+  KDFAST_HD_MEMBER Mixture(V w, V log_ratio) {
     const V zero{}, one = zero + 1.f;
-    const V e = Math::exp2(d > zero ? -d : d), near = d > zero ? one - w : w;
+    const V e = Math::exp2(log_ratio > zero ? -log_ratio : log_ratio), near = log_ratio > zero ? one - w : w;
     const V sum = near + (one - near) * e, log_sum = Math::log2(sum);
-    log_s = (d > zero ? zero : d) - log_sum;
-    log_t = (d > zero ? -d : zero) - log_sum;
-    ratio_s = (d > zero ? one : e) * Math::reciprocal(sum);
+    log_s = (log_ratio > zero ? zero : log_ratio) - log_sum;
+    log_t = (log_ratio > zero ? -log_ratio : zero) - log_sum;
+    ratio_s = (log_ratio > zero ? one : e) * Math::reciprocal(sum);
   }
 };
 
@@ -103,9 +108,9 @@ struct KlDiv : TermsBase {
     return y - x;
   }
   KDFAST_HD_MEMBER static V loss(const RowState<V>& r, V k, const Settings<V>&) {
-    return Real(kLn2) * (k * r.a / r.sum_t + Math::log2(r.sum_s / r.sum_t));
+    return Real(kLn2) * (k * r.moment_t / r.sum_t + Math::log2(r.sum_s / r.sum_t));
   }
-  KDFAST_HD_MEMBER static V pull(const RowState<V>&, V, const Settings<V>&) { return V{} - Real(1); }
+  KDFAST_HD_MEMBER static V mean_u(const RowState<V>&, V, const Settings<V>&) { return V{} - Real(1); }
   KDFAST_HD_MEMBER static V u(V, V p_t, V, const Settings<V>&) { return -p_t; }
 };
 
@@ -120,10 +125,10 @@ struct ReverseKlDiv : TermsBase {
     return x - y;
   }
   KDFAST_HD_MEMBER static V loss(const RowState<V>& r, V k, const Settings<V>&) {
-    return Real(kLn2) * (k * r.b / r.sum_s + Math::log2(r.sum_t / r.sum_s));
+    return Real(kLn2) * (k * r.moment_s / r.sum_s + Math::log2(r.sum_t / r.sum_s));
   }
-  KDFAST_HD_MEMBER static V pull(const RowState<V>& r, V k, const Settings<V>& with) { return loss(r, k, with); }
-  KDFAST_HD_MEMBER static V u(V p_s, V, V d, const Settings<V>&) { return Real(kLn2) * p_s * d; }
+  KDFAST_HD_MEMBER static V mean_u(const RowState<V>& r, V k, const Settings<V>& with) { return loss(r, k, with); }
+  KDFAST_HD_MEMBER static V u(V p_s, V, V log_ratio, const Settings<V>&) { return Real(kLn2) * p_s * log_ratio; }
 };
 
 // (KL(t || s) + KL(s || t)) / 2.
@@ -137,13 +142,13 @@ struct SymmetricKlDiv : ReverseKlDiv<Math> {
     return y - x;
   }
   KDFAST_HD_MEMBER static V loss(const RowState<V>& r, V k, const Settings<V>&) {
-    return Real(kLn2 / 2) * k * (r.a / r.sum_t + r.b / r.sum_s);
+    return Real(kLn2 / 2) * k * (r.moment_t / r.sum_t + r.moment_s / r.sum_s);
   }
-  KDFAST_HD_MEMBER static V pull(const RowState<V>& r, V k, const Settings<V>& with) {
+  KDFAST_HD_MEMBER static V mean_u(const RowState<V>& r, V k, const Settings<V>& with) {
     return Real(0.5) * (ReverseKlDiv<Math>::loss(r, k, with) - Real(1));
   }
-  KDFAST_HD_MEMBER static V u(V p_s, V p_t, V d, const Settings<V>&) {
-    return Real(0.5) * (Real(kLn2) * p_s * d - p_t);
+  KDFAST_HD_MEMBER static V u(V p_s, V p_t, V log_ratio, const Settings<V>&) {
+    return Real(0.5) * (Real(kLn2) * p_s * log_ratio - p_t);
   }
 };
 
@@ -157,11 +162,12 @@ struct SoftCrossEntropy : KlDiv<Math> {
     return -x;
   }
   KDFAST_HD_MEMBER static V loss(const RowState<V>& r, V k, const Settings<V>&) {
-    return Real(kLn2) * (k * r.a / r.sum_t + Math::log2(r.sum_s));
+    return Real(kLn2) * (k * r.moment_t / r.sum_t + Math::log2(r.sum_s));
   }
 };
 
-// Of the divergences that take a second look: its two sums. The bounded d would hide a row that is no distribution.
+// Of the divergences that take a second look: its two sums. The bounded log_ratio would hide a row that is no
+// distribution.
 struct SecondLook : TermsBase {
   static constexpr bool kSecondLook = true, kLogRatio = true;
   template <class V>
@@ -171,11 +177,11 @@ struct SecondLook : TermsBase {
   }
   template <class V>
   KDFAST_HD_MEMBER static V loss(const RowState<V>& r, V, const Settings<V>&) {
-    return r.a + nan_unless_distributions(r);
+    return r.moment_t + nan_unless_distributions(r);
   }
   template <class V>
-  KDFAST_HD_MEMBER static V pull(const RowState<V>& r, V, const Settings<V>&) {
-    return r.b + nan_unless_distributions(r);
+  KDFAST_HD_MEMBER static V mean_u(const RowState<V>& r, V, const Settings<V>&) {
+    return r.moment_s + nan_unless_distributions(r);
   }
 };
 
@@ -184,11 +190,11 @@ template <class Math>
 struct JsDiv : SecondLook {
   using V = typename Math::V;
   using Real = typename Math::Real;
-  KDFAST_HD_MEMBER static V u(V p_s, V, V d, const Settings<V>& with) {
-    return Real(kLn2) * (Real(1) - with.mixing) * p_s * terms::Mixture<Math>(with.mixing, d).log_s;
+  KDFAST_HD_MEMBER static V u(V p_s, V, V log_ratio, const Settings<V>& with) {
+    return Real(kLn2) * (Real(1) - with.mixing) * p_s * terms::Mixture<Math>(with.mixing, log_ratio).log_s;
   }
-  KDFAST_HD_MEMBER static V value(V p_s, V p_t, V d, const Settings<V>& with) {
-    const terms::Mixture<Math> m(with.mixing, d);
+  KDFAST_HD_MEMBER static V value(V p_s, V p_t, V log_ratio, const Settings<V>& with) {
+    const terms::Mixture<Math> m(with.mixing, log_ratio);
     return Real(kLn2) * (with.mixing * p_t * m.log_t + (Real(1) - with.mixing) * p_s * m.log_s);
   }
 };
@@ -198,11 +204,11 @@ template <class Math>
 struct SkewKlDiv : SecondLook {
   using V = typename Math::V;
   using Real = typename Math::Real;
-  KDFAST_HD_MEMBER static V u(V, V p_t, V d, const Settings<V>& with) {
-    return (with.mixing - Real(1)) * p_t * terms::Mixture<Math>(with.mixing, d).ratio_s;
+  KDFAST_HD_MEMBER static V u(V, V p_t, V log_ratio, const Settings<V>& with) {
+    return (with.mixing - Real(1)) * p_t * terms::Mixture<Math>(with.mixing, log_ratio).ratio_s;
   }
-  KDFAST_HD_MEMBER static V value(V, V p_t, V d, const Settings<V>& with) {
-    return Real(kLn2) * p_t * terms::Mixture<Math>(with.mixing, d).log_t;
+  KDFAST_HD_MEMBER static V value(V, V p_t, V log_ratio, const Settings<V>& with) {
+    return Real(kLn2) * p_t * terms::Mixture<Math>(with.mixing, log_ratio).log_t;
   }
 };
 
@@ -211,12 +217,12 @@ template <class Math>
 struct SkewReverseKlDiv : SecondLook {
   using V = typename Math::V;
   using Real = typename Math::Real;
-  KDFAST_HD_MEMBER static V u(V p_s, V, V d, const Settings<V>& with) {
-    const terms::Mixture<Math> m(Real(1) - with.mixing, d);
+  KDFAST_HD_MEMBER static V u(V p_s, V, V log_ratio, const Settings<V>& with) {
+    const terms::Mixture<Math> m(Real(1) - with.mixing, log_ratio);
     return p_s * (Real(kLn2) * m.log_s - with.mixing * m.ratio_s);
   }
-  KDFAST_HD_MEMBER static V value(V p_s, V, V d, const Settings<V>& with) {
-    return Real(kLn2) * p_s * terms::Mixture<Math>(Real(1) - with.mixing, d).log_s;
+  KDFAST_HD_MEMBER static V value(V p_s, V, V log_ratio, const Settings<V>& with) {
+    return Real(kLn2) * p_s * terms::Mixture<Math>(Real(1) - with.mixing, log_ratio).log_s;
   }
 };
 
@@ -225,9 +231,9 @@ template <class Math>
 struct TotalVariation : SecondLook {
   using V = typename Math::V;
   using Real = typename Math::Real;
-  KDFAST_HD_MEMBER static V u(V p_s, V, V d, const Settings<V>&) {
+  KDFAST_HD_MEMBER static V u(V p_s, V, V log_ratio, const Settings<V>&) {
     const V zero{}, half = Real(0.5) * p_s;
-    return d > zero ? half : d < zero ? -half : zero * p_s;
+    return log_ratio > zero ? half : log_ratio < zero ? -half : zero * p_s;
   }
   KDFAST_HD_MEMBER static V value(V p_s, V p_t, V, const Settings<V>&) {
     const V difference = p_s - p_t;
@@ -254,12 +260,12 @@ struct TopkDrop : TopkRenormalize<Math> {
     const V q = kept(r, k);
     return q * (KlDiv<Math>::loss(r, k, with) + Real(kLn2) * Math::log2(q));
   }
-  KDFAST_HD_MEMBER static V pull(const RowState<V>& r, V k, const Settings<V>&) { return -kept(r, k); }
+  KDFAST_HD_MEMBER static V mean_u(const RowState<V>& r, V k, const Settings<V>&) { return -kept(r, k); }
   KDFAST_HD_MEMBER static V u(V, V p_t, V, const Settings<V>& with) { return -with.kept * p_t; }
 };
 
-// The same with all other columns as one: + (1 - q) (log(1 - q) - log of what s has there). b sums the student's powers
-// there: 1 less the others would lose it to rounding.
+// The same with all other columns as one: + (1 - q) (log(1 - q) - log of what s has there). moment_s sums the student's
+// powers there: 1 less the others would lose it to rounding.
 template <class Math>
 struct TopkBucket : TopkDrop<Math> {
   using V = typename Math::V;
@@ -273,17 +279,17 @@ struct TopkBucket : TopkDrop<Math> {
   // Nothing where the student has no such column: there rounding has left it.
   KDFAST_HD_MEMBER static V missing(const RowState<V>& r, V k) {
     const V zero{}, q = Real(1) - TopkDrop<Math>::kept(r, k);
-    return q < zero || r.b == zero ? zero : q;
+    return q < zero || r.moment_s == zero ? zero : q;
   }
   KDFAST_HD_MEMBER static V rest(const RowState<V>& r, V k) {
     const V q = missing(r, k);
-    return q == V{} ? q : q * (r.sum_s / r.b);
+    return q == V{} ? q : q * (r.sum_s / r.moment_s);
   }
   KDFAST_HD_MEMBER static V loss(const RowState<V>& r, V k, const Settings<V>& with) {
     const V q = missing(r, k), of_kept = TopkDrop<Math>::loss(r, k, with);
     return q == V{} ? of_kept : of_kept + Real(kLn2) * q * Math::log2(rest(r, k));
   }
-  KDFAST_HD_MEMBER static V pull(const RowState<V>& r, V k, const Settings<V>&) {
+  KDFAST_HD_MEMBER static V mean_u(const RowState<V>& r, V k, const Settings<V>&) {
     return -(TopkDrop<Math>::kept(r, k) + missing(r, k));
   }
   KDFAST_HD_MEMBER static V u(V p_s, V p_t, V, const Settings<V>& with) {
@@ -298,10 +304,12 @@ struct LogitMse : TermsBase {
   using Real = typename Math::Real;
   static constexpr bool kDifference = true;
   KDFAST_HD_MEMBER static V loss(const RowState<V>& r, V, const Settings<V>& with) {
-    return Real(kLn2 * kLn2) * r.a * with.per_vocabulary;
+    return Real(kLn2 * kLn2) * r.moment_t * with.per_vocabulary;
   }
-  KDFAST_HD_MEMBER static V pull(const RowState<V>&, V, const Settings<V>&) { return V{}; }
-  KDFAST_HD_MEMBER static V u(V, V, V d, const Settings<V>& with) { return Real(2 * kLn2) * d * with.per_vocabulary; }
+  KDFAST_HD_MEMBER static V mean_u(const RowState<V>&, V, const Settings<V>&) { return V{}; }
+  KDFAST_HD_MEMBER static V u(V, V, V log_ratio, const Settings<V>& with) {
+    return Real(2 * kLn2) * log_ratio * with.per_vocabulary;
+  }
 };
 
 }  // namespace kdfast

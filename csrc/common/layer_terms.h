@@ -4,7 +4,7 @@
 // Five sums over the elements tell all of them. Those of d = t - s are for a student that is near its teacher: 1 - cos
 // made of s.s, t.t and s.t is noise where it is below 1e-7, and so is a gradient that is made of s and t.
 #pragma once
-#include "common/rowmath.h"
+#include "common/row_state.h"
 
 namespace kdfast {
 

@@ -3,6 +3,8 @@
 // A layer is [B, H, R, C], or [B, R, C] of one head: B sequences, H heads, R rows of C numbers. Layers share all but
 // the strides.
 #pragma once
+#include <tuple>
+
 #include "common/checks.h"
 #include "common/layer_terms.h"
 #include "common/row_offsets.h"
@@ -77,6 +79,51 @@ struct LayerCall {
       STD_TORCH_CHECK(size_of(t, d) == (d == 1 ? teacher_heads() : size(d)), op(),
                       ": teacher: expected the student's shape but for the heads, got ", shape_of(t));
     }
+  }
+};
+
+// The raw operators of a backend: `forward` takes a call and whether the gradients are wanted, `backward` a call and
+// what arrives.
+template <auto forward, auto backward>
+struct LayerOps {
+  using MaybeTensor = std::optional<Tensor>;
+  static std::tuple<Tensor, std::vector<Tensor>> layer_distance(std::vector<Tensor> student,
+                                                                std::vector<Tensor> teacher, MaybeTensor row_mask,
+                                                                MaybeTensor column_mask, MaybeTensor divisor,
+                                                                int64_t kind, std::vector<int64_t> head_map,
+                                                                std::vector<double> weight, double floor, bool per_row,
+                                                                bool gradient) {
+    return forward(checked(student, teacher, row_mask, column_mask, divisor, kind, head_map, weight, floor, per_row),
+                   gradient);
+  }
+  static std::vector<Tensor> layer_distance_backward(Tensor grad_loss, std::vector<Tensor> student,
+                                                     std::vector<Tensor> teacher, MaybeTensor row_mask,
+                                                     MaybeTensor column_mask, MaybeTensor divisor, int64_t kind,
+                                                     std::vector<int64_t> head_map, std::vector<double> weight,
+                                                     double floor, bool per_row) {
+    const LayerCall call =
+        checked(student, teacher, row_mask, column_mask, divisor, kind, head_map, weight, floor, per_row);
+    call.check_upstream(grad_loss);
+    return backward(call, grad_loss);
+  }
+
+ private:
+  static LayerCall checked(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher,
+                           const MaybeTensor& row_mask, const MaybeTensor& column_mask, const MaybeTensor& divisor,
+                           int64_t kind, const std::vector<int64_t>& head_map, const std::vector<double>& weight,
+                           double floor, bool per_row) {
+    const LayerCall call{.student = student,
+                         .teacher = teacher,
+                         .row_mask = row_mask,
+                         .column_mask = column_mask,
+                         .divisor = divisor,
+                         .kind = kind,
+                         .head_map = head_map,
+                         .weight = weight,
+                         .floor = floor,
+                         .per_row = per_row};
+    call.check();
+    return call;
   }
 };
 

@@ -84,4 +84,55 @@ struct QkCall {
   }
 };
 
+// The raw operators of a backend: `forward` takes a call and whether the gradients are wanted, `backward` a call and
+// what arrives.
+template <auto forward, auto backward>
+struct QkOps {
+  using MaybeTensor = std::optional<Tensor>;
+  using Tensors = std::vector<Tensor>;
+  static std::tuple<Tensor, Tensors> qk_distance(Tensors student_q, Tensors student_k, Tensors teacher_q,
+                                                 Tensors teacher_k, MaybeTensor query_mask, MaybeTensor key_mask,
+                                                 MaybeTensor divisor, int64_t kind, double student_scale,
+                                                 double teacher_scale, bool causal, std::vector<int64_t> head_map,
+                                                 std::vector<double> weight, bool per_head, bool gradient) {
+    return forward(checked(student_q, student_k, teacher_q, teacher_k, query_mask, key_mask, divisor, kind,
+                           student_scale, teacher_scale, causal, head_map, weight, per_head),
+                   gradient);
+  }
+  static Tensors qk_distance_backward(Tensor grad_loss, Tensors student_q, Tensors student_k, Tensors teacher_q,
+                                      Tensors teacher_k, MaybeTensor query_mask, MaybeTensor key_mask,
+                                      MaybeTensor divisor, int64_t kind, double student_scale, double teacher_scale,
+                                      bool causal, std::vector<int64_t> head_map, std::vector<double> weight,
+                                      bool per_head) {
+    const QkCall call = checked(student_q, student_k, teacher_q, teacher_k, query_mask, key_mask, divisor, kind,
+                                student_scale, teacher_scale, causal, head_map, weight, per_head);
+    call.check_upstream(grad_loss);
+    return backward(call, grad_loss);
+  }
+
+ private:
+  static QkCall checked(const Tensors& student_q, const Tensors& student_k, const Tensors& teacher_q,
+                        const Tensors& teacher_k, const MaybeTensor& query_mask, const MaybeTensor& key_mask,
+                        const MaybeTensor& divisor, int64_t kind, double student_scale, double teacher_scale,
+                        bool causal, const std::vector<int64_t>& head_map, const std::vector<double>& weight,
+                        bool per_head) {
+    const QkCall call{.student_q = student_q,
+                      .student_k = student_k,
+                      .teacher_q = teacher_q,
+                      .teacher_k = teacher_k,
+                      .query_mask = query_mask,
+                      .key_mask = key_mask,
+                      .divisor = divisor,
+                      .kind = kind,
+                      .student_scale = student_scale,
+                      .teacher_scale = teacher_scale,
+                      .causal = causal,
+                      .head_map = head_map,
+                      .weight = weight,
+                      .per_head = per_head};
+    call.check();
+    return call;
+  }
+};
+
 }  // namespace kdfast

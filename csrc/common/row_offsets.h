@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#include "common/rowmath.h"
+#include "common/row_state.h"
 
 namespace kdfast {
 

@@ -105,45 +105,60 @@ class Driver {
     if (row.gradient) kernels_.gradient(shape_, row, 0, columns);
   }
 
-  // Too few rows to keep every thread busy: the threads share each row's columns.
+  // ---- too few rows to keep every thread busy: the threads share each row's columns, in pieces ----
+  struct Piece {
+    int64_t row, begin, end;
+    bool first;
+  };
+  int64_t pieces_per_row() const { return (shape_.columns + kSegment - 1) / kSegment; }
+  Piece piece(int64_t number) const {
+    const int64_t row = number / pieces_per_row(), begin = number % pieces_per_row() * kSegment;
+    return {row, begin, std::min(shape_.columns, begin + kSegment), begin == 0};
+  }
+  using Look = void (*)(const DivergenceShape&, DivergenceRow&, int64_t begin, int64_t end);
+  // What a look finds in every piece of the rows.
+  std::vector<DivergenceRow> seen_in_pieces(Look look, const std::vector<DivergenceRow>& batch, int64_t rows) const {
+    std::vector<DivergenceRow> seen(rows * pieces_per_row());
+    parallel_for(0, int64_t(seen.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t number = begin; number < end; ++number) {
+        const Piece of = piece(number);
+        seen[number] = batch[of.row];
+        look(shape_, seen[number], of.begin, of.end);
+      }
+    });
+    return seen;
+  }
+  void look_in_pieces(std::vector<DivergenceRow>& batch, int64_t rows) const {
+    const std::vector<DivergenceRow> seen = seen_in_pieces(kernels_.look, batch, rows);
+    for (size_t number = 0; number < seen.size(); ++number) {
+      const Piece of = piece(int64_t(number));
+      of.first ? void(batch[of.row].state = seen[number].state) : kernels_.merge(batch[of.row], seen[number]);
+    }
+    for (int64_t i = 0; i < rows; ++i) batch[i].state.label = rows_.label_logit(batch[i]);
+  }
+  void look_again_in_pieces(std::vector<DivergenceRow>& batch, int64_t rows) const {
+    const std::vector<DivergenceRow> seen = seen_in_pieces(kernels_.look_again, batch, rows);
+    for (size_t number = 0; number < seen.size(); ++number) {
+      const Piece of = piece(int64_t(number));
+      RowState<double>& state = batch[of.row].state;
+      state.moment_t = seen[number].state.moment_t + (of.first ? 0 : state.moment_t);
+      state.moment_s = seen[number].state.moment_s + (of.first ? 0 : state.moment_s);
+    }
+  }
   RowLoss few_wide_rows() const {
     std::vector<DivergenceRow> batch(rows_.count);
     std::vector<int64_t> index(rows_.count);
     std::vector<TopkEntry> entries(rows_.count * rows_.entries());
     const int64_t n = gather(0, rows_.count, batch.data(), index.data(), entries.data());
-    const int64_t pieces = (shape_.columns + kSegment - 1) / kSegment;
-    std::vector<DivergenceRow> seen(n * pieces);
-    auto for_pieces = [&](auto work) {
-      parallel_for(0, n * pieces, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t from = task % pieces * kSegment;
-          work(task, batch[task / pieces], from, std::min(shape_.columns, from + kSegment));
-        }
-      });
-    };
-    auto look_in_pieces = [&](auto look, auto merge) {
-      for_pieces([&](int64_t task, const DivergenceRow& row, int64_t from, int64_t to) {
-        seen[task] = row;
-        look(shape_, seen[task], from, to);
-      });
-      for (int64_t task = 0; task < n * pieces; ++task) merge(batch[task / pieces], seen[task], task % pieces == 0);
-    };
-    if (looks_) {
-      look_in_pieces(kernels_.look, [&](DivergenceRow& row, const DivergenceRow& piece, bool first) {
-        first ? void(row.state = piece.state) : kernels_.merge(row, piece);
-      });
-      for (int64_t i = 0; i < n; ++i) batch[i].state.label = rows_.label_logit(batch[i]);
-    }
-    if (looks_again_) {
-      look_in_pieces(kernels_.look_again, [](DivergenceRow& row, const DivergenceRow& piece, bool first) {
-        row.state.a = piece.state.a + (first ? 0 : row.state.a);
-        row.state.b = piece.state.b + (first ? 0 : row.state.b);
-      });
-    }
+    if (looks_) look_in_pieces(batch, n);
+    if (looks_again_) look_again_in_pieces(batch, n);
     for (int64_t i = 0; i < n; ++i) kernels_.finish(shape_, batch[i]);
     if (rows_.wants_gradient()) {
-      for_pieces([&](int64_t, const DivergenceRow& row, int64_t from, int64_t to) {
-        kernels_.gradient(shape_, row, from, to);
+      parallel_for(0, n * pieces_per_row(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t number = begin; number < end; ++number) {
+          const Piece of = piece(number);
+          kernels_.gradient(shape_, batch[of.row], of.begin, of.end);
+        }
       });
     }
     return finish_all(batch.data(), index.data(), n);
@@ -159,7 +174,8 @@ class Driver {
 };
 
 void write_state(const Reals& to, int64_t row, const RowState<double>& s) {
-  const double values[kRowStateSize] = {s.max_s, s.sum_s, s.max_t, s.sum_t, s.a, s.b, s.sum_one, s.total, s.label};
+  const double values[kRowStateSize] = {s.max_s,    s.sum_s,   s.max_t, s.sum_t, s.moment_t,
+                                        s.moment_s, s.sum_one, s.total, s.label};
   for (int i = 0; i < kRowStateSize; ++i) to.set(row * kRowStateSize + i, values[i]);
 }
 RowState<double> read_state(const Reals& from, int64_t row) {
@@ -175,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const DivergenceCall& call, const std
   if (into) call.check_gradient(*into);
   const ScalarType real = call.loss_type();
   const Tensor& like = call.student;
-  const bool per_row = call.per_row();
+  const bool per_row = call.per_row;
   Tensor loss = zeros(like, call.loss_sizes(), real), components = zeros(like, call.component_sizes(), real);
   Tensor saved = into                     ? *into
                  : save == Save::gradient ? empty_gradient(like)
@@ -217,17 +233,42 @@ Tensor backward(const DivergenceCall& call, const Tensor& grad_loss, const Tenso
   call.check_upstream(grad_loss);
   Tensor gradient = empty_gradient(call.student);
   const Reals upstream(grad_loss, call.is_double()), states(state, call.is_double());
-  const Rows rows(call, &gradient, call.per_row() ? 1.0 : upstream.get(0), false);
-  const RowOffsets offsets = call.per_row() ? call.offsets_of(grad_loss, "grad_loss") : RowOffsets{};
+  const Rows rows(call, &gradient, call.per_row ? 1.0 : upstream.get(0), false);
+  const RowOffsets offsets = call.per_row ? call.offsets_of(grad_loss, "grad_loss") : RowOffsets{};
   const Driver driver(
       rows, Known::everything,
       [&](int64_t row, DivergenceRow& r) {
         r.state = read_state(states, row);
-        if (call.per_row()) Rows::scale(r, upstream.get(offsets(row)));
+        if (call.per_row) Rows::scale(r, upstream.get(offsets(row)));
       },
       [](int64_t, const DivergenceRow&) { return RowLoss{}; });
   driver.run();
   return gradient;
+}
+
+// Every row's state merged with one of these maxima that has seen nothing.
+Tensor divergence_referred(Tensor state, Tensor maxima, std::optional<Tensor> row_temperature, int64_t kind,
+                           double temperature) {
+  const StatesCall call{state, maxima, row_temperature, kind, temperature};
+  call.check();
+  const std::vector<int64_t> sizes(state.sizes().begin(), state.sizes().end());
+  const Tensor result = torch::stable::new_empty(state, sizes, state.scalar_type());
+  const int64_t rows = call.rows();
+  const Reals from(state, call.is_double()), most(maxima, call.is_double()), to(result, call.is_double());
+  const RowInput temperatures = call.temperatures();
+  const auto merge = cpu_variant().kernels->divergence[kind].merge;
+  for (int64_t row = 0; row < rows; ++row) {
+    DivergenceRow r = {}, other = {};
+    r.state = read_state(from, row);
+    const double own = row_temperature ? Reals(*row_temperature, call.is_double()).get(temperatures.offsets(row)) : 0;
+    r.k = kLog2e / (row_temperature ? own : temperature);
+    other.state = no_columns<double>();
+    other.state.max_s = most.get(row);
+    other.state.max_t = most.get(rows + row);
+    merge(r, other);
+    write_state(to, row, r.state);
+  }
+  return result;
 }
 
 using Ops = DivergenceOps<forward, backward>;
@@ -238,6 +279,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("divergence", TORCH_BOX(&Ops::divergence));
   m.impl("divergence_into", TORCH_BOX(&Ops::divergence_into));
   m.impl("divergence_backward", TORCH_BOX(&Ops::divergence_backward));
+  m.impl("divergence_referred", TORCH_BOX(&divergence_referred));
 }
 
 }  // namespace kdfast

@@ -97,39 +97,39 @@ Block<Real> read_block(const DivergenceShape& shape, const DivergenceRow& row, i
 }
 
 // ---- the cross-entropy of labels ----
-// e^(z - maximum) of a vector of a block: the power at temperature 1, which at 1 and 2 is at hand.
+// Where e^(z - maximum) of a block comes from: made anew; kept from temperature 1; or the square of what is kept,
+// from 2.
+enum class AtOneFrom { logits, power, square };
+
+// f(i, count, e^(z - maximum)) of the vectors of a block.
 template <class Real>
 class AtOne {
  public:
-  AtOne(const Block<Real>& block, double k, bool have_powers)
-      : block_(block),
-        power_(!have_powers      ? 0
-               : k == kLog2e     ? 1
-               : k == kLog2e / 2 ? 2
-                                 : 0),
-        scale_(broadcast(Real(kLog2e))) {}
+  AtOne(const Block<Real>& block, double k, bool have_powers) : block_(block), scale_(broadcast(Real(kLog2e))) {
+    if (have_powers && k == kLog2e) from_ = AtOneFrom::power;
+    if (have_powers && k == kLog2e / 2) from_ = AtOneFrom::square;
+  }
   template <class F>
   KDFAST_HD_MEMBER void each(F f) const {
-    auto at = [&](auto power) __attribute__((always_inline)) {
-      for_vectors<Real>(block_.n, [&](int64_t i, int count, int) __attribute__((always_inline)) {
-        if constexpr (power() == 0) {
-          f(i, count, scale_.power(load(block_.s + i, count) - block_.max_s));
-        } else {
-          const Vector<Real> e = load(block_.es + i);
-          f(i, count, power() == 1 ? e : e * e);
-        }
-      });
-    };
-    power_ == 0 ? at(Power<0>()) : power_ == 1 ? at(Power<1>()) : at(Power<2>());
+    from_ == AtOneFrom::logits  ? each<AtOneFrom::logits>(f)
+    : from_ == AtOneFrom::power ? each<AtOneFrom::power>(f)
+                                : each<AtOneFrom::square>(f);
   }
 
  private:
-  template <int n>
-  struct Power {
-    constexpr int operator()() const { return n; }
-  };
+  template <AtOneFrom from, class F>
+  KDFAST_HD_MEMBER void each(F f) const {
+    for_vectors<Real>(block_.n, [&](int64_t i, int count, int) __attribute__((always_inline)) {
+      if constexpr (from == AtOneFrom::logits) {
+        f(i, count, scale_.power(load(block_.s + i, count) - block_.max_s));
+      } else {
+        const Vector<Real> e = load(block_.es + i);
+        f(i, count, from == AtOneFrom::power ? e : e * e);
+      }
+    });
+  }
   const Block<Real>& block_;
-  int power_;
+  AtOneFrom from_ = AtOneFrom::logits;
   Scale<Real> scale_;
 };
 

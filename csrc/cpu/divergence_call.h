@@ -55,9 +55,10 @@ class Rows {
              call.labels.has_value(),
              keeps_state,
              call.smoothing};
-    const auto [rows, labelled] = denominators();
-    factor_ = rows > 0 ? call.scale * upstream / rows : 0;
-    hard_factor_ = labelled > 0 ? call.scale * upstream / labelled : 0;
+    check_labels();
+    const auto [divisor, hard_divisor] = divisors();
+    factor_ = divisor > 0 ? call.scale * upstream / divisor : 0;
+    hard_factor_ = hard_divisor > 0 ? call.scale * upstream / hard_divisor : 0;
   }
 
   bool wants_gradient() const { return gradient_ != nullptr; }
@@ -107,7 +108,7 @@ class Rows {
     return shape.labels ? alpha_ * loss.divergence + (1 - alpha_) * loss.cross_entropy : alpha_ * loss.divergence;
   }
 
-  // Of a masked row everything, of others the padding beyond vocab_size.
+  // The padding beyond vocab_size, and everything of a masked row.
   void clear_gradient(int64_t row, int64_t from) const {
     if (!gradient_ || from == shape.gradient_columns) return;
     std::memset(gradient_row(row) + from * gradient_size_, 0, (shape.gradient_columns - from) * gradient_size_);
@@ -167,30 +168,22 @@ class Rows {
   }
   int64_t label(int64_t row) const { return ((const int64_t*)labels_.data)[labels_.offsets(row)]; }
 
-  // The rows that count, and those of them with a label.
-  std::pair<int64_t, int64_t> count_rows() const {
-    if (!mask_.data && !labels_.data) return {count, 0};
-    int64_t rows = 0, labelled = 0;
+  // Labels of rows that count. Python looks at them too, but not in compiled code.
+  void check_labels() const {
+    if (!labels_.data) return;
     for (int64_t row = 0; row < count; ++row) {
-      if (!counted(row)) continue;
-      ++rows;
-      if (!labels_.data || label(row) == call_.ignore_index) continue;
-      ++labelled;
-      STD_TORCH_CHECK(label(row) >= 0 && label(row) < call_.vocabulary, call_.op(), ": labels: expected 0 to ",
-                      call_.vocabulary - 1, ", or ignore_index ", call_.ignore_index, ", got ", label(row), " in row ",
-                      row);
+      const int64_t it = label(row);
+      if ((it >= 0 && it < call_.vocabulary) || it == call_.ignore_index || !counted(row)) continue;
+      STD_TORCH_CHECK(false, call_.op(), ": labels: expected 0 to ", call_.vocabulary - 1, ", or ignore_index ",
+                      call_.ignore_index, ", got ", it, " in row ", row);
     }
-    return {rows, labelled};
   }
 
-  // Of the divergence and of the cross-entropy.
-  std::pair<double, double> denominators() const {
-    const auto [rows, labelled] = count_rows();
-    if (call_.reduces_to(Reduction::sum) || call_.per_row()) return {1, 1};
-    if (call_.reduces_to(Reduction::batchmean)) return {call_.student.size(0), call_.student.size(0)};
-    if (!call_.num_items) return {rows, labelled};
-    const Reals items(*call_.num_items, call_.is_double());
-    return {items.get(0), items.get(call_.num_items->numel() - 1)};
+  // The divergence's and the cross-entropy's.
+  std::pair<double, double> divisors() const {
+    if (!call_.divisor) return {1, 1};
+    const Reals given(*call_.divisor, call_.is_double());
+    return {given.get(0), given.get(call_.divisor->numel() - 1)};
   }
 
   const DivergenceCall& call_;

@@ -67,9 +67,9 @@ KDFAST_LOCAL void along(Vector<Real> v, DivergenceRow* rows, int count, Set set)
   for (int i = 0; i < count; ++i) set(rows[i], lanes[i]);
 }
 constexpr double RowState<double>::* kStateFields[kRowStateSize] = {
-    &RowState<double>::max_s,   &RowState<double>::sum_s, &RowState<double>::max_t,
-    &RowState<double>::sum_t,   &RowState<double>::a,     &RowState<double>::b,
-    &RowState<double>::sum_one, &RowState<double>::total, &RowState<double>::label};
+    &RowState<double>::max_s,   &RowState<double>::sum_s,    &RowState<double>::max_t,
+    &RowState<double>::sum_t,   &RowState<double>::moment_t, &RowState<double>::moment_s,
+    &RowState<double>::sum_one, &RowState<double>::total,    &RowState<double>::label};
 
 // As many rows as a vector has lanes, or fewer.
 template <template <class> class Terms, class Real>
@@ -138,8 +138,8 @@ class NarrowRows {
       const V x = s - r.max_s, y = t - r.max_t, es = load(es_.at[j]), et = load(et_.at[j]);
       r.sum_s += es;
       r.sum_t += et;
-      if constexpr (T::kOfTeacher) r.a += et * (et > 0 ? T::of_teacher(x, y) : V{});
-      if constexpr (T::kOfStudent) r.b += es * (es > 0 ? T::of_student(x, y) : V{});
+      if constexpr (T::kOfTeacher) r.moment_t += et * (et > 0 ? T::of_teacher(x, y) : V{});
+      if constexpr (T::kOfStudent) r.moment_s += es * (es > 0 ? T::of_student(x, y) : V{});
     });
     state_ = r;
   }
@@ -157,14 +157,14 @@ class NarrowRows {
   }
   void look_again() {
     const V n_s = Real(1) / state_.sum_s, n_t = Real(1) / state_.sum_t;
-    V a{}, b{};
+    V loss{}, mean_u{};
     each([&](int64_t j, V s, V t) {
       const V p_s = n_s * load(es_.at[j]), p_t = n_t * load(et_.at[j]), d = log_ratio(s, t);
-      if constexpr (T::kSecondLook) a += T::value(p_s, p_t, d, with_);
-      b += T::u(p_s, p_t, d, with_);
+      if constexpr (T::kSecondLook) loss += T::value(p_s, p_t, d, with_);
+      mean_u += T::u(p_s, p_t, d, with_);
     });
-    state_.a = a;
-    state_.b = b;
+    state_.moment_t = loss;
+    state_.moment_s = mean_u;
   }
 
   void take_state() {
@@ -175,8 +175,8 @@ class NarrowRows {
     state_ = {r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8]};
   }
   void give_state() const {
-    const V r[kRowStateSize] = {state_.max_s, state_.sum_s,   state_.max_t, state_.sum_t, state_.a,
-                                state_.b,     state_.sum_one, state_.total, state_.label};
+    const V r[kRowStateSize] = {state_.max_s,    state_.sum_s,   state_.max_t, state_.sum_t, state_.moment_t,
+                                state_.moment_s, state_.sum_one, state_.total, state_.label};
     for (int f = 0; f < kRowStateSize; ++f) {
       along<Real>(r[f], rows_, count_, [&](DivergenceRow& row, Real x) { row.state.*kStateFields[f] = x; });
     }
@@ -185,13 +185,13 @@ class NarrowRows {
   void write_gradient() {
     const V factor = across<Real>(rows_, count_, [](const DivergenceRow& r) { return r.factor; });
     const V n_s = factor / state_.sum_s, n_t = factor / state_.sum_t;
-    const V pulled = n_s * T::pull(state_, scale_.k, with_);
+    const V mean_term = n_s * T::mean_u(state_, scale_.k, with_);
     each([&](int64_t j, V s, V t) {
       if constexpr (T::kDifference) {
         store(g_.at[j], factor * T::u(V{}, V{}, difference(s, t), with_));
       } else {
         const V es = load(es_.at[j]), d = T::kLogRatio ? log_ratio(s, t) : V{};
-        store(g_.at[j], T::u(n_s * es, n_t * load(et_.at[j]), d, with_) - pulled * es);
+        store(g_.at[j], T::u(n_s * es, n_t * load(et_.at[j]), d, with_) - mean_term * es);
       }
     });
     if (shape_.labels) add_labels();

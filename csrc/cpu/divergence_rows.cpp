@@ -31,7 +31,7 @@ void find_maxima(Block<Real>& block) {
   block.max_t = maximum(Real(kNoMaximum), top(maximum(t[0], t[1])));
 }
 
-// The powers of a block and their sums, and the sums a and b of divergences that make them in the first look. A power
+// The powers of a block and their sums, and the moments of divergences that make them in the first look. A power
 // of 0 counts nothing, whatever the other side holds. A teacher without a column in the block is not looked at.
 template <class T, bool kTeacher, class Real>
 RowState<double> look_at_block(const Block<Real>& block, Real k, int bytes_s, int bytes_t) {
@@ -137,14 +137,15 @@ void look(const DivergenceShape& shape, DivergenceRow& row, int64_t begin, int64
   });
 }
 
-// Adds a block's share of a and b. From kept powers, whose place u then takes; else from the logits, with one power for
-// the larger probability and one for the ratio to it: without a gradient, keeping would cost more than calculating.
+// Adds a block's share of the loss and of mean_u, which take the moments' places. From kept powers, whose place u then
+// takes; else from the logits, with one power for the larger probability and one for the ratio to it: without a
+// gradient, keeping would cost more than calculating.
 template <class T, bool kKept, class Real>
 void look_again_at_block(const Block<Real>& block, const Settings<Vector<Real>>& with, DivergenceRow& row) {
   using V = Vector<Real>;
   const Normalised<Real> to(row, block);
   const Real log_s = Real(-::log2(row.state.sum_s)), log_t = Real(-::log2(row.state.sum_t));
-  V a[2]{}, b[2]{};
+  V loss[2]{}, mean_u[2]{};
   for_vectors<Real>(block.n, [&](int64_t i, int count, int which) __attribute__((always_inline)) {
     const V d = to.log_ratio(block, i, count);
     V p_s, p_t;
@@ -159,12 +160,12 @@ void look_again_at_block(const Block<Real>& block, const Settings<Vector<Real>>&
       p_t = d > V{} ? smaller : larger;
     }
     const V u = T::u(p_s, p_t, d, with);
-    a[which] += T::value(p_s, p_t, d, with);
-    b[which] += u;
+    loss[which] += T::value(p_s, p_t, d, with);
+    mean_u[which] += u;
     if constexpr (kKept) store(block.et + i, u);
   });
-  row.state.a += sum(a[0] + a[1]);
-  row.state.b += sum(b[0] + b[1]);
+  row.state.moment_t += sum(loss[0] + loss[1]);
+  row.state.moment_s += sum(mean_u[0] + mean_u[1]);
 }
 
 template <template <class> class Terms, class Real>
@@ -173,7 +174,7 @@ void look_again(const DivergenceShape& shape, DivergenceRow& row, int64_t begin,
   if constexpr (T::kSecondLook) {
     Workspace<Real> work;
     const Settings<Vector<Real>> with = settings_of<Real>(shape);
-    row.state.a = row.state.b = 0;
+    row.state.moment_t = row.state.moment_s = 0;
     for_blocks(begin, end, [&](int64_t at, int64_t n) {
       const Block<Real> block = read_block(shape, row, at, n, work);
       row.powers ? look_again_at_block<T, true>(block, with, row) : look_again_at_block<T, false>(block, with, row);
@@ -189,7 +190,7 @@ void finish(const DivergenceShape& shape, DivergenceRow& row) {
 
 template <class T, class Real>
 void gradient_of_block(const DivergenceRow& row, const Block<Real>& block, const Settings<Vector<Real>>& with,
-                       double pull, Real* g) {
+                       double mean_u, Real* g) {
   using V = Vector<Real>;
   const Real factor = Real(row.factor);
   if constexpr (T::kDifference) {
@@ -202,13 +203,13 @@ void gradient_of_block(const DivergenceRow& row, const Block<Real>& block, const
   }
   const Normalised<Real> to(row, block);
   // u is made of the probabilities like a sum: what scales them scales it.
-  const Real n_s = factor * to.n_s, n_t = factor * to.n_t, pulled = n_s * Real(pull);
+  const Real n_s = factor * to.n_s, n_t = factor * to.n_t, mean_term = n_s * Real(mean_u);
   const bool have_u = T::kSecondLook && row.powers;
   for_vectors<Real>(block.n, [&](int64_t i, int count, int) __attribute__((always_inline)) {
     const V es = load(block.es + i), et = load(block.et + i);
-    if (have_u) return store(g + i, factor * et - pulled * es, count);
+    if (have_u) return store(g + i, factor * et - mean_term * es, count);
     const V d = T::kLogRatio ? to.log_ratio(block, i, count) : V{};
-    store(g + i, T::u(n_s * es, n_t * et, d, with) - pulled * es, count);
+    store(g + i, T::u(n_s * es, n_t * et, d, with) - mean_term * es, count);
   });
 }
 
@@ -217,7 +218,7 @@ void gradient(const DivergenceShape& shape, const DivergenceRow& row, int64_t be
   using T = Terms<Lanes<Real>>;
   Workspace<Real> work;
   const Settings<Vector<Real>> with = settings_of<Terms, Real>(shape, row);
-  const double pull = Terms<Lanes<double>>::pull(row.state, row.k, shape.settings);
+  const double mean_u = Terms<Lanes<double>>::mean_u(row.state, row.k, shape.settings);
   const bool need_powers = !T::kDifference && !row.powers;
   const bool need_logits = need_powers || T::kDifference || (T::kLogRatio && !T::kSecondLook) || shape.labels;
   // Backwards: what the looks have left in L2 is the end.
@@ -229,7 +230,7 @@ void gradient(const DivergenceShape& shape, const DivergenceRow& row, int64_t be
     // A gradient in the place of the logits must wait until the label has seen them.
     const bool apart = shape.labels && row.gradient == row.student;
     Real* g = apart ? work.g : gradient_place(shape.gradient, row.gradient, at, work.g);
-    gradient_of_block<T>(row, block, with, pull, g);
+    gradient_of_block<T>(row, block, with, mean_u, g);
     if (shape.labels) add_label_gradient(shape, row, block, !T::kDifference, at, g);
     write(shape.gradient, g, n, row.gradient, at);
   }
@@ -270,17 +271,8 @@ constexpr DivergenceKernels kernels_of() {
 
 }  // namespace
 
-extern const DivergenceKernels kDivergences[int(Divergence::count)] = {kernels_of<KlDiv>(),
-                                                                       kernels_of<ReverseKlDiv>(),
-                                                                       kernels_of<JsDiv>(),
-                                                                       kernels_of<SkewKlDiv>(),
-                                                                       kernels_of<SkewReverseKlDiv>(),
-                                                                       kernels_of<TotalVariation>(),
-                                                                       kernels_of<SoftCrossEntropy>(),
-                                                                       kernels_of<LogitMse>(),
-                                                                       kernels_of<SymmetricKlDiv>(),
-                                                                       kernels_of<TopkBucket>(),
-                                                                       kernels_of<TopkRenormalize>(),
-                                                                       kernels_of<TopkDrop>()};
+#define KDFAST_KERNELS(name, Terms) kernels_of<Terms>(),
+extern const DivergenceKernels kDivergences[] = {KDFAST_DIVERGENCES(KDFAST_KERNELS)};
+#undef KDFAST_KERNELS
 
 }  // namespace kdfast::KDFAST_VARIANT

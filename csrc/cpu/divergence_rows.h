@@ -32,7 +32,7 @@ struct DivergenceRow {
   int64_t entry_count = 0;
   const bool* counted = nullptr;  // of the columns, others are as if -inf on both sides; null: all
   void* gradient;                 // null: not wanted
-  double k;                       // log2(e) / temperature, of csrc/common/rowmath.h
+  double k;                       // log2(e) / temperature, of csrc/common/row_state.h
   double coefficient;             // of the row's divergence in the result
   double factor;                  // coefficient / temperature: of its gradient
   double loss;                    // of the divergence, without the coefficient: a result
@@ -50,12 +50,13 @@ static inline int64_t powers_bytes(const DivergenceShape& shape) {
   return (shape.columns + kBlock - 1) / kBlock * (2 + 2 * kBlock) * real;
 }
 
-// Of one divergence. Columns [begin, end) begin at a block's start.
+// One divergence's kernels. Columns [begin, end) begin at a block's start.
 struct DivergenceKernels {
   bool second_look;
   // Sets row.state from the columns and fills row.powers.
   void (*look)(const DivergenceShape&, DivergenceRow&, int64_t begin, int64_t end);
-  // Where the divergence needs it: sets row.state.a and b from the columns, the normalisers being known.
+  // Where the divergence needs it: sets the moments of row.state (to the loss and mean_u) from the columns, the
+  // normalisers being known.
   void (*look_again)(const DivergenceShape&, DivergenceRow&, int64_t begin, int64_t end);
   // Adds the state of other columns of the row.
   void (*merge)(DivergenceRow& into, const DivergenceRow& other);

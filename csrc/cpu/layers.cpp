@@ -151,46 +151,33 @@ class LayerRows {
   std::vector<Group> groups_;
 };
 
-}  // namespace
-
-using MaybeTensor = std::optional<Tensor>;
-
-std::tuple<Tensor, std::vector<Tensor>> layer_distance_cpu(std::vector<Tensor> student, std::vector<Tensor> teacher,
-                                                           MaybeTensor row_mask, MaybeTensor column_mask,
-                                                           MaybeTensor divisor, int64_t kind,
-                                                           std::vector<int64_t> head_map, std::vector<double> weight,
-                                                           double floor, bool per_row, bool gradient) {
-  const LayerCall call{student, teacher, row_mask, column_mask, divisor, kind, head_map, weight, floor, per_row};
-  call.check();
-  Tensor loss = zeros(student[0], call.loss_sizes(), call.loss_type());
+std::tuple<Tensor, std::vector<Tensor>> forward(const LayerCall& call, bool gradient) {
+  Tensor loss = zeros(call.student[0], call.loss_sizes(), call.loss_type());
   std::vector<Tensor> gradients;
-  if (gradient) gradients = empty_gradients(student);
+  if (gradient) gradients = empty_gradients(call.student);
   const Reals losses(loss, call.is_double());
   const double total = LayerRows(call, gradients, 1, nullptr).run([&](int64_t row, double value) {
-    if (per_row) losses.set(row, value);
+    if (call.per_row) losses.set(row, value);
   });
-  if (!per_row) losses.set(0, total);
+  if (!call.per_row) losses.set(0, total);
   return {loss, gradients};
 }
 
-std::vector<Tensor> layer_distance_backward_cpu(Tensor grad_loss, std::vector<Tensor> student,
-                                                std::vector<Tensor> teacher, MaybeTensor row_mask,
-                                                MaybeTensor column_mask, MaybeTensor divisor, int64_t kind,
-                                                std::vector<int64_t> head_map, std::vector<double> weight, double floor,
-                                                bool per_row) {
-  const LayerCall call{student, teacher, row_mask, column_mask, divisor, kind, head_map, weight, floor, per_row};
-  call.check();
-  call.check_upstream(grad_loss);
-  const std::vector<Tensor> gradients = empty_gradients(student);
+std::vector<Tensor> backward(const LayerCall& call, const Tensor& grad_loss) {
+  const std::vector<Tensor> gradients = empty_gradients(call.student);
   const std::vector<double> upstream = Reals(grad_loss, call.is_double()).all(grad_loss.numel());
-  LayerRows(call, gradients, per_row ? 1 : upstream[0], per_row ? upstream.data() : nullptr).run([](int64_t, double) {
-  });
+  LayerRows(call, gradients, call.per_row ? 1 : upstream[0], call.per_row ? upstream.data() : nullptr)
+      .run([](int64_t, double) {});
   return gradients;
 }
 
+using Ops = LayerOps<forward, backward>;
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
-  m.impl("layer_distance", TORCH_BOX(&layer_distance_cpu));
-  m.impl("layer_distance_backward", TORCH_BOX(&layer_distance_backward_cpu));
+  m.impl("layer_distance", TORCH_BOX(&Ops::layer_distance));
+  m.impl("layer_distance_backward", TORCH_BOX(&Ops::layer_distance_backward));
 }
 
 }  // namespace kdfast

@@ -90,47 +90,32 @@ class QkHeads {
   double scale_;
 };
 
-}  // namespace
-
-using MaybeTensor = std::optional<Tensor>;
-using Tensors = std::vector<Tensor>;
-
-std::tuple<Tensor, Tensors> qk_distance_cpu(Tensors student_q, Tensors student_k, Tensors teacher_q, Tensors teacher_k,
-                                            MaybeTensor query_mask, MaybeTensor key_mask, MaybeTensor divisor,
-                                            int64_t kind, double student_scale, double teacher_scale, bool causal,
-                                            std::vector<int64_t> head_map, std::vector<double> weight, bool per_head,
-                                            bool gradient) {
-  const QkCall call{student_q, student_k,     teacher_q,     teacher_k, query_mask, key_mask, divisor,
-                    kind,      student_scale, teacher_scale, causal,    head_map,   weight,   per_head};
-  call.check();
-  Tensor loss = zeros(student_q[0], call.loss_sizes(), call.loss_type());
-  Tensors gradients;
+std::tuple<Tensor, std::vector<Tensor>> forward(const QkCall& call, bool gradient) {
+  Tensor loss = zeros(call.student_q[0], call.loss_sizes(), call.loss_type());
+  std::vector<Tensor> gradients;
   if (gradient) gradients = empty_gradients(call.with_gradient());
   const std::vector<double> values = QkHeads(call, gradients, 1, nullptr).run();
   const Reals losses(loss, call.is_double());
   double total = 0;
-  for (size_t i = 0; i < values.size(); ++i) per_head ? losses.set(i, values[i]) : void(total += values[i]);
-  if (!per_head) losses.set(0, total);
+  for (size_t i = 0; i < values.size(); ++i) call.per_head ? losses.set(i, values[i]) : void(total += values[i]);
+  if (!call.per_head) losses.set(0, total);
   return {loss, gradients};
 }
 
-Tensors qk_distance_backward_cpu(Tensor grad_loss, Tensors student_q, Tensors student_k, Tensors teacher_q,
-                                 Tensors teacher_k, MaybeTensor query_mask, MaybeTensor key_mask, MaybeTensor divisor,
-                                 int64_t kind, double student_scale, double teacher_scale, bool causal,
-                                 std::vector<int64_t> head_map, std::vector<double> weight, bool per_head) {
-  const QkCall call{student_q, student_k,     teacher_q,     teacher_k, query_mask, key_mask, divisor,
-                    kind,      student_scale, teacher_scale, causal,    head_map,   weight,   per_head};
-  call.check();
-  call.check_upstream(grad_loss);
-  const Tensors gradients = empty_gradients(call.with_gradient());
+std::vector<Tensor> backward(const QkCall& call, const Tensor& grad_loss) {
+  const std::vector<Tensor> gradients = empty_gradients(call.with_gradient());
   const std::vector<double> upstream = Reals(grad_loss, call.is_double()).all(grad_loss.numel());
-  QkHeads(call, gradients, per_head ? 1 : upstream[0], per_head ? upstream.data() : nullptr).run();
+  QkHeads(call, gradients, call.per_head ? 1 : upstream[0], call.per_head ? upstream.data() : nullptr).run();
   return gradients;
 }
 
+using Ops = QkOps<forward, backward>;
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
-  m.impl("qk_distance", TORCH_BOX(&qk_distance_cpu));
-  m.impl("qk_distance_backward", TORCH_BOX(&qk_distance_backward_cpu));
+  m.impl("qk_distance", TORCH_BOX(&Ops::qk_distance));
+  m.impl("qk_distance_backward", TORCH_BOX(&Ops::qk_distance_backward));
 }
 
 }  // namespace kdfast

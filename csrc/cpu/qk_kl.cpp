@@ -1,7 +1,7 @@
 // KL(softmax(b Ta Tb^T) || softmax(a Sa Sb^T)) over the rows of a head's scores, which are made in tiles and not kept.
 //
 // 48 rows by up to 480 keys of both sides lie in L2, beside the head's keys, which are laid out once. The rows' states
-// (csrc/common/rowmath.h) merge over the keys' tiles; where there is more than one, the second look makes the scores
+// (csrc/common/row_state.h) merge over the keys' tiles; where there is more than one, the second look makes the scores
 // again. 4 L^2 d multiply-adds for the value, 4 L^2 d more for the gradients, and 4 L^2 d for scores that did not stay.
 #include "cpu/divergence_rows.h"
 #include "cpu/qk_tokens.h"

@@ -33,193 +33,270 @@ bool makes_scores(const QkShape& shape) {
   return scores < gram * (w.equal ? 1 : 2);
 }
 
+// A head's panels of tokens, and what the three forms below are made of.
 template <class Real>
-class Mse {
+class Panels {
  public:
-  Mse(const QkShape& shape, QkHead* head, char* workspace)
-      : shape_(shape),
-        head_(head),
-        w_(widths_of<Real>(shape)),
-        scores_(makes_scores(shape)),
-        keys_(scores_ ? padded<Real>(shape.length) : padded<Real>(kChunk)),
-        room_(workspace) {
-    const int64_t tokens = scores_ ? shape.length : kChunk;
-    x_ = room_.take<Real>(kChunk, w_.all);
-    y_ = room_.take<Real>(tokens, w_.all);
-    z_ = room_.take<Real>(kChunk, w_.all);
-    if (scores_ || shape.causal) {
-      y_transposed_ = room_.take<Real>(w_.all, keys_);
-      d_ = room_.take<Real>(kChunk, keys_);
-      q_ = room_.take<Real>(kChunk, w_.first);
-    }
-    if (scores_) return;
-    g_ = room_.take<Real>(w_.all, w_.all);
-    h_ = room_.take<Real>(w_.all, w_.all);
-    m_ = room_.take<Real>(w_.all, w_.first);
-  }
   int64_t bytes() const { return room_.bytes(); }
-  static bool in_double(const QkShape& shape) {
-    return shape.student == Element::f64 || (shape.student_size != shape.teacher_size && !makes_scores(shape));
+
+ protected:
+  // Room for so many keys at a time.
+  Panels(const QkShape& shape, QkHead* head, char* workspace, int64_t keys)
+      : shape_(shape), head_(head), widths_(widths_of<Real>(shape)), room_(workspace) {
+    x_ = room_.take<Real>(kChunk, widths_.all);
+    y_ = room_.take<Real>(keys, widths_.all);
+    product_ = room_.take<Real>(kChunk, widths_.all);
+  }
+  void take_scores(int64_t keys) {
+    score_columns_ = padded<Real>(keys);
+    y_transposed_ = room_.take<Real>(widths_.all, score_columns_);
+    scores_ = room_.take<Real>(kChunk, score_columns_);
+    scaled_queries_ = room_.take<Real>(kChunk, widths_.first);
+  }
+  void take_grams() {
+    gram_of_x_ = room_.take<Real>(widths_.all, widths_.all);
+    gram_of_y_ = room_.take<Real>(widths_.all, widths_.all);
+    scaled_gram_ = room_.take<Real>(widths_.all, widths_.first);
   }
 
-  void run() {
-    if (scores_) return from_scores();
-    shape_.causal ? causal() : from_grams();
-  }
-
- private:
+  bool wants_gradient() const { return head_->student_dq; }
   int64_t tokens_from(int64_t begin) const { return shape_.length - begin < kChunk ? shape_.length - begin : kChunk; }
+  Real* key_sums(int64_t begin) const { return (Real*)head_->student_dk + begin * widths_.first; }
+
   void read_queries(int64_t begin, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
-      Real* x = x_ + i * w_.all;
+      Real* x = x_ + i * widths_.all;
       read_token(shape_.student, head_->student_q, head_->queries, begin + i, shape_.student_size, shape_.student_scale,
                  x);
       read_token(shape_.teacher, head_->teacher_q, head_->queries, begin + i, shape_.teacher_size, shape_.teacher_scale,
-                 x + w_.first);
-      for (int64_t c = 0; w_.equal && c < w_.first; ++c) x[c] -= x[w_.first + c];
+                 x + widths_.first);
+      for (int64_t c = 0; widths_.equal && c < widths_.first; ++c) x[c] -= x[widths_.first + c];
     }
   }
-  void read_keys(int64_t begin, int64_t n, Real* y) {
-    for (int64_t i = 0; i < n; ++i, y += w_.all) {
+  void read_keys(int64_t begin, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      Real* y = y_ + i * widths_.all;
       read_token(shape_.student, head_->student_k, head_->keys, begin + i, shape_.student_size, 1, y);
-      read_token(shape_.teacher, head_->teacher_k, head_->keys, begin + i, shape_.teacher_size, 1, y + w_.first);
-      for (int64_t c = 0; c < w_.second; ++c) y[w_.first + c] = (w_.equal ? y[c] : Real(0)) - y[w_.first + c];
+      read_token(shape_.teacher, head_->teacher_k, head_->keys, begin + i, shape_.teacher_size, 1, y + widths_.first);
+      for (int64_t c = 0; c < widths_.second; ++c) {
+        y[widths_.first + c] = (widths_.equal ? y[c] : Real(0)) - y[widths_.first + c];
+      }
     }
   }
-  // 2 factor a Qs, of the chunk in x_.
-  void scale_queries(int64_t n) {
+  void read_chunk(int64_t begin, int64_t n) {
+    read_queries(begin, n);
+    read_keys(begin, n);
+  }
+  // From the product, of rows of `row` numbers.
+  void write_queries(int64_t begin, int64_t n, int64_t row) {
+    const double factor = 2 * head_->factor * shape_.student_scale;
+    write_tokens(shape_.student, product_, row, n, shape_.student_size, factor, head_->student_dq, begin);
+  }
+
+  // ---- scores ----
+  void transpose_keys(int64_t n) { transpose(y_, widths_.all, n, widths_.all, y_transposed_, score_columns_); }
+  // Of the chunk at `begin` with `keys` keys from `first_key` on; above the diagonal zeros. Returns their squares' sum.
+  double make_scores(int64_t begin, int64_t n, int64_t first_key, int64_t keys) {
+    multiply<Real>(n, padded<Real>(keys), widths_.all, {x_, widths_.all, 1}, y_transposed_, score_columns_, scores_,
+                   score_columns_, false);
+    for (int64_t i = 0; shape_.causal && i < n; ++i) {
+      for (int64_t j = begin + i + 1 - first_key; j < padded<Real>(keys); ++j) scores_[i * score_columns_ + j] = 0;
+    }
+    return dot(scores_, score_columns_, scores_, score_columns_, n, padded<Real>(keys));
+  }
+  // scores * Ks into the product, or added to it.
+  void multiply_scores(int64_t n, int64_t keys, int64_t row, bool add) {
+    multiply<Real>(n, widths_.first, keys, {scores_, score_columns_, 1}, y_, widths_.all, product_, row, add);
+  }
+  // Adds 2 factor a scores^T Qs to the keys' gradient.
+  void add_scores_to_keys(int64_t first_key, int64_t keys, int64_t n) {
     const Real factor = Real(2 * head_->factor);
     for (int64_t i = 0; i < n; ++i) {
-      const Real* x = x_ + i * w_.all;
-      for (int64_t c = 0; c < w_.first; ++c) {
-        q_[i * w_.first + c] = factor * (w_.equal ? x[c] + x[w_.first + c] : x[c]);
+      const Real* x = x_ + i * widths_.all;
+      for (int64_t c = 0; c < widths_.first; ++c) {
+        scaled_queries_[i * widths_.first + c] = factor * (widths_.equal ? x[c] + x[widths_.first + c] : x[c]);
       }
     }
-  }
-  bool wants_gradient() const { return head_->student_dq; }
-  Real* key_sums(int64_t begin) const { return (Real*)head_->student_dk + begin * w_.first; }
-  void write_queries(int64_t begin, int64_t n, int64_t z_row) {
-    const double factor = 2 * head_->factor * shape_.student_scale;
-    write_tokens(shape_.student, z_, z_row, n, shape_.student_size, factor, head_->student_dq, begin);
+    multiply<Real>(keys, widths_.first, n, {scores_, 1, score_columns_}, scaled_queries_, widths_.first,
+                   key_sums(first_key), widths_.first, true);
   }
 
-  // d_ = the scores of the chunk at `begin` with `keys` keys from `first_key` on; above the diagonal zeros.
-  void make_scores(int64_t begin, int64_t n, int64_t first_key, int64_t keys) {
-    multiply<Real>(n, padded<Real>(keys), w_.all, {x_, w_.all, 1}, y_transposed_, keys_, d_, keys_, false);
-    for (int64_t i = 0; shape_.causal && i < n; ++i) {
-      for (int64_t j = begin + i + 1 - first_key; j < padded<Real>(keys); ++j) d_[i * keys_ + j] = 0;
-    }
-    head_->value += dot(d_, keys_, d_, keys_, n, padded<Real>(keys));
+  // ---- Gram matrices ----
+  void clear_gram(Real* gram) { clear(gram, widths_.all * widths_.all); }
+  // The upper half.
+  void add_gram(const Real* panel, int64_t n, Real* gram) {
+    multiply<Real>(widths_.all, widths_.all, n, {panel, 1, widths_.all}, panel, widths_.all, gram, widths_.all, true,
+                   true);
   }
-  void transpose_keys(int64_t tokens) { transpose(y_, w_.all, tokens, w_.all, y_transposed_, keys_); }
-
-  void from_scores() {
-    read_keys(0, shape_.length, y_);
-    transpose_keys(shape_.length);
-    for (int64_t begin = 0; begin < shape_.length; begin += kChunk) {
-      const int64_t n = tokens_from(begin), keys = shape_.causal ? begin + n : shape_.length;
-      read_queries(begin, n);
-      make_scores(begin, n, 0, keys);
-      if (!wants_gradient()) continue;
-      multiply<Real>(n, w_.first, keys, {d_, keys_, 1}, y_, w_.all, z_, w_.first, false);
-      write_queries(begin, n, w_.first);
-      scale_queries(n);
-      multiply<Real>(keys, w_.first, n, {d_, 1, keys_}, q_, w_.first, key_sums(0), w_.first, true);
-    }
-  }
-
-  void add_gram(const Real* x, int64_t n, Real* to) {
-    multiply<Real>(w_.all, w_.all, n, {x, 1, w_.all}, x, w_.all, to, w_.all, true, true);
-  }
-  // Of a Gram matrix its upper half was made.
   void mirror(Real* gram) {
-    for (int64_t i = 0; i < w_.all; ++i) {
-      for (int64_t j = 0; j < i; ++j) gram[i * w_.all + j] = gram[j * w_.all + i];
+    for (int64_t i = 0; i < widths_.all; ++i) {
+      for (int64_t j = 0; j < i; ++j) gram[i * widths_.all + j] = gram[j * widths_.all + i];
     }
   }
-  // m_ = 2 factor (G[:, first] + G[:, second])
+  // X H[:, columns] into the product.
+  void multiply_gram(int64_t n, int64_t columns) {
+    multiply<Real>(n, columns, widths_.all, {x_, widths_.all, 1}, gram_of_y_, widths_.all, product_, columns, false);
+  }
+  // 2 factor (G[:, first] + G[:, second])
   void scale_gram() {
     const Real factor = Real(2 * head_->factor);
-    for (int64_t i = 0; i < w_.all; ++i) {
-      const Real* g = g_ + i * w_.all;
-      for (int64_t c = 0; c < w_.first; ++c) {
-        m_[i * w_.first + c] = factor * (w_.equal ? g[c] + g[w_.first + c] : g[c]);
+    for (int64_t i = 0; i < widths_.all; ++i) {
+      const Real* g = gram_of_x_ + i * widths_.all;
+      for (int64_t c = 0; c < widths_.first; ++c) {
+        scaled_gram_[i * widths_.first + c] = factor * (widths_.equal ? g[c] + g[widths_.first + c] : g[c]);
       }
     }
   }
-  void add_key_gradient(int64_t begin, int64_t n) {
-    multiply<Real>(n, w_.first, w_.all, {y_, w_.all, 1}, m_, w_.first, key_sums(begin), w_.first, true);
-  }
-
-  void from_grams() {
-    clear(g_, w_.all * w_.all);
-    clear(h_, w_.all * w_.all);
-    for (int64_t begin = 0; begin < shape_.length; begin += kChunk) {
-      const int64_t n = tokens_from(begin);
-      read_queries(begin, n);
-      read_keys(begin, n, y_);
-      add_gram(x_, n, g_);
-      add_gram(y_, n, h_);
-    }
-    mirror(g_);
-    mirror(h_);
-    head_->value = dot(g_, w_.all, h_, w_.all, w_.all, w_.all);
-    if (!wants_gradient()) return;
-    scale_gram();
-    for (int64_t begin = 0; begin < shape_.length; begin += kChunk) {
-      const int64_t n = tokens_from(begin);
-      read_queries(begin, n);
-      read_keys(begin, n, y_);
-      multiply<Real>(n, w_.first, w_.all, {x_, w_.all, 1}, h_, w_.all, z_, w_.first, false);
-      write_queries(begin, n, w_.first);
-      add_key_gradient(begin, n);
-    }
-  }
-
-  void causal() {
-    clear(h_, w_.all * w_.all);
-    for (int64_t begin = 0; begin < shape_.length; begin += kChunk) {
-      const int64_t n = tokens_from(begin);
-      read_queries(begin, n);
-      read_keys(begin, n, y_);
-      transpose_keys(n);
-      make_scores(begin, n, begin, n);
-      multiply<Real>(n, w_.all, w_.all, {x_, w_.all, 1}, h_, w_.all, z_, w_.all, false);
-      head_->value += dot(z_, w_.all, x_, w_.all, n, w_.all);
-      add_gram(y_, n, h_);
-      mirror(h_);
-      if (!wants_gradient()) continue;
-      multiply<Real>(n, w_.first, n, {d_, keys_, 1}, y_, w_.all, z_, w_.all, true);
-      write_queries(begin, n, w_.all);
-    }
-    if (wants_gradient()) causal_keys();
-  }
-  void causal_keys() {
-    const double value = head_->value;  // make_scores adds to it again
-    clear(g_, w_.all * w_.all);
-    for (int64_t begin = (shape_.length - 1) / kChunk * kChunk; begin >= 0; begin -= kChunk) {
-      const int64_t n = tokens_from(begin);
-      read_queries(begin, n);
-      read_keys(begin, n, y_);
-      transpose_keys(n);
-      make_scores(begin, n, begin, n);
-      scale_gram();
-      add_key_gradient(begin, n);
-      scale_queries(n);
-      multiply<Real>(n, w_.first, n, {d_, 1, keys_}, q_, w_.first, key_sums(begin), w_.first, true);
-      add_gram(x_, n, g_);
-      mirror(g_);
-    }
-    head_->value = value;
+  void add_gram_to_keys(int64_t begin, int64_t n) {
+    multiply<Real>(n, widths_.first, widths_.all, {y_, widths_.all, 1}, scaled_gram_, widths_.first, key_sums(begin),
+                   widths_.first, true);
   }
 
   const QkShape& shape_;
   QkHead* head_;
-  Widths w_;
-  bool scores_;
-  int64_t keys_;  // columns of scores
+  Widths widths_;
   Room room_;
-  Real *x_, *y_, *z_, *y_transposed_, *d_, *q_, *g_, *h_, *m_;
+  Real *x_, *y_, *product_;  // [kChunk, all], [keys, all], [kChunk, all]
+  int64_t score_columns_;
+  Real *y_transposed_, *scores_, *scaled_queries_;  // [all, score_columns_], [kChunk, score_columns_], [kChunk, first]
+  Real *gram_of_x_, *gram_of_y_, *scaled_gram_;     // G and H [all, all], [all, first]
+};
+
+// Short heads: the scores of a chunk of queries with all keys, causal or not.
+template <class Real>
+class FromScores : public Panels<Real> {
+ public:
+  FromScores(const QkShape& shape, QkHead* head, char* workspace) : Panels<Real>(shape, head, workspace, shape.length) {
+    this->take_scores(shape.length);
+  }
+  void run() {
+    const QkShape& shape = this->shape_;
+    this->read_keys(0, shape.length);
+    this->transpose_keys(shape.length);
+    for (int64_t begin = 0; begin < shape.length; begin += kChunk) {
+      const int64_t n = this->tokens_from(begin), keys = shape.causal ? begin + n : shape.length;
+      this->read_queries(begin, n);
+      this->head_->value += this->make_scores(begin, n, 0, keys);
+      if (!this->wants_gradient()) continue;
+      this->multiply_scores(n, keys, this->widths_.first, false);
+      this->write_queries(begin, n, this->widths_.first);
+      this->add_scores_to_keys(0, keys, n);
+    }
+  }
+};
+
+template <class Real>
+class FromGrams : public Panels<Real> {
+ public:
+  FromGrams(const QkShape& shape, QkHead* head, char* workspace) : Panels<Real>(shape, head, workspace, kChunk) {
+    this->take_grams();
+  }
+  void run() {
+    Real *g = this->gram_of_x_, *h = this->gram_of_y_;
+    const int64_t length = this->shape_.length, all = this->widths_.all;
+    this->clear_gram(g);
+    this->clear_gram(h);
+    for (int64_t begin = 0; begin < length; begin += kChunk) {
+      const int64_t n = this->tokens_from(begin);
+      this->read_chunk(begin, n);
+      this->add_gram(this->x_, n, g);
+      this->add_gram(this->y_, n, h);
+    }
+    this->mirror(g);
+    this->mirror(h);
+    this->head_->value = dot(g, all, h, all, all, all);
+    if (!this->wants_gradient()) return;
+    this->scale_gram();
+    for (int64_t begin = 0; begin < length; begin += kChunk) {
+      const int64_t n = this->tokens_from(begin);
+      this->read_chunk(begin, n);
+      this->multiply_gram(n, this->widths_.first);
+      this->write_queries(begin, n, this->widths_.first);
+      this->add_gram_to_keys(begin, n);
+    }
+  }
+};
+
+// Gram matrices of the tokens before (keys) and after (queries) a chunk, and the chunk's own scores.
+template <class Real>
+class Causal : public Panels<Real> {
+ public:
+  Causal(const QkShape& shape, QkHead* head, char* workspace) : Panels<Real>(shape, head, workspace, kChunk) {
+    this->take_scores(kChunk);
+    this->take_grams();
+  }
+  void run() {
+    queries();
+    if (this->wants_gradient()) keys();
+  }
+
+ private:
+  double scores_of_chunk(int64_t begin, int64_t n) {
+    this->read_chunk(begin, n);
+    this->transpose_keys(n);
+    return this->make_scores(begin, n, begin, n);
+  }
+  void queries() {
+    const int64_t all = this->widths_.all;
+    Real* h = this->gram_of_y_;
+    this->clear_gram(h);
+    for (int64_t begin = 0; begin < this->shape_.length; begin += kChunk) {
+      const int64_t n = this->tokens_from(begin);
+      this->head_->value += scores_of_chunk(begin, n);
+      this->multiply_gram(n, all);
+      this->head_->value += dot(this->product_, all, this->x_, all, n, all);
+      this->add_gram(this->y_, n, h);
+      this->mirror(h);
+      if (!this->wants_gradient()) continue;
+      this->multiply_scores(n, n, all, true);
+      this->write_queries(begin, n, all);
+    }
+  }
+  void keys() {
+    Real* g = this->gram_of_x_;
+    this->clear_gram(g);
+    for (int64_t begin = (this->shape_.length - 1) / kChunk * kChunk; begin >= 0; begin -= kChunk) {
+      const int64_t n = this->tokens_from(begin);
+      scores_of_chunk(begin, n);
+      this->scale_gram();
+      this->add_gram_to_keys(begin, n);
+      this->add_scores_to_keys(begin, n, n);
+      this->add_gram(this->x_, n, g);
+      this->mirror(g);
+    }
+  }
+};
+
+template <class Real>
+class Mse {
+ public:
+  Mse(const QkShape& shape, QkHead* head, char* workspace) : shape_(shape), head_(head), workspace_(workspace) {}
+  static bool in_double(const QkShape& shape) {
+    return shape.student == Element::f64 || (shape.student_size != shape.teacher_size && !makes_scores(shape));
+  }
+  int64_t bytes() const {
+    int64_t bytes = 0;
+    in_its_form([&](auto& form) { bytes = form.bytes(); });
+    return bytes;
+  }
+  void run() {
+    in_its_form([](auto& form) { form.run(); });
+  }
+
+ private:
+  template <class F>
+  void in_its_form(F f) const {
+    if (makes_scores(shape_)) return with<FromScores<Real>>(f);
+    shape_.causal ? with<Causal<Real>>(f) : with<FromGrams<Real>>(f);
+  }
+  template <class Form, class F>
+  void with(F f) const {
+    Form form(shape_, head_, workspace_);
+    f(form);
+  }
+  const QkShape& shape_;
+  QkHead* head_;
+  char* workspace_;
 };
 
 }  // namespace

@@ -11,7 +11,7 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
-#include "common/rowmath.h"
+#include "common/row_state.h"
 
 #define KDFAST_LOCAL static inline __attribute__((always_inline))
 

@@ -11,9 +11,9 @@ constexpr int kMaxCluster = 16;
 
 // Which of a state's sums the first look makes.
 template <class Terms>
-constexpr bool kFirstA = Terms::kOfTeacher || Terms::kDifference;
+constexpr bool kMomentT = Terms::kOfTeacher || Terms::kDifference;
 template <class Terms>
-constexpr bool kFirstB = Terms::kOfStudent;
+constexpr bool kMomentS = Terms::kOfStudent;
 
 // A state without its label, which is read where it is needed.
 struct PackedState {
@@ -22,7 +22,7 @@ struct PackedState {
   float2 ones;   // sum_one, total
 };
 KDFAST_DEVICE PackedState packed(const RowState<float>& s) {
-  return {{s.max_s, s.sum_s, s.max_t, s.sum_t}, {s.a, s.b}, {s.sum_one, s.total}};
+  return {{s.max_s, s.sum_s, s.max_t, s.sum_t}, {s.moment_t, s.moment_s}, {s.sum_one, s.total}};
 }
 KDFAST_DEVICE RowState<float> unpacked(const PackedState& p) {
   return {p.sums.x, p.sums.y, p.sums.z, p.sums.w, p.terms.x, p.terms.y, p.ones.x, p.ones.y, 0.f};
@@ -47,8 +47,8 @@ KDFAST_DEVICE void warp_sums(RowState<float>& state, bool labels) {
     state.sum_s = warp_sum<lanes>(state.sum_s);
     state.sum_t = warp_sum<lanes>(state.sum_t);
   }
-  if constexpr (kFirstA<Terms>) state.a = warp_sum<lanes>(state.a);
-  if constexpr (kFirstB<Terms>) state.b = warp_sum<lanes>(state.b);
+  if constexpr (kMomentT<Terms>) state.moment_t = warp_sum<lanes>(state.moment_t);
+  if constexpr (kMomentS<Terms>) state.moment_s = warp_sum<lanes>(state.moment_s);
   if (!labels) return;
   state.sum_one = warp_sum<lanes>(state.sum_one);
   state.total = warp_sum<lanes>(state.total);
@@ -66,7 +66,7 @@ KDFAST_DEVICE RowState<float> warp_merge(const RowState<float>& mine, float k, b
 template <class Terms>
 KDFAST_DEVICE void row_begin(Exchange* exchange, int blocks, bool labels) {
   if (blocks == 1) return;
-  const int pair = int(sizeof(float2)), terms = kFirstA<Terms> || kFirstB<Terms> ? pair : 0;
+  const int pair = int(sizeof(float2)), terms = kMomentT<Terms> || kMomentS<Terms> ? pair : 0;
   cluster_announce(exchange->barriers, blocks * (int(sizeof(float4)) + terms + (labels ? pair : 0)), blocks * pair);
 }
 
@@ -74,7 +74,7 @@ KDFAST_DEVICE void row_begin(Exchange* exchange, int blocks, bool labels) {
 template <class Terms>
 KDFAST_DEVICE RowState<float> cluster_merge(const RowState<float>& block, float k, Exchange* exchange, int blocks,
                                             bool labels) {
-  constexpr bool kTerms = kFirstA<Terms> || kFirstB<Terms>;
+  constexpr bool kTerms = kMomentT<Terms> || kMomentS<Terms>;
   const int lane = threadIdx.x % 32, rank = cluster_rank();
   PushBarrier* barrier = &exchange->barriers[0];
   if (lane < blocks) {

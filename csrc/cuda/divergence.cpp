@@ -1,6 +1,5 @@
-// The divergences on the GPU: two launches, the rows and then the sum of their losses (csrc/cuda/rows.cu); a mean over
-// a mask or labels counts them first. Nothing waits for the device, nothing is read back: safe in CUDA graphs by
-// construction.
+// The divergences on the GPU: two launches, the rows and then the sum of their losses (csrc/cuda/reduce.cu). Nothing
+// waits for the device, nothing is read back: safe in CUDA graphs by construction.
 #include "common/divergence.h"
 
 #include <torch/csrc/stable/library.h>
@@ -14,21 +13,10 @@
 namespace kdfast::cuda {
 namespace {
 
-// In the order of Divergence.
 const DivergenceKernels& kernels_of(int64_t kind) {
-  static const DivergenceKernels kernels[] = {divergence_kernels_of<KlDiv>(),
-                                              divergence_kernels_of<ReverseKlDiv>(),
-                                              divergence_kernels_of<JsDiv>(),
-                                              divergence_kernels_of<SkewKlDiv>(),
-                                              divergence_kernels_of<SkewReverseKlDiv>(),
-                                              divergence_kernels_of<TotalVariation>(),
-                                              divergence_kernels_of<SoftCrossEntropy>(),
-                                              divergence_kernels_of<LogitMse>(),
-                                              divergence_kernels_of<SymmetricKlDiv>(),
-                                              divergence_kernels_of<TopkBucket>(),
-                                              divergence_kernels_of<TopkRenormalize>(),
-                                              divergence_kernels_of<TopkDrop>()};
-  static_assert(std::size(kernels) == size_t(Divergence::count));
+#define KDFAST_KERNELS(name, Terms) divergence_kernels_of<Terms>(),
+  static const DivergenceKernels kernels[] = {KDFAST_DIVERGENCES(KDFAST_KERNELS)};
+#undef KDFAST_KERNELS
   return kernels[kind];
 }
 
@@ -111,7 +99,7 @@ DivergenceArgs args_of(const DivergenceCall& call) {
   args.distillation = call.distillation;
   args.divergence_share = call.distillation ? float(call.alpha) : 1.f;
   args.cross_entropy_share = float(1 - call.alpha);
-  args.divergence_factor = args.cross_entropy_factor = float(call.scale);
+  args.scale = float(call.scale);
   args.smoothing = float(call.smoothing);
   args.even_smoothing = float(call.smoothing / double(call.vocabulary));
   if (call.indices) {
@@ -124,29 +112,11 @@ DivergenceArgs args_of(const DivergenceCall& call) {
   args.labels = {(const int64_t*)labels.data, labels.offsets, call.ignore_index, call.vocabulary, call.vocab_start};
   args.row_temperature = numbers_of(call, call.row_temperature, "temperature");
   args.weight = numbers_of(call, call.weight, "weight");
-  return args;
-}
-
-// Puts the reduction's denominators into the factors, or where they are known only on the device, beside them. `counts`
-// keeps the memory of what is counted there alive until the launches are queued.
-void divide(const DivergenceCall& call, const Target& target, DivergenceArgs& args, std::optional<Tensor>& counts) {
-  auto divide_both = [&](int64_t by) {
-    args.divergence_factor = args.cross_entropy_factor = float(call.scale / double(by));
-  };
-  if (call.reduces_to(Reduction::batchmean)) divide_both(call.student.size(0));
-  if (!call.reduces_to(Reduction::mean)) return;
-  if (call.num_items) {
-    args.divergence_count = (const float*)call.num_items->const_data_ptr();
-    args.cross_entropy_count = args.divergence_count + (call.num_items->numel() - 1);
-    return;
+  if (call.divisor) {
+    args.divergence_divisor = (const float*)call.divisor->const_data_ptr();
+    args.cross_entropy_divisor = args.divergence_divisor + (call.divisor->numel() - 1);
   }
-  if (!args.mask.data) args.divergence_factor = float(call.scale / double(args.rows));
-  if (!args.mask.data && !args.labels.data) return;
-  counts = new_output(call.student, {2}, ScalarType::Float);
-  auto* numbers = (float*)counts->mutable_data_ptr();
-  launch_count(call.op(), target, args.mask, args.labels, args.rows, numbers);
-  if (args.mask.data) args.divergence_count = numbers;
-  args.cross_entropy_count = numbers + 1;
+  return args;
 }
 
 void launch_rows(const DivergenceCall& call, const Target& target, const DivergenceArgs& args, const Tensor* gradient) {
@@ -190,12 +160,9 @@ Results forward(const DivergenceCall& call, const std::optional<Tensor>& state, 
   }
   const Target target = target_of(call.op(), call.student);
   DivergenceArgs args = args_of(call);
-  std::optional<Tensor> counts;
-  divide(call, target, args, counts);
-  const bool per_row = call.per_row();
-  const Tensor losses = per_row ? loss : new_output(call.student, {args.rows}, ScalarType::Float);
+  const Tensor losses = call.per_row ? loss : new_output(call.student, {args.rows}, ScalarType::Float);
   const Tensor both =
-      per_row || !call.distillation ? components : new_output(call.student, {args.rows, 2}, ScalarType::Float);
+      call.per_row || !call.distillation ? components : new_output(call.student, {args.rows, 2}, ScalarType::Float);
   args.losses = (float*)losses.mutable_data_ptr();
   if (call.distillation) args.components = (float*)both.mutable_data_ptr();
   if (save == Save::state) args.states = (float*)saved.mutable_data_ptr();
@@ -204,7 +171,7 @@ Results forward(const DivergenceCall& call, const std::optional<Tensor>& state, 
   args.known = known;
   if (known != Known::nothing) args.given = (const float*)state->const_data_ptr();
   launch_rows(call, target, args, save == Save::gradient ? &saved : nullptr);
-  if (!per_row) {
+  if (!call.per_row) {
     launch_sum(call.op(), target, args.losses, args.components, args.rows, (float*)loss.mutable_data_ptr(),
                (float*)components.mutable_data_ptr());
   }
@@ -219,15 +186,26 @@ Tensor backward(const DivergenceCall& call, const Tensor& grad_loss, const Tenso
   if (is_empty(call)) return torch::stable::zero_(gradient);
   const Target target = target_of(call.op(), call.student);
   DivergenceArgs args = args_of(call);
-  std::optional<Tensor> counts;
-  divide(call, target, args, counts);
   args.upstream = {(const float*)grad_loss.const_data_ptr(), {}};
-  if (call.per_row()) args.upstream.offsets = call.offsets_of(grad_loss, "grad_loss");
+  if (call.per_row) args.upstream.offsets = call.offsets_of(grad_loss, "grad_loss");
   args.known = Known::everything;
   args.given = (const float*)state.const_data_ptr();
   args.gradient = gradient.mutable_data_ptr();
   launch_rows(call, target, args, &gradient);
   return gradient;
+}
+
+Tensor divergence_referred(Tensor state, Tensor maxima, std::optional<Tensor> row_temperature, int64_t kind,
+                           double temperature) {
+  const StatesCall call{state, maxima, row_temperature, kind, temperature};
+  call.check();
+  const Tensor result = new_output(state, sizes_of(state), ScalarType::Float);
+  if (call.rows() == 0) return result;
+  const RowInput temperatures = call.temperatures();
+  kernels_of(kind).refer(target_of("divergence_referred", state), (const float*)state.const_data_ptr(),
+                         (const float*)maxima.const_data_ptr(), {(const float*)temperatures.data, temperatures.offsets},
+                         float(temperature), call.rows(), (float*)result.mutable_data_ptr());
+  return result;
 }
 
 using Ops = DivergenceOps<forward, backward>;
@@ -236,6 +214,7 @@ STABLE_TORCH_LIBRARY_IMPL(KDFAST_CUDA_NAMESPACE, KDFAST_CUDA_KEY, m) {
   m.impl("divergence", TORCH_BOX(&Ops::divergence));
   m.impl("divergence_into", TORCH_BOX(&Ops::divergence_into));
   m.impl("divergence_backward", TORCH_BOX(&Ops::divergence_backward));
+  m.impl("divergence_referred", TORCH_BOX(&divergence_referred));
 }
 
 }  // namespace
@@ -244,7 +223,7 @@ std::vector<NamedKernel> divergence_kernels() {
   std::vector<NamedKernel> all;
   for (int64_t kind = 0; kind < int64_t(Divergence::count); ++kind) {
     for (const NamedKernel& kernel : kernels_of(kind).list()) {
-      all.push_back({std::string(divergence_name(kind)) + ", " + kernel.name, kernel.function});
+      all.push_back({std::string(facts_of(Divergence(kind)).name) + ", " + kernel.name, kernel.function});
     }
   }
   return all;

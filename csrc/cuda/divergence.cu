@@ -55,6 +55,27 @@ void launch_rows(const char* op, const Target& target, const RowPlan& plan, Dive
          args);
 }
 
+constexpr int kReferThreads = 256;
+
+// A thread per row: 80 bytes of its own.
+template <template <class> class Terms>
+__global__ void __launch_bounds__(kReferThreads)
+    refer_rows(const float* states, const float* maxima, const __grid_constant__ RowNumbers row_temperature,
+               float temperature, int64_t rows, float* results) {
+  const int64_t row = int64_t(blockIdx.x) * kReferThreads + threadIdx.x;
+  if (row >= rows) return;
+  const float own = row_temperature.data ? row_temperature.data[offset(row_temperature.offsets, row)] : temperature;
+  const RowState<float> state = state_at(states, row);
+  write_state(results, row, referred<Terms<RowMath>>(state, maxima[row], maxima[rows + row], float(kLog2e) / own));
+}
+
+template <template <class> class Terms>
+void refer(const Target& target, const float* states, const float* maxima, const RowNumbers& row_temperature,
+           float temperature, int64_t rows, float* results) {
+  launch("divergence_referred", refer_rows<Terms>, target, {(rows + kReferThreads - 1) / kReferThreads, kReferThreads},
+         states, maxima, row_temperature, temperature, rows, results);
+}
+
 template <template <class> class Terms>
 std::vector<NamedKernel> list() {
   auto kernel = [](RowPlan plan, Element type) { return (const void*)kernel_for<Terms>(plan, type); };
@@ -79,7 +100,7 @@ std::vector<NamedKernel> list() {
 
 template <template <class> class Terms>
 DivergenceKernels divergence_kernels_of() {
-  return {Terms<RowMath>::kSecondLook, launch_rows<Terms>, list<Terms>};
+  return {Terms<RowMath>::kSecondLook, launch_rows<Terms>, refer<Terms>, list<Terms>};
 }
 template DivergenceKernels divergence_kernels_of<KDFAST_TERMS>();
 

@@ -3,11 +3,28 @@
 #include <vector>
 
 #include "common/divergence_terms.h"
+#include "common/row_offsets.h"
 #include "cuda/element.h"
 #include "cuda/plan.h"
-#include "cuda/rows.h"
+#include "cuda/reduce.h"
 
 namespace kdfast::cuda {
+
+// Values per row; `data` null: not given.
+struct RowMask {
+  const bool* data = nullptr;
+  RowOffsets offsets;
+};
+struct RowLabels {
+  const int64_t* data = nullptr;
+  RowOffsets offsets;
+  int64_t ignored;                  // a label that counts nothing
+  int64_t vocabulary, vocab_start;  // of all columns, of which these are a shard from there on
+};
+struct RowNumbers {
+  const float* data = nullptr;
+  RowOffsets offsets;
+};
 
 // The columns of the teacher's log-probabilities, `count` per row; `data` null: the teacher has all.
 struct TopkIndices {
@@ -31,12 +48,12 @@ struct DivergenceArgs {
   RowNumbers row_temperature, weight, upstream;
   float temperature;  // of every row
   Settings<float> settings;
-  bool distillation;  // the divergence counts T^2
-  // What the divergence and the cross-entropy count in the result, and in their own component of it.
-  float divergence_share, divergence_factor, cross_entropy_share, cross_entropy_factor;
-  float smoothing, even_smoothing;  // of the labels, and of it each column's part
-  // These divide the factors; null: they already do.
-  const float *divergence_count = nullptr, *cross_entropy_count = nullptr;
+  bool distillation;                            // the divergence counts T^2
+  float scale;                                  // of both components
+  float divergence_share, cross_entropy_share;  // of the components in the result
+  float smoothing, even_smoothing;              // of the labels, and of it each column's part
+  // One number each, 0 of which counts nothing; null: 1.
+  const float *divergence_divisor = nullptr, *cross_entropy_divisor = nullptr;
   Known known = Known::nothing;
   const float* given = nullptr;  // states; null: made from the logits
   void* gradient = nullptr;      // the rest are results; null: not wanted
@@ -46,18 +63,21 @@ struct DivergenceArgs {
   int log_cluster = 0;
 };
 
-// Of one divergence. Defined by divergence.cu, which is compiled once for each.
+// One divergence's. Defined by divergence.cu, which is compiled once for each.
 struct DivergenceKernels {
   bool second_look;
   // Losses, states and gradients of all rows, in one launch.
   void (*launch)(const char* op, const Target& target, const RowPlan& plan, DivergenceArgs args);
+  // `states` referred to `maxima` (all of the student's, then all of the teacher's), to `results`.
+  void (*refer)(const Target& target, const float* states, const float* maxima, const RowNumbers& row_temperature,
+                float temperature, int64_t rows, float* results);
   // One of each kind, by name, for their attributes.
   std::vector<NamedKernel> (*list)();
 };
 template <template <class> class Terms>
 DivergenceKernels divergence_kernels_of();
 
-// Of all divergences.
+// The kernels of all divergences, by name.
 std::vector<NamedKernel> divergence_kernels();
 
 }  // namespace kdfast::cuda

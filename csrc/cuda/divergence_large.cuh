@@ -150,9 +150,9 @@ KDFAST_DEVICE void look_again(const DivergenceArgs& args, const Columns& columns
 #pragma unroll
     for (int e = 0; e < z.count; ++e) mine.count(to, z.s[e], z.t[e]);
   });
-  const float2 sums = row_merge_again({mine.a, mine.b}, exchange, blocks);
-  state.a = sums.x;
-  state.b = sums.y;
+  const float2 sums = row_merge_again({mine.loss, mine.mean_u}, exchange, blocks);
+  state.moment_t = sums.x;
+  state.moment_s = sums.y;
 }
 
 // One row per block or cluster: read once, written once.
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 2) rows_in_two_reads(const __g
   const Columns columns(args, row, factors.k);
   RowState<float> state;
   if (args.given) {
-    state = given_state(args, row);
+    state = state_at(args.given, row);
   } else {
     state = first_look<Terms>(columns, factors.k, labels, args.smoothing > 0.f);
     state = row_merge<Terms>(warp_merge<Terms>(state, factors.k, labels), factors.k, exchange, 1, labels);

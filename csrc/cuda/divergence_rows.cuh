@@ -37,13 +37,13 @@ template <class Terms>
 KDFAST_DEVICE void count(RowState<float>& row, float s, float t, float k) {
   if constexpr (Terms::kDifference) {
     const float d = difference(s, t, k);
-    row.a = fmaf(d, d, row.a);
+    row.moment_t = fmaf(d, d, row.moment_t);
   } else {
     const float x = s - row.max_s, y = t - row.max_t, es = exp2_fast(x * k), et = exp2_fast(y * k);
     row.sum_s += es;
     row.sum_t += et;
-    if constexpr (Terms::kOfTeacher) row.a = fmaf(et, et > 0.f ? Terms::of_teacher(x, y) : 0.f, row.a);
-    if constexpr (Terms::kOfStudent) row.b = fmaf(es, es > 0.f ? Terms::of_student(x, y) : 0.f, row.b);
+    if constexpr (Terms::kOfTeacher) row.moment_t = fmaf(et, et > 0.f ? Terms::of_teacher(x, y) : 0.f, row.moment_t);
+    if constexpr (Terms::kOfStudent) row.moment_s = fmaf(es, es > 0.f ? Terms::of_student(x, y) : 0.f, row.moment_s);
   }
 }
 // The same for the cross-entropy of a label.
@@ -79,12 +79,12 @@ template <template <class> class Divergence>
 struct SecondSums {
   using Terms = Divergence<ColumnMath>;
   Settings<float> with;
-  float a = 0.f, b = 0.f;
+  float loss = 0.f, mean_u = 0.f;
 
   KDFAST_DEVICE void count(const Normalised<Terms>& to, float s, float t) {
     to(s, t, [&](float p_s, float p_t, float d, float) {
-      a += Terms::value(p_s, p_t, d, with);
-      b += Terms::u(p_s, p_t, d, with);
+      loss += Terms::value(p_s, p_t, d, with);
+      mean_u += Terms::u(p_s, p_t, d, with);
     });
   }
 };
@@ -95,10 +95,10 @@ struct Gradient {
   using Terms = Divergence<ColumnMath>;
   Normalised<Terms> to;
   Settings<float> with;
-  float factor, pulled;
+  float factor, mean_term;
 
   KDFAST_DEVICE Gradient(const RowState<float>& row, float k, float factor, const Settings<float>& with)
-      : to(row, k, factor), with(with), factor(factor), pulled(to.n_s * Divergence<RowMath>::pull(row, k, with)) {
+      : to(row, k, factor), with(with), factor(factor), mean_term(to.n_s * Divergence<RowMath>::mean_u(row, k, with)) {
     if constexpr (Terms::kOfRow) {
       this->with.kept = Divergence<RowMath>::kept(row, k);
       this->with.rest = Divergence<RowMath>::rest(row, k);
@@ -106,7 +106,8 @@ struct Gradient {
   }
   KDFAST_DEVICE float operator()(float s, float t) const {
     if constexpr (Terms::kDifference) return factor * Terms::u(0.f, 0.f, difference(s, t, to.k), with);
-    return to(s, t, [&](float p_s, float p_t, float d, float es) { return Terms::u(p_s, p_t, d, with) - pulled * es; });
+    return to(s, t,
+              [&](float p_s, float p_t, float d, float es) { return Terms::u(p_s, p_t, d, with) - mean_term * es; });
   }
 };
 
@@ -130,7 +131,7 @@ KDFAST_DEVICE int64_t offset(const RowOffsets& of, int64_t row) {
 }
 
 struct RowFactors {
-  float k;                     // log2(e) / temperature, of rowmath.h
+  float k;                     // log2(e) / temperature, of row_state.h
   float divergence, gradient;  // of the divergence in its component, and of its gradient
   float cross_entropy, hard;   // the same of the cross-entropy
   int label;                   // its column; -1 where it is none of these
@@ -154,24 +155,23 @@ KDFAST_DEVICE void take_label(const DivergenceArgs& args, int64_t row, RowFactor
 
 KDFAST_DEVICE RowFactors factors_of(const DivergenceArgs& args, int64_t row) {
   auto value = [&](const RowNumbers& x, float missing) { return x.data ? x.data[offset(x.offsets, row)] : missing; };
-  // A denominator of 0 counts nothing.
-  auto divided = [](float x, const float* count) { return !count ? x : *count > 0.f ? x / *count : 0.f; };
+  auto divided = [](float x, const float* by) { return !by ? x : *by > 0.f ? x / *by : 0.f; };
   const float temperature = value(args.row_temperature, args.temperature);
-  const float common = value(args.weight, 1.f) * value(args.upstream, 1.f);
+  const float common = value(args.weight, 1.f) * value(args.upstream, 1.f) * args.scale;
   const float squared = args.distillation ? temperature * temperature : 1.f;
   RowFactors factors = {float(kLog2e) / temperature, 0.f, 0.f, 0.f, 0.f, -1};
-  factors.divergence = divided(common * squared * args.divergence_factor, args.divergence_count);
+  factors.divergence = divided(common * squared, args.divergence_divisor);
   factors.gradient = args.divergence_share * factors.divergence / temperature;
   if (args.labels.data) {
-    factors.cross_entropy = divided(common * args.cross_entropy_factor, args.cross_entropy_count);
+    factors.cross_entropy = divided(common, args.cross_entropy_divisor);
     factors.hard = args.cross_entropy_share * factors.cross_entropy;
     take_label(args, row, factors);
   }
   return factors;
 }
 
-KDFAST_DEVICE RowState<float> given_state(const DivergenceArgs& args, int64_t row) {
-  const float* at = args.given + row * kRowStateSize;
+KDFAST_DEVICE RowState<float> state_at(const float* states, int64_t row) {
+  const float* at = states + row * kRowStateSize;
   return {at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8]};
 }
 
@@ -189,12 +189,11 @@ KDFAST_DEVICE float cross_entropy_of(const DivergenceArgs& args, const RowState<
   return logf(state.sum_one) + to_label;
 }
 
-KDFAST_DEVICE void write_state(const DivergenceArgs& args, int64_t row, const RowState<float>& state) {
-  if (!args.states) return;
-  float* at = args.states + row * kRowStateSize;
+KDFAST_DEVICE void write_state(float* states, int64_t row, const RowState<float>& state) {
+  float* at = states + row * kRowStateSize;
   at[0] = state.max_s, at[1] = state.sum_s;
   at[2] = state.max_t, at[3] = state.sum_t;
-  at[4] = state.a, at[5] = state.b;
+  at[4] = state.moment_t, at[5] = state.moment_s;
   at[6] = state.sum_one, at[7] = state.total, at[8] = state.label;
 }
 KDFAST_DEVICE void write_losses(const DivergenceArgs& args, int64_t row, float divergence, float cross_entropy) {
@@ -216,13 +215,13 @@ KDFAST_DEVICE void write_results(const DivergenceArgs& args, int64_t row, const 
     if (!args.given) state.label = factors.label < 0 ? 0.f : student_logit(args, row, factors.label);
     if (factors.cross_entropy != 0.f) cross_entropy = factors.cross_entropy * cross_entropy_of(args, state);
   }
-  write_state(args, row, state);
+  if (args.states) write_state(args.states, row, state);
   if (!args.losses) return;
   write_losses(args, row, factors.divergence * Divergence<RowMath>::loss(state, factors.k, args.settings),
                cross_entropy);
 }
 KDFAST_DEVICE void write_masked(const DivergenceArgs& args, int64_t row) {
-  write_state(args, row, {});
+  if (args.states) write_state(args.states, row, {});
   write_losses(args, row, 0.f, 0.f);
 }
 
@@ -243,7 +242,7 @@ KDFAST_DEVICE char* gradient_of(const DivergenceArgs& args, int64_t row) {
   return args.gradient ? (char*)args.gradient + row * args.gradient_columns * size_of(args.gradient_type) : nullptr;
 }
 
-// Of a row's gradient the columns from `from` on: padding, or all of a masked row. Shared among the row's threads.
+// The columns of a row's gradient from `from` on: padding, or all of a masked row. Shared among the row's threads.
 KDFAST_DEVICE void clear_gradient(const DivergenceArgs& args, int64_t row, int64_t from, int thread, int threads) {
   if (!args.gradient || from >= args.gradient_columns) return;
   const int units = size_of(args.gradient_type) / 2;

@@ -63,8 +63,8 @@ struct InLanes {
     SecondSums<Divergence> sums{with};
 #pragma unroll
     for (int e = 0; e < held; ++e) sums.count(to, z.s[e], z.t[e]);
-    state.a = warp_sum<lanes>(sums.a);
-    state.b = warp_sum<lanes>(sums.b);
+    state.moment_t = warp_sum<lanes>(sums.loss);
+    state.moment_s = warp_sum<lanes>(sums.mean_u);
   }
 
   template <class Gradient>
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kRegisterThreads) rows_in_registers(const __gr
   const InLanes<T, lanes, held, vectors> in(args, row, counted);
   const RowFactors factors = factors_of(args, row);
   RowState<float> state =
-      args.given ? given_state(args, row) : in.template first_look<Terms>(factors.k, labels, args.smoothing > 0.f);
+      args.given ? state_at(args.given, row) : in.template first_look<Terms>(factors.k, labels, args.smoothing > 0.f);
   if constexpr (Terms::kSecondLook) {
     if (args.known != Known::everything) in.template look_again<Divergence>(args.settings, factors.k, state);
   }

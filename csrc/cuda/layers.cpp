@@ -9,13 +9,12 @@
 
 #include "cuda/heads.h"
 #include "cuda/layers.h"
-#include "cuda/rows.h"
+#include "cuda/reduce.h"
 
 namespace kdfast::cuda {
 namespace {
 
 using Tensors = std::vector<Tensor>;
-using MaybeTensor = std::optional<Tensor>;
 
 LayerMemory memory_of(const Tensor& t) {
   auto step = [&](int d) { return LayerCall::stride_of(t, d); };
@@ -68,51 +67,44 @@ Tensor launch_all(const LayerCall& call, const Target& target, const Tensors& gr
 }
 
 void check(const LayerCall& call) {
-  call.check();
   STD_TORCH_CHECK(!call.is_double(), call.op(),
                   ": student: expected float32, bfloat16 or float16 on the GPU, got float64");
 }
 bool is_empty(const LayerCall& call) { return call.all_rows() == 0 || call.columns() == 0; }
 
-std::tuple<Tensor, Tensors> layer_distance(Tensors student, Tensors teacher, MaybeTensor row_mask,
-                                           MaybeTensor column_mask, MaybeTensor divisor, int64_t kind,
-                                           std::vector<int64_t> head_map, std::vector<double> weight, double floor,
-                                           bool per_row, bool gradient) {
-  const LayerCall call{student, teacher, row_mask, column_mask, divisor, kind, head_map, weight, floor, per_row};
+std::tuple<Tensor, Tensors> forward(const LayerCall& call, bool gradient) {
   check(call);
   Tensors gradients;
-  if (gradient) gradients = new_gradients(student);
-  Tensor loss = new_output(student[0], call.loss_sizes(), ScalarType::Float);
+  if (gradient) gradients = new_gradients(call.student);
+  Tensor loss = new_output(call.student[0], call.loss_sizes(), ScalarType::Float);
   if (is_empty(call)) {
     clear(gradients);
     return {torch::stable::zero_(loss), gradients};
   }
-  const Target target = target_of(call.op(), student[0]);
+  const Target target = target_of(call.op(), call.student[0]);
   const Tensor values = launch_all(call, target, gradients, nullptr);
-  if (per_row) return {torch::stable::view(values, call.loss_sizes()), gradients};
+  if (call.per_row) return {torch::stable::view(values, call.loss_sizes()), gradients};
   launch_sum(call.op(), target, (const float*)values.const_data_ptr(), nullptr, values.numel(),
              (float*)loss.mutable_data_ptr(), nullptr);
   return {loss, gradients};
 }
 
-Tensors layer_distance_backward(Tensor grad_loss, Tensors student, Tensors teacher, MaybeTensor row_mask,
-                                MaybeTensor column_mask, MaybeTensor divisor, int64_t kind,
-                                std::vector<int64_t> head_map, std::vector<double> weight, double floor, bool per_row) {
-  const LayerCall call{student, teacher, row_mask, column_mask, divisor, kind, head_map, weight, floor, per_row};
+Tensors backward(const LayerCall& call, const Tensor& grad_loss) {
   check(call);
-  call.check_upstream(grad_loss);
-  const Tensors gradients = new_gradients(student);
+  const Tensors gradients = new_gradients(call.student);
   if (is_empty(call)) {
     clear(gradients);
   } else {
-    launch_all(call, target_of(call.op(), student[0]), gradients, &grad_loss);
+    launch_all(call, target_of(call.op(), call.student[0]), gradients, &grad_loss);
   }
   return gradients;
 }
 
+using Ops = LayerOps<forward, backward>;
+
 STABLE_TORCH_LIBRARY_IMPL(KDFAST_CUDA_NAMESPACE, KDFAST_CUDA_KEY, m) {
-  m.impl("layer_distance", TORCH_BOX(&layer_distance));
-  m.impl("layer_distance_backward", TORCH_BOX(&layer_distance_backward));
+  m.impl("layer_distance", TORCH_BOX(&Ops::layer_distance));
+  m.impl("layer_distance_backward", TORCH_BOX(&Ops::layer_distance_backward));
 }
 
 }  // namespace

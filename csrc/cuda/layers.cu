@@ -1,6 +1,7 @@
 // Distances between the rows of layers: a warp per row, all layers in one launch. 3 x elements x size of traffic; a
 // second look, for sums or the gradient, finds the row in L1.
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/block.cuh"
 #include "cuda/divergence_rows.cuh"
@@ -140,7 +141,7 @@ struct KlOf {
     row.visit([&](int64_t c, float s, float t) { count<Terms>(state, shown(c, s), shown(c, t), k); });
     state.sum_s = warp_sum(state.sum_s);
     state.sum_t = warp_sum(state.sum_t);
-    state.a = warp_sum(state.a);
+    state.moment_t = warp_sum(state.moment_t);
     if (row.gradient) {
       const Gradient<KlDiv> of(state, k, factor, {});
       row.write([&](int64_t c, float s, float t) { return of(shown(c, s), shown(c, t)); });
@@ -191,7 +192,9 @@ KDFAST_DEVICE AnyRow any_row_at(const LayerArgs& args, const RowPlace& at, int l
           lane};
 }
 
-// `T` void: any types and strides.
+struct AnyLayout;
+
+// `T`: of both sides' contiguous rows, or AnyLayout of any types and strides.
 template <class Of, class T>
 __global__ void __launch_bounds__(kThreads, 2) layer_rows(const __grid_constant__ LayerArgs args) {
   const int lane = threadIdx.x % 32;
@@ -205,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, 2) layer_rows(const __grid_constant_
       const float weight = divisor > 0.f ? at.weight / divisor : 0.f;
       const float factor = args.upstream ? weight * args.upstream[args.per_row ? i : 0] : weight;
       const bool* columns = args.column_mask ? args.column_mask + at.batch * args.columns : nullptr;
-      if constexpr (sizeof(T) == 1) {
+      if constexpr (std::is_same_v<T, AnyLayout>) {
         value = weight * Of::run(any_row_at(args, at, lane), columns, args.floor, factor);
       } else {
         value = weight * Of::run(row_at<T>(args, at, lane), columns, args.floor, factor);
@@ -230,10 +233,9 @@ struct Kernels {
   using Kernel = void (*)(const LayerArgs);
   Kernel of[4];  // by Element, and of any layout
 };
-using Any = char;
 template <class Of>
 constexpr Kernels kernels_of() {
-  return {{layer_rows<Of, float>, layer_rows<Of, BFloat16>, layer_rows<Of, Float16>, layer_rows<Of, Any>}};
+  return {{layer_rows<Of, float>, layer_rows<Of, BFloat16>, layer_rows<Of, Float16>, layer_rows<Of, AnyLayout>}};
 }
 // By Distance.
 const Kernels kKernels[] = {kernels_of<SquaredOf>(), kernels_of<VectorsOf<CosineDistance>>(),

@@ -9,13 +9,12 @@
 
 #include "cuda/heads.h"
 #include "cuda/qk.h"
-#include "cuda/rows.h"
+#include "cuda/reduce.h"
 
 namespace kdfast::cuda {
 namespace {
 
 using Tensors = std::vector<Tensor>;
-using MaybeTensor = std::optional<Tensor>;
 
 QkMemory memory_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
@@ -97,7 +96,6 @@ Tensor launch_all(const QkCall& call, const Target& target, const Tensors& gradi
 }
 
 void check(const QkCall& call) {
-  call.check();
   STD_TORCH_CHECK(!call.is_double(), call.op(),
                   ": student_q: expected float32, bfloat16 or float16 on the GPU, got float64");
 }
@@ -105,49 +103,39 @@ bool is_empty(const QkCall& call) {
   return call.all_heads() == 0 || call.length() == 0 || call.student_q[0].size(3) == 0;
 }
 
-std::tuple<Tensor, Tensors> qk_distance(Tensors student_q, Tensors student_k, Tensors teacher_q, Tensors teacher_k,
-                                        MaybeTensor query_mask, MaybeTensor key_mask, MaybeTensor divisor, int64_t kind,
-                                        double student_scale, double teacher_scale, bool causal,
-                                        std::vector<int64_t> head_map, std::vector<double> weight, bool per_head,
-                                        bool gradient) {
-  const QkCall call{student_q, student_k,     teacher_q,     teacher_k, query_mask, key_mask, divisor,
-                    kind,      student_scale, teacher_scale, causal,    head_map,   weight,   per_head};
+std::tuple<Tensor, Tensors> forward(const QkCall& call, bool gradient) {
   check(call);
   Tensors gradients;
   if (gradient) gradients = new_gradients(call.with_gradient());
-  Tensor loss = new_output(student_q[0], call.loss_sizes(), ScalarType::Float);
+  Tensor loss = new_output(call.student_q[0], call.loss_sizes(), ScalarType::Float);
   if (is_empty(call)) {
     clear(gradients);
     return {torch::stable::zero_(loss), gradients};
   }
-  const Target target = target_of(call.op(), student_q[0]);
+  const Target target = target_of(call.op(), call.student_q[0]);
   const Tensor values = launch_all(call, target, gradients, nullptr);
-  if (per_head) return {torch::stable::view(values, call.loss_sizes()), gradients};
+  if (call.per_head) return {torch::stable::view(values, call.loss_sizes()), gradients};
   launch_sum(call.op(), target, (const float*)values.const_data_ptr(), nullptr, values.numel(),
              (float*)loss.mutable_data_ptr(), nullptr);
   return {loss, gradients};
 }
 
-Tensors qk_distance_backward(Tensor grad_loss, Tensors student_q, Tensors student_k, Tensors teacher_q,
-                             Tensors teacher_k, MaybeTensor query_mask, MaybeTensor key_mask, MaybeTensor divisor,
-                             int64_t kind, double student_scale, double teacher_scale, bool causal,
-                             std::vector<int64_t> head_map, std::vector<double> weight, bool per_head) {
-  const QkCall call{student_q, student_k,     teacher_q,     teacher_k, query_mask, key_mask, divisor,
-                    kind,      student_scale, teacher_scale, causal,    head_map,   weight,   per_head};
+Tensors backward(const QkCall& call, const Tensor& grad_loss) {
   check(call);
-  call.check_upstream(grad_loss);
   const Tensors gradients = new_gradients(call.with_gradient());
   if (is_empty(call)) {
     clear(gradients);
   } else {
-    launch_all(call, target_of(call.op(), student_q[0]), gradients, &grad_loss);
+    launch_all(call, target_of(call.op(), call.student_q[0]), gradients, &grad_loss);
   }
   return gradients;
 }
 
+using Ops = QkOps<forward, backward>;
+
 STABLE_TORCH_LIBRARY_IMPL(KDFAST_CUDA_NAMESPACE, KDFAST_CUDA_KEY, m) {
-  m.impl("qk_distance", TORCH_BOX(&qk_distance));
-  m.impl("qk_distance_backward", TORCH_BOX(&qk_distance_backward));
+  m.impl("qk_distance", TORCH_BOX(&Ops::qk_distance));
+  m.impl("qk_distance_backward", TORCH_BOX(&Ops::qk_distance_backward));
 }
 
 }  // namespace

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads) kl_values(const __grid_constant__ Qk
       for (int j = 0; j < 4; ++j) count<Terms>(tile, s[j], t[j], k);
       tile.sum_s = warp_sum<16>(tile.sum_s);
       tile.sum_t = warp_sum<16>(tile.sum_t);
-      tile.a = warp_sum<16>(tile.a);
+      tile.moment_t = warp_sum<16>(tile.moment_t);
       merge<Terms>(rows[i], tile, k);
     }
   }

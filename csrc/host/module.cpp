@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "common/divergence_facts.h"
+#include "common/divergence_schema.h"
 #include "cuda/plan.h"
 #include "host/build_info.h"
 
@@ -79,5 +81,12 @@ PYBIND11_MODULE(_C, m) {
   };
   define_vector("vector_exp2", &kdfast::vector_exp2, "2^x as the CPU variant in use makes it (for its test).");
   define_vector("vector_log2", &kdfast::vector_log2, "log2(x) as the CPU variant in use makes it (for its test).");
+  py::list divergences;
+  for (int kind = 0; kind < int(kdfast::Divergence::count); ++kind) {
+    const kdfast::DivergenceFacts& facts = kdfast::facts_of(kdfast::Divergence(kind));
+    divergences.append(py::make_tuple(facts.name, facts.topk, facts.second_look));
+  }
+  m.attr("divergences") = py::tuple(divergences);  // name, of a top-k teacher, takes a second look; by number
+  m.attr("divergence_arguments") = kdfast::divergence_arguments();  // of their schemas, after student and teacher
   define_cuda(m);
 }

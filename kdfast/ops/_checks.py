@@ -7,7 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2, "batchmean": 3}
+REDUCTIONS = ("none", "mean", "sum", "batchmean")
 TOPK = ("teacher_topk_logprobs", "teacher_topk_indices")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -160,12 +160,11 @@ def check_labels(
     return mask
 
 
-def check_reduction(op: str, reduction: str, logits: Tensor) -> int:
+def check_reduction(op: str, reduction: str, logits: Tensor) -> None:
     if reduction not in REDUCTIONS:
         wrong_value(op, "reduction", "'none', 'mean', 'sum' or 'batchmean'", repr(reduction))
     if reduction == "batchmean" and logits.dim() < 2:
         wrong_value(op, "reduction", "logits with a batch dimension for 'batchmean'", f"shape {list(logits.shape)}")
-    return REDUCTIONS[reduction]
 
 
 def check_rows(op: str, argument: str, x: Tensor | None, logits: Tensor) -> Tensor | None:
@@ -186,6 +185,10 @@ def check_rows(op: str, argument: str, x: Tensor | None, logits: Tensor) -> Tens
     if x.device != logits.device:
         wrong_value(op, argument, f"the logits' device {logits.device}", x.device)
     leading = logits.shape[:-1]
+    if argument != "mask":
+        x = x.to(loss_dtype(logits))
+    if x.shape == leading:
+        return x
     if x.dim() > len(leading) or any(
         a != 1 and a != b for a, b in zip(reversed(x.shape), reversed(leading), strict=False)
     ):
@@ -193,8 +196,6 @@ def check_rows(op: str, argument: str, x: Tensor | None, logits: Tensor) -> Tens
         wrong_value(
             op, argument, f"a shape that broadcasts to the leading dimensions {list(leading)}{per_first}", list(x.shape)
         )
-    if argument != "mask":
-        x = x.to(loss_dtype(logits))
     return x.expand(leading)
 
 
@@ -216,12 +217,10 @@ def check_temperature_number(op: str, temperature: object) -> None:
         wrong_value(op, "temperature", "a finite number > 0", temperature)
 
 
-def check_num_items(
-    op: str, num_items: float | Tensor | None, reduction: str, logits: Tensor
-) -> tuple[float, Tensor | None]:
-    """The denominator of `mean` when given: as a factor 1/number, or as a tensor on the device."""
+def check_num_items(op: str, num_items: float | Tensor | None, reduction: str, logits: Tensor) -> float | Tensor | None:
+    """The denominator of `mean` when given: a number, or one in a tensor on the device."""
     if num_items is None:
-        return 1.0, None
+        return None
     if reduction != "mean":
         wrong_value(op, "num_items", "reduction='mean' with it", f"reduction={reduction!r}")
     if isinstance(num_items, Tensor):
@@ -229,12 +228,12 @@ def check_num_items(
             wrong_value(op, "num_items", "one number", f"shape {list(num_items.shape)}")
         if num_items.device != logits.device:
             wrong_value(op, "num_items", f"the logits' device {logits.device}", num_items.device)
-        return 1.0, num_items.detach().to(loss_dtype(logits))
+        return num_items.detach().to(loss_dtype(logits))
     if isinstance(num_items, bool) or not isinstance(num_items, (int, float, torch.SymInt)):
         wrong_type(op, "num_items", "a number or a tensor of one", kind(num_items))
     if not num_items > 0:
         wrong_value(op, "num_items", "a number > 0", num_items)
-    return 1.0 / num_items, None
+    return num_items
 
 
 def loss_dtype(logits: Tensor) -> torch.dtype:

@@ -1,98 +1,47 @@
-"""What all divergences between logits share: the call of the native operator, its autograd Function, its fake kernels."""
+"""What all divergences between logits share: their calls, the autograd Function, the fake kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdfast.ops import _checks, _shards, _transforms
+from kdfast import _C
+from kdfast.ops import _call, _checks, _shards, _transforms
+from kdfast.ops._call import (
+    KNOWN_EVERYTHING,
+    KNOWN_NORMALISERS,
+    KNOWN_NOTHING,
+    SAVE_GRADIENT,
+    SAVE_NOTHING,
+    SAVE_STATE,
+    STATE_SIZE,
+    Call,
+    Numbers,
+    RowValues,
+)
+from kdfast.ops._options import Options
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# In the order of csrc/common/divergence_terms.h.
-KINDS = (
-    "kl_div",
-    "reverse_kl_div",
-    "js_div",
-    "skew_kl_div",
-    "skew_reverse_kl_div",
-    "total_variation",
-    "soft_cross_entropy",
-    "logit_mse",
-    "symmetric_kl_div",
-)
-TAILS = ("bucket", "renormalize", "drop")
-_ALL_KINDS = KINDS + tuple(f"topk_{tail}" for tail in TAILS)
-SECOND_LOOK = ("js_div", "skew_kl_div", "skew_reverse_kl_div", "total_variation")
-SAVE_NOTHING, SAVE_STATE, SAVE_GRADIENT = range(3)
-KNOWN_NOTHING, KNOWN_NORMALISERS, KNOWN_EVERYTHING = range(3)
-STATE_SIZE = 9  # numbers per row: csrc/common/rowmath.h, RowState
+# The list of csrc/common/divergence_terms.h, which numbers them.
+ALL_KINDS = tuple(name for name, _, _ in _C.divergences)
+KINDS = tuple(name for name, topk, _ in _C.divergences if not topk)
+TAILS = tuple(name.removeprefix("topk_") for name, topk, _ in _C.divergences if topk)
+SECOND_LOOK = tuple(name for name, _, again in _C.divergences if again)
 
 
-@dataclass(frozen=True)
-class Options:
-    """The arguments that every divergence takes, as the caller gave them."""
-
-    temperature: float | Tensor
-    mask: Tensor | None
-    weight: Tensor | None
-    vocab_size: int | None
-    reduction: str
-    num_items: float | Tensor | None
-    process_group: ProcessGroup | None
-    vocab_start: int | None
-
-
-@dataclass(frozen=True)
-class Labels:
+class Labels(NamedTuple):
     """What `kd_loss` adds to a divergence."""
 
     labels: Tensor | None
     alpha: float
     smoothing: float
     ignore_index: int
-
-
-class Call(NamedTuple):
-    """What the raw operator takes after student and teacher, in the order of csrc/library.cpp."""
-
-    indices: Tensor | None
-    labels: Tensor | None
-    row_temperature: Tensor | None
-    mask: Tensor | None
-    weight: Tensor | None
-    num_items: Tensor | None
-    kind: int
-    mixing: float
-    temperature: float
-    columns: int
-    vocabulary: int
-    vocab_start: int
-    reduction: int
-    scale: float
-    distillation: bool
-    alpha: float
-    smoothing: float
-    ignore_index: int
-
-    @property
-    def name(self) -> str:
-        return _ALL_KINDS[self.kind]
-
-    def rows(self, of: Callable[[Tensor], Tensor]) -> Call:
-        """With `of` of the values per row."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in _PER_ROW}
-        changed: dict[str, Any] = {name: of(x) for name, x in values.items() if x is not None}
-        return self._replace(**changed)
-
-
-_PER_ROW = Call._fields[:5]
-TENSORS = 6  # of a Call, its first
 
 
 def check_divergence(op: str, divergence: str) -> None:
@@ -114,10 +63,12 @@ def at_its_ends(kind: str, beta: float = 0.0, skew: float = 0.0) -> tuple[str, f
     return kind, float(skew)
 
 
-def of(op: str, student: Tensor, teacher: Tensor, options: Options, *, beta: float = 0.0, skew: float = 0.0) -> Tensor:
-    """A divergence on its own."""
+def of(
+    op: str, student: Tensor, teacher: Tensor, given: Mapping[str, Any], *, beta: float = 0.0, skew: float = 0.0
+) -> Tensor:
+    """A divergence on its own; `given`: its options."""
     kind, mixing = at_its_ends(op, beta, skew)
-    return run(op, kind, student, teacher, options, mixing, None)[0]
+    return run(op, kind, student, teacher, Options.of(op, given), mixing, None)[0]
 
 
 def run(
@@ -137,18 +88,19 @@ def run(
     student, teacher = shard.student, shard.teacher if indices is None else teacher
     if indices is not None:
         teacher, indices = _checks.check_topk(op, student, teacher, indices)
-    teacher = teacher.detach()
+    if teacher.requires_grad:
+        teacher = teacher.detach()
     if torch.float64 in (student.dtype, teacher.dtype):
         student, teacher = student.double(), teacher.double()
     call = call_of(op, kind, student, shard, options, mixing, labels, indices)
     if indices is not None:
-        _checks.check_topk_values(op, teacher, indices, call.mask, shard.vocabulary)
+        _checks.check_topk_values(op, teacher, indices, call.rows.mask, shard.vocabulary)
     if torch.is_grad_enabled() and student.requires_grad:
-        loss, components = _Divergence.apply(op, shard.group, student, teacher, *call)
+        loss, components = _Divergence.apply(op, shard.group, student, teacher, call)
     else:
         loss, components, _ = forward(shard.group, student, teacher, call, SAVE_NOTHING)
     if indices is not None:
-        _checks.check_topk_repeats(op, loss, teacher, indices, call.mask)
+        _checks.check_topk_repeats(op, loss, teacher, indices, call.rows.mask)
     return loss, components
 
 
@@ -163,43 +115,78 @@ def call_of(
     indices: Tensor | None,
 ) -> Call:
     """The checked arguments; of `student` only the leading dimensions, the dtype and the device matter."""
-    reduction = _checks.check_reduction(op, options.reduction, student)
+    _checks.check_reduction(op, options.reduction, student)
     temperature, row_temperature = _checks.check_temperature(op, options.temperature, student)
-    scale, items = _checks.check_num_items(op, options.num_items, options.reduction, student)
-    if options.num_items is not None and items is None:
-        reduction = _checks.REDUCTIONS["sum"]  # 1/num_items is in the scale
+    num_items = _checks.check_num_items(op, options.num_items, options.reduction, student)
     mask = _checks.check_rows(op, "mask", options.mask, student)
     weight = _checks.check_rows(op, "weight", options.weight, student)
-    hard = None if labels is None or labels.labels is None else labels.labels
-    if labels is not None and hard is not None:
+    hard = own = None
+    if labels is not None and labels.labels is not None:
+        hard, own = labels.labels, None if mask is None else labels
         mask = _checks.check_labels(op, hard, mask, student, shard.vocabulary, labels.ignore_index)
-    return Call(
-        *(indices, hard, row_temperature, mask, weight, items, _ALL_KINDS.index(kind)),
-        *(mixing, temperature, shard.columns, shard.vocabulary, shard.start, reduction, scale),
-        *((False, 1.0, 0.0, 0) if labels is None else (True, labels.alpha, labels.smoothing, labels.ignore_index)),
+    if options.reduction == "mean":
+        scale, divisor = _of_mean(student, num_items, mask, own)
+    else:
+        scale, divisor = _over(student.shape[0], student) if options.reduction == "batchmean" else (1.0, None)
+    numbers = Numbers(
+        kind=ALL_KINDS.index(kind),
+        mixing=mixing,
+        temperature=temperature,
+        columns=shard.columns,
+        vocabulary=shard.vocabulary,
+        vocab_start=shard.start,
+        scale=scale,
+        per_row=options.reduction == "none",
+        distillation=labels is not None,
+        alpha=1.0 if labels is None else labels.alpha,
+        smoothing=0.0 if labels is None else labels.smoothing,
+        ignore_index=0 if labels is None else labels.ignore_index,
     )
+    return Call(RowValues(indices, hard, row_temperature, mask, weight), divisor, numbers)
+
+
+def _of_mean(
+    like: Tensor, num_items: float | Tensor | None, mask: Tensor | None, labels: Labels | None
+) -> tuple[float, Tensor | None]:
+    """Scale and divisor of a mean over the rows of `mask`, and of the cross-entropy over those of them that have a label
+    (None: the same). What is counted stays on the device."""
+    if isinstance(num_items, Tensor):
+        return 1.0, num_items
+    if num_items is not None:
+        return _over(num_items, like)
+    if mask is None:
+        return _over(math.prod(like.shape[:-1]), like)
+    real = _checks.loss_dtype(like)
+    if labels is None:
+        return 1.0, mask.sum(dtype=real)
+    both = torch.stack((mask, mask & (labels.labels != labels.ignore_index)))
+    return 1.0, both.view(2, -1).sum(1, dtype=real)
+
+
+def _over(number: float, like: Tensor) -> tuple[float, Tensor | None]:
+    """Scale and divisor for a division by a number, which is 0 where nothing counts."""
+    if torch.compiler.is_compiling():  # a sum over another number of rows is not compiled anew
+        return 1.0, torch.full((), number, dtype=_checks.loss_dtype(like), device=like.device)
+    return 1.0 / number if number else 1.0, None
 
 
 def forward(
     group: ProcessGroup | None, student: Tensor, teacher: Tensor, call: Call, save: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, components and what is saved; over shards, by way of the rows' states."""
-    native = torch.ops.kdfast.divergence
     if group is None:
-        return native(student, teacher, *call, None, KNOWN_NOTHING, save)  # type: ignore[no-any-return]
+        return _call.divergence(student, teacher, call, None, KNOWN_NOTHING, save)
     state = state_of(group, student, teacher, call)
-    loss, components, saved = native(student, teacher, *call, state, KNOWN_EVERYTHING, save)
+    loss, components, saved = _call.divergence(student, teacher, call, state, KNOWN_EVERYTHING, save)
     return loss, components, state if save == SAVE_STATE else saved
 
 
 def state_of(group: ProcessGroup, student: Tensor, teacher: Tensor, call: Call) -> Tensor:
     """The rows' states over all shards."""
-    native = torch.ops.kdfast.divergence
-    temperature = call.temperature if call.row_temperature is None else call.row_temperature
-    state = native(student, teacher, *call, None, KNOWN_NOTHING, SAVE_STATE)[2]
-    state = _shards.merged(state, call.name, temperature, group)
-    if call.name in SECOND_LOOK:
-        state = native(student, teacher, *call, state, KNOWN_NORMALISERS, SAVE_STATE)[2]
+    state = _call.divergence(student, teacher, call, None, KNOWN_NOTHING, SAVE_STATE)[2]
+    state = _shards.merged(state, call.numbers.kind, call.rows.row_temperature, call.numbers.temperature, group)
+    if ALL_KINDS[call.numbers.kind] in SECOND_LOOK:
+        state = _call.divergence(student, teacher, call, state, KNOWN_NORMALISERS, SAVE_STATE)[2]
         state = _shards.summed(state, group)
     return state
 
@@ -213,18 +200,16 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, op: str, group: Any, student: Tensor, teacher: Tensor, *args: Any
+        ctx: Any, op: str, group: Any, student: Tensor, teacher: Tensor, call: Call
     ) -> tuple[Tensor, Tensor]:
-        call = Call(*args)
-        per_row = call.reduction == _checks.REDUCTIONS["none"]
-        in_forward = not per_row and student.dtype != torch.float16
+        in_forward = not call.numbers.per_row and student.dtype != torch.float16
         save = SAVE_GRADIENT if in_forward else SAVE_STATE
         loss, components, saved = forward(group, student, teacher, call, save)
-        ctx.op, ctx.numbers = op, args[TENSORS:]
+        ctx.op, ctx.numbers = op, call.numbers
         if in_forward:
             ctx.save_for_backward(saved)
         else:
-            ctx.save_for_backward(saved, student, teacher, *args[:TENSORS])
+            ctx.save_for_backward(saved, student, teacher, *call.rows, call.divisor)
         ctx.mark_non_differentiable(components)
         return loss, components
 
@@ -235,8 +220,10 @@ class _Divergence(torch.autograd.Function):
         if len(saved) == 1:
             (gradient,) = scaled(saved, grad_loss)
         else:
-            gradient = torch.ops.kdfast.divergence_backward(grad_loss, *saved, *ctx.numbers)
-        return None, None, gradient, *(None,) * (1 + len(Call._fields))
+            state, student, teacher, *rows, divisor = saved
+            call = Call(RowValues(*rows), divisor, ctx.numbers)
+            gradient = _call.divergence_backward(grad_loss, state, student, teacher, call)
+        return None, None, gradient, None, None
 
 
 def refuse_double_backward(op: str) -> None:
@@ -264,27 +251,33 @@ def _(x: Tensor, factor: Tensor) -> None:
     return None
 
 
-def new_results(like: Tensor, leading: Sequence[int], call: Call) -> tuple[Tensor, Tensor]:
+def new_results(like: Tensor, leading: Sequence[int], numbers: Numbers) -> tuple[Tensor, Tensor]:
     """Loss and components, not initialized."""
     real = _checks.loss_dtype(like)
-    results = leading if call.reduction == _checks.REDUCTIONS["none"] else ()
-    components = (*results, 2) if call.distillation else (0,)
+    results = leading if numbers.per_row else ()
+    components = (*results, 2) if numbers.distillation else (0,)
     return like.new_empty(results, dtype=real), like.new_empty(components, dtype=real)
 
 
 @torch.library.register_fake("kdfast::divergence_into")
 def _(gradient: Tensor, student: Tensor, teacher: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return new_results(student, student.shape[:-1], Call(*args[: len(Call._fields)]))
+    *flat, _state, _known = args
+    return new_results(student, student.shape[:-1], Call.of(flat).numbers)
 
 
 @torch.library.register_fake("kdfast::divergence")
 def _(student: Tensor, teacher: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *flat, _state, _known, save = args
     real, leading = _checks.loss_dtype(student), student.shape[:-1]
-    call, save = Call(*args[: len(Call._fields)]), args[-1]
-    loss, components = new_results(student, leading, call)
+    loss, components = new_results(student, leading, Call.of(flat).numbers)
     if save == SAVE_GRADIENT:
         return loss, components, student.new_empty(student.shape)
     return loss, components, student.new_empty((*leading, STATE_SIZE) if save == SAVE_STATE else (0,), dtype=real)
+
+
+@torch.library.register_fake("kdfast::divergence_referred")
+def _(state: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(state)
 
 
 @torch.library.register_fake("kdfast::divergence_backward")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import _checks, _shards
-from kdfast.ops._divergence import Options
 from kdfast.ops._heads import Head
+from kdfast.ops._options import Options
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

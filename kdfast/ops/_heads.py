@@ -69,8 +69,11 @@ class Head(NamedTuple):
         bias = None if self.bias is None else self.bias[:columns]
         return self._replace(weight=self.weight[:columns], bias=bias)
 
+    def at(self, places: Tensor) -> Head:
+        return self._replace(hidden=self.hidden[places])
+
     def logits(self, rows: slice, out: Tensor, widening: Widening) -> None:
-        """Of some rows, into `out`, float32 (float64)."""
+        """Those of some rows, into `out` [n, V], float32 (float64)."""
         hidden = self.hidden[rows]
         if hidden.dtype == out.dtype:
             torch.mm(hidden, self.weight.t(), out=out)
@@ -97,7 +100,7 @@ def gradient_dtype(weight: Tensor) -> torch.dtype:
 
 
 class Gradients:
-    """Of hidden states, weight and bias (where `wanted`), from the gradients of the logits, slab by slab.
+    """The gradients of hidden states, weight and bias (where `wanted`), from the gradients of the logits, slab by slab.
 
     Sums over several slabs are float32, and so are hidden states' gradients where those of other shards are still to
     come.

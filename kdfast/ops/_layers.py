@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ Layers = Tensor | Sequence[Tensor]
 HeadMap = Sequence[int] | Sequence[Sequence[int]] | Tensor
 # In the order of csrc/common/layer_terms.h.
 DISTANCES = ("squared", "cosine", "normalized", "kl")
-MASKS = 3  # of a call: rows, columns, and the denominator that they make
+# Settings of numbers that launches take: a tensor of them is on the CPU.
+ON_HOST = ("head_map", "head_weight", "layer_weight")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Masks:
     causal: bool = False
 
     def counted(self, elements: bool) -> Tensor | int:
-        """Of a head of every sequence the elements that count, or its rows."""
+        """The elements that count of a head, or its rows, in every sequence: [B], or a number for all."""
         if not elements:
             return self.shape[0] if self.rows is None else self.rows.sum(-1)
         if self.rows is None and self.columns is None:
@@ -160,7 +161,7 @@ def check_head_map(op: str, head_map: Any, layers: int, student_heads: int, teac
 def weights_of(
     maps: list[list[int]], layer_weight: list[float], head_weight: list[list[float]], mean: bool
 ) -> list[float]:
-    """Of every layer and head in turn; a mean is over the heads that are not skipped."""
+    """The weights of every layer and head in turn; a mean is over the heads that are not skipped."""
     weights = []
     for heads, of_layer, of_heads in zip(maps, layer_weight, head_weight, strict=True):
         live = sum(head >= 0 for head in heads)
@@ -183,14 +184,14 @@ def run(
     """The reduced loss; for `none` that of every row, [layers, B, H, R]. `elements`: a mean divides by elements, else by
     rows."""
     static, divisor = denominator(masks, student[0].shape[0], reduction, elements, student[0])
-    numbers = (
-        DISTANCES.index(distance),
-        [head for heads in maps for head in heads],
-        [w / static for w in weights],
-        math.nan if floor is None else float(floor),
-        reduction == "none",
+    numbers = LayerNumbers(
+        kind=DISTANCES.index(distance),
+        head_map=[head for heads in maps for head in heads],
+        weight=[w / static for w in weights],
+        floor=math.nan if floor is None else float(floor),
+        per_row=reduction == "none",
     )
-    return call(op, "layer_distance", [student], [teacher], (masks.rows, masks.columns, divisor), numbers)
+    return call(op, "layer_distance", Tensors([student], [teacher], masks.rows, masks.columns, divisor), numbers)
 
 
 def denominator(masks: Masks, batch: int, reduction: str, elements: bool, like: Tensor) -> tuple[float, Tensor | None]:
@@ -212,28 +213,72 @@ def head_means(sums: Tensor, masks: Masks, elements: bool, single: bool) -> Tens
     return means[0] if single else means
 
 
-def call(
-    op: str,
-    native: str,
-    student: list[list[Tensor]],
-    teacher: list[list[Tensor]],
-    masks: tuple[Tensor | None, ...],
-    numbers: tuple[Any, ...],
-) -> Tensor:
-    """The native operator over lists of layers, those of the student with gradient. The last of `numbers`: no reduction."""
-    teacher = [[x.detach() for x in layers] for layers in teacher]
+class Tensors(NamedTuple):
+    """What the raw operators take first (csrc/library.cpp): lists of layers, of hidden states or scores one a side, of
+    queries and keys two; bool masks [B, R] and [B, C]; and what the loss is over, one number."""
+
+    student: list[list[Tensor]]
+    teacher: list[list[Tensor]]
+    row_mask: Tensor | None
+    column_mask: Tensor | None
+    divisor: Tensor | None
+
+    @property
+    def masks(self) -> tuple[Tensor | None, ...]:
+        return self.row_mask, self.column_mask, self.divisor
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        """For autograd, which sees no tensors in lists."""
+        return *self.masks, *(x for layers in self.student + self.teacher for x in layers)
+
+    @classmethod
+    def of(cls, flat: Sequence[Any], layers: int) -> Tensors:
+        row_mask, column_mask, divisor, *given = flat
+        lists = [given[i : i + layers] for i in range(0, len(given), layers)]
+        each = len(lists) // 2
+        return cls(lists[:each], lists[each:], row_mask, column_mask, divisor)
+
+
+class LayerNumbers(NamedTuple):
+    """What `layer_distance` takes beside tensors; head_map and weight of every layer and head in turn."""
+
+    kind: int  # of DISTANCES
+    head_map: list[int]
+    weight: list[float]
+    floor: float
+    per_row: bool
+
+
+class QkNumbers(NamedTuple):
+    """The same of `qk_distance`; here a value of its own is a head's."""
+
+    kind: int  # of qk.LOSSES
+    student_scale: float
+    teacher_scale: float
+    causal: bool
+    head_map: list[int]
+    weight: list[float]
+    per_row: bool
+
+
+def call(op: str, native: str, tensors: Tensors, numbers: LayerNumbers | QkNumbers) -> Tensor:
+    """The native operator, the student's layers with gradient."""
+    student, teacher = tensors.student, [[x.detach() for x in layers] for layers in tensors.teacher]
     if any(layers[0].dtype == torch.float64 for layers in student + teacher):
         student, teacher = ([[x.double() for x in layers] for layers in side] for side in (student, teacher))
-        *of_tokens, divisor = masks
-        masks = (*of_tokens, None if divisor is None else divisor.double())
+        if tensors.divisor is not None:
+            tensors = tensors._replace(divisor=tensors.divisor.double())
+    tensors = tensors._replace(student=student, teacher=teacher)
     if torch.is_grad_enabled() and any(x.requires_grad for layers in student for x in layers):
-        tensors = [x for layers in student + teacher for x in layers]
-        return _OfLayers.apply(op, native, len(student[0]), numbers, *masks, *tensors)  # type: ignore[no-any-return]
-    return getattr(torch.ops.kdfast, native)(*student, *teacher, *masks, *numbers, False)[0]  # type: ignore[no-any-return]
+        return _OfLayers.apply(op, native, len(student[0]), numbers, *tensors.flat())  # type: ignore[no-any-return]
+    return _forward(native, tensors, numbers, False)[0]
 
 
-def _split(tensors: Sequence[Tensor], layers: int) -> list[list[Tensor]]:
-    return [list(tensors[i : i + layers]) for i in range(0, len(tensors), layers)]
+def _forward(
+    native: str, tensors: Tensors, numbers: LayerNumbers | QkNumbers, gradient: bool
+) -> tuple[Tensor, list[Tensor]]:
+    raw = getattr(torch.ops.kdfast, native)
+    return raw(*tensors.student, *tensors.teacher, *tensors.masks, *numbers, gradient)  # type: ignore[no-any-return]
 
 
 class _OfLayers(torch.autograd.Function):
@@ -241,16 +286,15 @@ class _OfLayers(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, op: str, native: str, layers: int, numbers: tuple[Any, ...], *tensors: Tensor | None
+        ctx: Any, op: str, native: str, layers: int, numbers: LayerNumbers | QkNumbers, *flat: Tensor | None
     ) -> Tensor:
-        masks, given = tensors[:MASKS], tensors[MASKS:]
-        ctx.in_forward = not numbers[-1] and given[0].dtype != torch.float16  # type: ignore[union-attr]
-        lists = _split(given, layers)  # type: ignore[arg-type]
-        loss, gradients = getattr(torch.ops.kdfast, native)(*lists, *masks, *numbers, ctx.in_forward)
+        tensors = Tensors.of(flat, layers)
+        ctx.in_forward = not numbers.per_row and tensors.student[0][0].dtype != torch.float16
+        loss, gradients = _forward(native, tensors, numbers, ctx.in_forward)
         ctx.op, ctx.native, ctx.layers, ctx.numbers = op, native, layers, numbers
-        ctx.students = len(given) // 2
-        ctx.save_for_backward(*(gradients if ctx.in_forward else tensors))
-        return loss  # type: ignore[no-any-return]
+        ctx.before, ctx.teachers = 4 + len(tensors.masks), sum(map(len, tensors.teacher))
+        ctx.save_for_backward(*(gradients if ctx.in_forward else flat))
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -260,15 +304,14 @@ class _OfLayers(torch.autograd.Function):
             gradients = scaled(saved, grad_loss)
         else:
             _transforms.refuse_batched(ctx.op, grad_loss)
-            lists = _split(saved[MASKS:], ctx.layers)
-            again = getattr(torch.ops.kdfast, ctx.native + "_backward")
-            gradients = again(grad_loss.contiguous(), *lists, *saved[:MASKS], *ctx.numbers)
-        return *(None,) * (4 + MASKS), *gradients, *(None,) * ctx.students
+            of, again = Tensors.of(saved, ctx.layers), getattr(torch.ops.kdfast, ctx.native + "_backward")
+            gradients = again(grad_loss.contiguous(), *of.student, *of.teacher, *of.masks, *ctx.numbers)
+        return *(None,) * ctx.before, *gradients, *(None,) * ctx.teachers
 
 
 @torch.library.register_fake("kdfast::layer_distance")
 def _(student: list[Tensor], teacher: list[Tensor], *args: Any) -> tuple[Tensor, list[Tensor]]:
-    per_row, gradient = args[-2:]
+    *_, per_row, gradient = args
     return _fake_loss(student, 3 if per_row else 0), _fake_gradients(student) if gradient else []
 
 
@@ -279,7 +322,7 @@ def _(grad_loss: Tensor, student: list[Tensor], *args: Any) -> list[Tensor]:
 
 @torch.library.register_fake("kdfast::qk_distance")
 def _(student_q: list[Tensor], student_k: list[Tensor], *args: Any) -> tuple[Tensor, list[Tensor]]:
-    per_head, gradient = args[-2:]
+    *_, per_head, gradient = args
     return _fake_loss(student_q, 2 if per_head else 0), _fake_gradients(student_q + student_k) if gradient else []
 
 

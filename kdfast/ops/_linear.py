@@ -6,49 +6,93 @@ a slab of chunks, the gradients of hidden states and weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdfast.ops import _checks, _chunks, _divergence, _heads, _transforms
-from kdfast.ops._divergence import KNOWN_EVERYTHING, KNOWN_NOTHING, SAVE_NOTHING, Call
+from kdfast import _C
+from kdfast.ops import _call, _checks, _chunks, _divergence, _heads, _transforms
+from kdfast.ops._call import ARGUMENTS, KNOWN_EVERYTHING, KNOWN_NOTHING, SAVE_NOTHING, Call
 from kdfast.ops._heads import WORKSPACE, Gradients, Head, Widening
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-NONE, MEAN, SUM = (_checks.REDUCTIONS[name] for name in ("none", "mean", "sum"))
+
+class Inputs(NamedTuple):
+    """What the raw operator takes, flat rows [N, ...]. The teacher is a head, or what is given of it [..., D]: logits, or
+    log-probabilities of the columns `call.rows.indices`."""
+
+    op: str
+    student: Head
+    teacher: Head | None
+    given: Tensor | None
+    group: str | None
+    budget: int
+    call: Call
+
+    def flat(self) -> tuple[Any, ...]:
+        """In the order of the schema, after `wanted`."""
+        teacher = (None, None, None, 0.0) if self.teacher is None else self.teacher
+        return self.op, *self.student, *teacher, self.given, self.group, self.budget, *self.call.flat()
+
+    @classmethod
+    def of(cls, flat: Sequence[Any]) -> Inputs:
+        op, s_hidden, s_weight, s_bias, s_cap, t_hidden, t_weight, t_bias, t_cap, given, group, budget, *call = flat
+        teacher = None if t_hidden is None else Head(t_hidden, t_weight, t_bias, t_cap)
+        return cls(op, Head(s_hidden, s_weight, s_bias, s_cap), teacher, given, group, budget, Call.of(call))
+
+
+OF_STUDENT = slice(1, 4)  # hidden states, weight and bias of flat inputs: `wanted` says whose gradients are
+FLAT = 2 + 2 * len(Head._fields) + 2 + ARGUMENTS
+
+
+class Slab(NamedTuple):
+    """Some rows' memory [n, width] for the gradients of their logits. A chunk's own logits, float32, lie where gradients
+    are not written yet, and in the tail: kdfast/ops/_chunks.py has the picture."""
+
+    memory: Tensor
+    rows: slice  # of the loop
+    apart: bool  # the student's logits, from their gradients
+    logits_dtype: torch.dtype
+
+    def gradients(self, rows: slice) -> Tensor:
+        return self.memory[rows.start - self.rows.start : rows.stop - self.rows.start]
+
+    def student_logits(self, rows: slice) -> Tensor:
+        return self._from_the_end(rows, 1) if self.apart else self.gradients(rows)
+
+    def teacher_logits(self, rows: slice) -> Tensor:
+        return self._from_the_end(rows, 1 + self.apart)
+
+    def _from_the_end(self, rows: slice, place: int) -> Tensor:
+        """[rows, width], the `place`-th of such pieces."""
+        count, (length, width) = rows.stop - rows.start, self.memory.shape
+        each = count * self.logits_dtype.itemsize // self.memory.dtype.itemsize
+        end = length - (place - 1) * each
+        return self.memory[end - each : end].view(-1).view(self.logits_dtype).view(count, width)
 
 
 class Loop:
-    """Over rows that all count. The teacher is a head, or what is given of it [..., D]: logits, or log-probabilities of
-    the columns `call.indices`; the rows are at `places` there, None: all of them."""
+    """Over rows that all count; those of what is given of the teacher are at `places` [N] there, None: all of them."""
 
-    def __init__(
-        self,
-        op: str,
-        student: Head,
-        teacher: Head | None,
-        given: Tensor | None,
-        places: Tensor | None,
-        call: Call,
-        group: ProcessGroup | None,
-        wanted: list[bool],
-    ) -> None:
-        self.op, self.student, self.teacher, self.given, self.places = op, student, teacher, given, places
-        self.call, self.group, self.wanted = call, group, wanted
-        dtype, self.on_gpu, self.gradient = student.weight.dtype, _heads.on_gpu(student.weight), any(wanted)
+    def __init__(self, inputs: Inputs, places: Tensor | None, group: ProcessGroup | None, wanted: list[bool]) -> None:
+        self.op, self.student, self.teacher, self.given = inputs.op, inputs.student, inputs.teacher, inputs.given
+        self.call, self.places, self.group, self.wanted = inputs.call, places, group, wanted
+        self.columns = inputs.call.numbers.columns
+        weight = inputs.student.weight
+        dtype, self.on_gpu, self.gradient = weight.dtype, _heads.on_gpu(weight), any(wanted)
         self.logits_dtype = torch.promote_types(dtype, torch.float32)
         self.widening = Widening(self.logits_dtype)
         # Products of gradients take the inputs' dtype on the GPU; without gradients the logits are alone.
         self.dtype = dtype if self.on_gpu and self.gradient else self.logits_dtype
         # On the CPU gradients take the place of the student's logits, but for a soft-cap's, which needs both.
-        self.apart = self.gradient and (self.on_gpu or student.softcap > 0)
+        self.apart = self.gradient and (self.on_gpu or self.student.softcap > 0)
         # From one row of logits to the next: whole 128-byte lines of the GPU.
-        self.width = -(-call.columns // 64) * 64 if self.on_gpu else call.columns
+        self.width = -(-self.columns // 64) * 64 if self.on_gpu else self.columns
 
     def plan(self, budget: int) -> _chunks.Plan:
         """`budget`: bytes; 0: whatever suits the device."""
@@ -77,48 +121,40 @@ class Loop:
         sharded = self.group is not None
         gradients = Gradients(self.student, self.widening, padding, self.wanted, len(plan.slabs), sharded)
         results = []
-        for slab in plan.slabs:
-            rows = slice(slab[0].begin, slab[-1].end)
-            results += [self.chunk(slice(*chunk), rows.start, memory) for chunk in slab]
+        for chunks in plan.slabs:
+            slab = Slab(memory, slice(chunks[0].begin, chunks[-1].end), self.apart, self.logits_dtype)
+            results += [self.chunk(slice(*chunk), slab) for chunk in chunks]
             if self.gradient:
-                gradients.add(rows, memory[: rows.stop - rows.start, : self.call.columns])
+                gradients.add(slab.rows, slab.gradients(slab.rows)[:, : self.columns])
         return *self.reduced(results), self.finished(gradients)
 
-    def chunk(self, rows: slice, begin: int, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and components of a chunk of the slab that begins at row `begin`; its gradients go into the memory."""
-        g = memory[rows.start - begin : rows.stop - begin]
-        tail = self.tail(memory, rows.stop - rows.start)
-        s = next(tail) if self.apart else g
-        self.student.logits(rows, s[:, : self.call.columns], self.widening)
+    def chunk(self, rows: slice, slab: Slab) -> tuple[Tensor, Tensor]:
+        """Loss and components of some of the slab's rows; their gradients go into its memory."""
+        s = slab.student_logits(rows)
+        self.student.logits(rows, s[:, : self.columns], self.widening)
         if self.teacher is not None:
-            t = next(tail)
-            self.teacher.logits(rows, t[:, : self.call.columns], self.widening)
+            t = slab.teacher_logits(rows)
+            self.teacher.logits(rows, t[:, : self.columns], self.widening)
         else:
             assert self.given is not None
             t = rows_of(self.given, rows if self.places is None else self.places[rows])
-        call = self.call.rows(lambda x: x[rows])
+        call = self.call._replace(rows=self.call.rows.map(lambda x: x[rows]))
         state = None if self.group is None else _divergence.state_of(self.group, s, t, call)
         known = KNOWN_NOTHING if state is None else KNOWN_EVERYTHING
         if not self.gradient:
-            loss, components, _ = torch.ops.kdfast.divergence(s, t, *call, state, known, SAVE_NOTHING)
+            loss, components, _ = _call.divergence(s, t, call, state, known, SAVE_NOTHING)
             return loss, components
-        loss, components = torch.ops.kdfast.divergence_into(g, s, t, *call, state, known)
+        g = slab.gradients(rows)
+        loss, components = _call.divergence_into(g, s, t, call, state, known)
         if self.student.softcap:
             self.student.through_softcap(s, g)
         return loss, components
 
-    def tail(self, memory: Tensor, rows: int) -> Iterator[Tensor]:
-        """Places for float32 logits of some rows, from the end of the memory on."""
-        each, end = rows * self.logits_dtype.itemsize // self.dtype.itemsize, memory.shape[0]
-        while True:
-            yield memory[end - each : end].view(-1).view(self.logits_dtype).view(rows, self.width)
-            end -= each
-
     def reduced(self, results: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         if not results:
-            loss, components = _divergence.new_results(self.student.weight, (0,), self.call)
+            loss, components = _divergence.new_results(self.student.weight, (0,), self.call.numbers)
             return loss.zero_(), components.zero_()
-        together = torch.cat if self.call.reduction == NONE else lambda parts: torch.stack(parts).sum(0)
+        together = torch.cat if self.call.numbers.per_row else lambda parts: torch.stack(parts).sum(0)
         return together([loss for loss, _ in results]), together([parts for _, parts in results])
 
     def finished(self, gradients: Gradients) -> list[Tensor]:
@@ -137,58 +173,36 @@ def rows_of(x: Tensor, at: Tensor | slice) -> Tensor:
     return x[torch.unravel_index(at, x.shape[:-1])]
 
 
-def with_denominators(call: Call, like: Tensor) -> Call:
-    """A mean over all rows, for calls that see some of them each."""
-    if call.reduction != MEAN or call.num_items is not None:
-        return call
-    counted = call.mask if call.mask is not None else like.new_ones(like.shape[0], dtype=torch.bool)
-    labelled = counted if call.labels is None else counted & (call.labels != call.ignore_index)
-    return call._replace(num_items=torch.stack((counted.sum(), labelled.sum())).to(_checks.loss_dtype(like)))
-
-
-def linear_divergence(
-    op: str,
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    student_softcap: float,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_softcap: float,
-    given: Tensor | None,
-    group: str | None,
-    budget: int,
-    wanted: list[bool],
-    *args: Any,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def linear_divergence(wanted: list[bool], *flat: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The raw operator. Rows that do not count are dropped before any product; but not in a CUDA graph, where their
     number cannot be asked for: there they are calculated and do not count."""
-    call, places, rows = Call(*args), None, student_hidden.shape[0]
-    if call.mask is not None and not (student_hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
-        places = call.mask.nonzero().squeeze(1)
-        call = call._replace(mask=None)
-        if len(places) == rows:
-            places = None
-        else:
-            call = call.rows(lambda x: x[places])
-            student_hidden = student_hidden[places]
-            teacher_hidden = None if teacher_hidden is None else teacher_hidden[places]
-    call = with_denominators(call, student_hidden)
-    student = Head(student_hidden, student_weight, student_bias, student_softcap).first(call.columns)
-    teacher = None
-    if teacher_hidden is not None and teacher_weight is not None:
-        teacher = Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap).first(call.columns)
-    of_group = None if group is None else _group_named(group)
-    padding = student_weight.shape[0] - student.weight.shape[0]
-    loop = Loop(op, student, teacher, given, places, call, of_group, wanted)
-    with torch.autocast(student_hidden.device.type, enabled=False):  # would round the products
-        loss, components, gradients = loop.run(budget, padding)
-    if places is not None and call.reduction == NONE:
+    inputs, places = Inputs.of(flat), None
+    rows, mask = inputs.student.hidden.shape[0], inputs.call.rows.mask
+    if mask is not None and not (inputs.student.hidden.is_cuda and torch.cuda.is_current_stream_capturing()):
+        places = mask.nonzero().squeeze(1)
+        places = None if len(places) == rows else places
+        inputs = _at(inputs, places)
+    columns, padded = inputs.call.numbers.columns, inputs.student.weight.shape[0]
+    teacher = None if inputs.teacher is None else inputs.teacher.first(columns)
+    inputs = inputs._replace(student=inputs.student.first(columns), teacher=teacher)
+    loop = Loop(inputs, places, None if inputs.group is None else _group_named(inputs.group), wanted)
+    with torch.autocast(inputs.student.hidden.device.type, enabled=False):  # would round the products
+        loss, components, gradients = loop.run(inputs.budget, padded - inputs.student.weight.shape[0])
+    if places is not None and inputs.call.numbers.per_row:
         loss, components = (_spread(x, places, rows) for x in (loss, components))
     if places is not None and wanted[0]:
         gradients[0] = _spread(gradients[0], places, rows)
     return loss, components, gradients
+
+
+def _at(inputs: Inputs, places: Tensor | None) -> Inputs:
+    """The rows that are there alone (None: all), but of what is given of the teacher; all of them count."""
+    values = inputs.call.rows._replace(mask=None)
+    if places is None:
+        return inputs._replace(call=inputs.call._replace(rows=values))
+    call = inputs.call._replace(rows=values.map(lambda x: x[places]))
+    teacher = None if inputs.teacher is None else inputs.teacher.at(places)
+    return inputs._replace(student=inputs.student.at(places), teacher=teacher, call=call)
 
 
 def _group_named(name: str) -> ProcessGroup:
@@ -203,28 +217,29 @@ def _spread(x: Tensor, places: Tensor, rows: int) -> Tensor:
     return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, places, x)
 
 
-# A Call's part of the native schema, after student and teacher.
-_CALL = ", ".join(str(torch.ops.kdfast.divergence.default._schema).split(", ")[2 : 2 + len(Call._fields)])
 torch.library.define(
     "kdfast::linear_divergence",
-    "(str op, Tensor student_hidden, Tensor student_weight, Tensor? student_bias, float student_softcap, "
-    "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, float teacher_softcap, Tensor? given, "
-    f"str? group, int budget, bool[3] wanted, {_CALL}) -> (Tensor loss, Tensor components, Tensor[] gradients)",
+    "(bool[3] wanted, str op, Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
+    "float student_softcap, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
+    f"float teacher_softcap, Tensor? given, str? group, int budget, {_C.divergence_arguments}) "
+    "-> (Tensor loss, Tensor components, Tensor[] gradients)",
 )
 torch.library.impl("kdfast::linear_divergence", ("cpu", "cuda"), linear_divergence)
 
 
 @torch.library.register_fake("kdfast::linear_divergence")
-def _(op: str, hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    call, wanted = Call(*args[-len(Call._fields) :]), args[-len(Call._fields) - 1]
-    loss, components = _divergence.new_results(hidden, hidden.shape[:1], call)
+def _(wanted: list[bool], *flat: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    inputs = Inputs.of(flat)
+    hidden, weight = inputs.student.hidden, inputs.student.weight
+    loss, components = _divergence.new_results(hidden, hidden.shape[:1], inputs.call.numbers)
     dtype = _heads.gradient_dtype(weight)
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return (
-        loss,
-        components,
-        [hidden.new_empty(s if w else (0,), dtype=dtype) for s, w in zip(shapes, wanted, strict=True)],
-    )
+    gradients = [hidden.new_empty(s if w else (0,), dtype=dtype) for s, w in zip(shapes, wanted, strict=True)]
+    return loss, components, gradients
+
+
+def called(inputs: Inputs, wanted: list[bool]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return torch.ops.kdfast.linear_divergence(wanted, *inputs.flat())  # type: ignore[no-any-return]
 
 
 class _Linear(torch.autograd.Function):
@@ -233,22 +248,21 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        """`inputs`: of the raw operator, without `wanted`."""
-        ctx.op, weight, call = inputs[0], inputs[2], Call(*inputs[-len(Call._fields) :])
-        ctx.wanted = [
-            needed and x is not None for x, needed in zip(inputs[1:4], ctx.needs_input_grad[1:4], strict=True)
-        ]
-        ctx.per_row = call.reduction == NONE
+    def forward(ctx: Any, *flat: Any) -> tuple[Tensor, Tensor]:
+        inputs = Inputs.of(flat)
+        numbers, weight = inputs.call.numbers, inputs.student.weight
+        needed = zip(flat[OF_STUDENT], ctx.needs_input_grad[OF_STUDENT], strict=True)
+        ctx.op, ctx.per_row, ctx.wanted = inputs.op, numbers.per_row, [n and x is not None for x, n in needed]
         if ctx.per_row:
-            ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
-            ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
-            loss, components, _ = called(inputs, call, [False] * 3)
+            ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in flat))
+            ctx.others = [None if isinstance(x, Tensor) else x for x in flat]
+            loss, components, _ = called(inputs, [False] * 3)
         else:
             # float16 gradients are made about the number of rows larger: divided by it they would underflow.
-            ctx.power = 2 ** inputs[1].shape[0].bit_length() if weight.dtype == torch.float16 else 1
-            larger = call._replace(scale=call.scale * ctx.power)
-            loss, components, gradients = called(inputs, larger, ctx.wanted)
+            rows = inputs.student.hidden.shape[0]
+            ctx.power = 2 ** rows.bit_length() if weight.dtype == torch.float16 else 1
+            larger = inputs.call._replace(numbers=numbers._replace(scale=numbers.scale * ctx.power))
+            loss, components, gradients = called(inputs._replace(call=larger), ctx.wanted)
             loss, components = loss / ctx.power, components / ctx.power
             ctx.save_for_backward(*gradients)
             ctx.dtype = weight.dtype
@@ -261,36 +275,23 @@ class _Linear(torch.autograd.Function):
         saved = ctx.saved_tensors
         if ctx.per_row:
             _transforms.refuse_batched(ctx.op, grad_loss)
-            inputs = [x if other is None else other for x, other in zip(saved, ctx.others, strict=True)]
-            call = Call(*inputs[-len(Call._fields) :])
-            factors = grad_loss if call.weight is None else grad_loss * call.weight
-            gradients = called(inputs, call._replace(reduction=SUM, weight=factors), ctx.wanted)[2]
-            dtype = inputs[2].dtype
+            inputs = Inputs.of([x if other is None else other for x, other in zip(saved, ctx.others, strict=True)])
+            rows, numbers = inputs.call.rows, inputs.call.numbers._replace(per_row=False)
+            factors = grad_loss if rows.weight is None else grad_loss * rows.weight
+            call = inputs.call._replace(rows=rows._replace(weight=factors), numbers=numbers)
+            gradients, dtype = called(inputs._replace(call=call), ctx.wanted)[2], inputs.student.weight.dtype
         else:
             gradients, dtype = list(_divergence.scaled(saved, grad_loss / ctx.power)), ctx.dtype
         for_inputs = (g.to(dtype) if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True))
-        return None, *for_inputs, *(None,) * (len(INPUTS) - 4)
-
-
-INPUTS = (
-    *("op", "student_hidden", "student_weight", "student_bias", "student_softcap"),
-    *("teacher_hidden", "teacher_weight", "teacher_bias", "teacher_softcap", "given", "group", "budget"),
-    *Call._fields,
-)
-
-
-def called(inputs: Sequence[Any], call: Call, wanted: list[bool]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    before = inputs[: len(INPUTS) - len(call)]
-    return torch.ops.kdfast.linear_divergence(*before, wanted, *call)  # type: ignore[no-any-return]
+        return None, *for_inputs, *(None,) * (FLAT - 4)
 
 
 def run(
     op: str, student: Head, teacher: Head | None, given: Tensor | None, group: str | None, budget: int, call: Call
 ) -> tuple[Tensor, Tensor]:
     """Loss and components of checked arguments; for `none` of flat rows."""
-    s = student.flat()
-    t = (None, None, None, 0.0) if teacher is None else teacher.flat().detached()
-    inputs = (op, *s, *t, given, group, budget, *call)
+    s, t = student.flat(), None if teacher is None else teacher.flat().detached()
+    inputs = Inputs(op, s, t, given, group, budget, call)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in s[:3]):
-        return _Linear.apply(*inputs)  # type: ignore[no-any-return]
-    return called(inputs, call, [False] * 3)[:2]
+        return _Linear.apply(*inputs.flat())  # type: ignore[no-any-return]
+    return called(inputs, [False] * 3)[:2]

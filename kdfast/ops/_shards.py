@@ -20,14 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
-LOG2_E = 1.4426950408889634
-LEAST = torch.finfo(torch.float32).min  # the maximum of no columns: csrc/common/rowmath.h, kNoMaximum
-
-# How the sums a (of the teacher's powers) and b (of the student's) move with the shifts of the student's and the
-# teacher's maximum: of_teacher and of_student in csrc/common/divergence_terms.h.
-_OF_TEACHER = {"kl_div": (-1.0, 1.0), "soft_cross_entropy": (-1.0, 0.0), "symmetric_kl_div": (-1.0, 1.0)}
-_OF_TEACHER |= {"topk_bucket": (-1.0, 1.0), "topk_renormalize": (-1.0, 1.0), "topk_drop": (-1.0, 1.0)}
-_OF_STUDENT = {"reverse_kl_div": (1.0, -1.0), "symmetric_kl_div": (1.0, -1.0), "topk_bucket": (0.0, 0.0)}
+SUMS = [1, 3, 4, 5, 6, 7, 8]  # of a row's state (csrc/common/row_state.h), which 0 and 2 are the maxima of
 
 
 class Shard(NamedTuple):
@@ -122,35 +115,19 @@ def split_of(op: str, argument: str, x: DTensor, dim: int, expected: str) -> tup
     return mesh.get_group(at), mesh.get_local_rank(at) * each
 
 
-def merged(state: Tensor, kind: str, temperature: float | Tensor, group: ProcessGroup) -> Tensor:
-    """The rows' states `[..., 9]` of the whole vocabulary from those of this rank's columns."""
-    max_s, sum_s, max_t, sum_t, a, b, sum_one, total, label = state.unbind(-1)
-    maxima = torch.stack((max_s, max_t))
+def merged(state: Tensor, kind: int, row_temperature: Tensor | None, temperature: float, group: ProcessGroup) -> Tensor:
+    """The rows' states `[..., 9]` of the whole vocabulary from those of this rank's columns.
+
+    Two all-reduces, of 8 and of 28 bytes a row: over P ranks each moves 72·(P - 1)/P bytes a row, 36 over 2 ranks, 63 over 8 and
+    71 over 64. Gathering all states would be one collective, of 36·(P - 1): 36, 252 and 2268.
+    """
+    maxima = torch.stack((state[..., 0], state[..., 2]))
     dist.all_reduce(maxima, dist.ReduceOp.MAX, group=group)
-    k = LOG2_E / temperature
-    shift_s, shift_t = max_s - maxima[0], max_t - maxima[1]
-    scale_s, scale_t = torch.exp2(shift_s * k), torch.exp2(shift_t * k)
-
-    def moved(x: Tensor, total: Tensor, scale: Tensor, by: tuple[float, float] | None) -> Tensor:
-        if by is None:
-            return x
-        # A sum of 0 takes its x along: 0 · inf would be NaN where a power is too small to represent.
-        gone = total * scale == 0
-        return torch.where(gone, 0.0, scale * (x + total * (by[0] * shift_s + by[1] * shift_t)))
-
-    sums = torch.stack(
-        (
-            sum_s * scale_s,
-            sum_t * scale_t,
-            moved(a, sum_t, scale_t, _OF_TEACHER.get(kind)),
-            moved(b, sum_s, scale_s, _OF_STUDENT.get(kind)),
-            torch.where(sum_one == 0, 0.0, sum_one * torch.exp2(shift_s * LOG2_E)),
-            total,
-            label,
-        )
-    )
+    whole: Tensor = torch.ops.kdfast.divergence_referred(state, maxima, row_temperature, kind, temperature)
+    sums = whole[..., SUMS]
     dist.all_reduce(sums, dist.ReduceOp.SUM, group=group)
-    return torch.stack((maxima[0], sums[0], maxima[1], *sums[1:]), -1)
+    whole[..., SUMS] = sums
+    return whole
 
 
 def summed(state: Tensor, group: ProcessGroup) -> Tensor:

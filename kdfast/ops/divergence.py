@@ -11,27 +11,16 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kdfast.ops import _checks, _divergence
-from kdfast.ops._divergence import Options
+from kdfast.ops._options import DivergenceOptions, Options, takes
 from kdfast.ops._transforms import transformable
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from typing import Unpack
 
 
+@takes(Options)
 @transformable
-def kl_div(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    mask: Tensor | None = None,
-    weight: Tensor | None = None,
-    vocab_size: int | None = None,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-) -> Tensor:
+def kl_div(student_logits: Tensor, teacher_logits: Tensor, **options: Unpack[DivergenceOptions]) -> Tensor:
     r"""Kullback-Leibler divergence of the student from the teacher, Σ_v p_t · (log p_t − log p_s), p = softmax(z / T).
 
     Hinton et al., 2015 (arXiv:1503.02531). Losses are per row, unlike the elements of `torch.nn.functional.kl_div`: its
@@ -65,68 +54,33 @@ def kl_div(
         RuntimeError: a second derivative or forward mode is asked for. `torch.func.grad`, `vjp`, `jacrev` and `vmap` work on
         all of kdfast's operators; they look at the logits once more in the backward, and `vmap` takes its batch one by one.
     """
-    options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
     return _divergence.of("kl_div", student_logits, teacher_logits, options)
 
 
+@takes(Options)
 @transformable
-def reverse_kl_div(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    mask: Tensor | None = None,
-    weight: Tensor | None = None,
-    vocab_size: int | None = None,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-) -> Tensor:
+def reverse_kl_div(student_logits: Tensor, teacher_logits: Tensor, **options: Unpack[DivergenceOptions]) -> Tensor:
     """KL(s ‖ t) = Σ_v p_s · (log p_s − log p_t): mode-seeking, as in MiniLLM (Gu et al., 2023, arXiv:2306.08543).
 
     p_s > 0 where p_t = 0 gives +inf. Arguments, reductions, dtypes, shards and errors as in `kl_div`.
     """
-    options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
     return _divergence.of("reverse_kl_div", student_logits, teacher_logits, options)
 
 
+@takes(Options)
 @transformable
-def symmetric_kl_div(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    mask: Tensor | None = None,
-    weight: Tensor | None = None,
-    vocab_size: int | None = None,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-) -> Tensor:
+def symmetric_kl_div(student_logits: Tensor, teacher_logits: Tensor, **options: Unpack[DivergenceOptions]) -> Tensor:
     """(KL(t ‖ s) + KL(s ‖ t)) / 2, half of Jeffreys' divergence.
 
     Arguments, reductions, dtypes, shards and errors as in `kl_div`.
     """
-    options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
     return _divergence.of("symmetric_kl_div", student_logits, teacher_logits, options)
 
 
+@takes(Options)
 @transformable
 def js_div(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    beta: float = 0.5,
-    temperature: float | Tensor = 1.0,
-    mask: Tensor | None = None,
-    weight: Tensor | None = None,
-    vocab_size: int | None = None,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
+    student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, **options: Unpack[DivergenceOptions]
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence, beta · KL(t ‖ m) + (1 − beta) · KL(s ‖ m), m = beta · p_t + (1 − beta) · p_s.
 
@@ -137,24 +91,13 @@ def js_div(
     Other arguments, reductions, dtypes, shards and errors as in `kl_div`.
     """
     _checks.check_fraction("js_div", "beta", beta)
-    options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
     return _divergence.of("js_div", student_logits, teacher_logits, options, beta=beta)
 
 
+@takes(Options)
 @transformable
 def skew_kl_div(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    skew: float = 0.1,
-    temperature: float | Tensor = 1.0,
-    mask: Tensor | None = None,
-    weight: Tensor | None = None,
-    vocab_size: int | None = None,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
+    student_logits: Tensor, teacher_logits: Tensor, *, skew: float = 0.1, **options: Unpack[DivergenceOptions]
 ) -> Tensor:
     """KL(t ‖ m) with m = skew · p_t + (1 − skew) · p_s, skew in [0, 1); 0 is `kl_div`.
 
@@ -162,24 +105,13 @@ def skew_kl_div(
     as in `kl_div`.
     """
     _checks.check_fraction("skew_kl_div", "skew", skew, below_one=True)
-    options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
     return _divergence.of("skew_kl_div", student_logits, teacher_logits, options, skew=skew)
 
 
+@takes(Options)
 @transformable
 def skew_reverse_kl_div(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    skew: float = 0.1,
-    temperature: float | Tensor = 1.0,
-    mask: Tensor | None = None,
-    weight: Tensor | None = None,
-    vocab_size: int | None = None,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
+    student_logits: Tensor, teacher_logits: Tensor, *, skew: float = 0.1, **options: Unpack[DivergenceOptions]
 ) -> Tensor:
     """KL(s ‖ m) with m = skew · p_s + (1 − skew) · p_t, skew in [0, 1); 0 is `reverse_kl_div`.
 
@@ -187,72 +119,35 @@ def skew_reverse_kl_div(
     as in `kl_div`.
     """
     _checks.check_fraction("skew_reverse_kl_div", "skew", skew, below_one=True)
-    options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
     return _divergence.of("skew_reverse_kl_div", student_logits, teacher_logits, options, skew=skew)
 
 
+@takes(Options)
 @transformable
-def total_variation(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    mask: Tensor | None = None,
-    weight: Tensor | None = None,
-    vocab_size: int | None = None,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-) -> Tensor:
+def total_variation(student_logits: Tensor, teacher_logits: Tensor, **options: Unpack[DivergenceOptions]) -> Tensor:
     """Total variation distance ½ Σ_v |p_s − p_t|, in [0, 1] (Wen et al., 2023, arXiv:2307.15190).
 
     Where p_s = p_t the gradient of the column's term is 0. Arguments, reductions, dtypes, shards and errors as in `kl_div`.
     """
-    options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
     return _divergence.of("total_variation", student_logits, teacher_logits, options)
 
 
+@takes(Options)
 @transformable
-def soft_cross_entropy(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    mask: Tensor | None = None,
-    weight: Tensor | None = None,
-    vocab_size: int | None = None,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-) -> Tensor:
+def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, **options: Unpack[DivergenceOptions]) -> Tensor:
     """Cross-entropy with soft targets, −Σ_v p_t · log p_s: `kl_div` plus the teacher's entropy, with the same gradient.
 
     As TinyBERT and DynaBERT write their prediction loss. Arguments, reductions, dtypes, shards and errors as in `kl_div`.
     """
-    options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
     return _divergence.of("soft_cross_entropy", student_logits, teacher_logits, options)
 
 
+@takes(Options)
 @transformable
-def logit_mse(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    mask: Tensor | None = None,
-    weight: Tensor | None = None,
-    vocab_size: int | None = None,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-) -> Tensor:
+def logit_mse(student_logits: Tensor, teacher_logits: Tensor, **options: Unpack[DivergenceOptions]) -> Tensor:
     """Mean over the vocabulary of ((z_s − z_t) / T)²: no softmax.
 
     A column that is -inf on both sides counts as equal, and stays in the divisor; on one side it gives +inf. Arguments,
     reductions, dtypes, shards and errors as in `kl_div`.
     """
-    options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
     return _divergence.of("logit_mse", student_logits, teacher_logits, options)

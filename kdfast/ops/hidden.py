@@ -138,7 +138,7 @@ def cls_distance(
 
 
 def _weights(op: str, layer_weight: Any, layers: list[Tensor], reduction: str, elements: int) -> list[float]:
-    """Of the layers; where tokens are averaged each of them is a mean of `elements`."""
+    """The layers' weights; where tokens are averaged each of them is a mean of `elements`."""
     _checks.check_reduction(op, reduction, layers[0])
     weights = _layers.check_numbers(op, "layer_weight", layer_weight, len(layers))
     return [w / max(elements, 1) for w in weights] if reduction in ("mean", "none") else weights

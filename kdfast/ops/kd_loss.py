@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 from torch import Tensor
 
 from kdfast.ops import _checks, _divergence
-from kdfast.ops._divergence import Labels, Options
+from kdfast.ops._divergence import Labels
+from kdfast.ops._options import Distillation, KDOptions, WithLabels, takes
 from kdfast.ops._transforms import transformable
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from typing import Unpack
 
 
 class KDLossComponents(NamedTuple):
@@ -28,21 +29,8 @@ def kd_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     *,
-    alpha: float = ...,
-    temperature: float | Tensor = ...,
-    divergence: str = ...,
-    beta: float = ...,
-    skew: float = ...,
-    label_smoothing: float = ...,
-    ignore_index: int = ...,
-    mask: Tensor | None = ...,
-    weight: Tensor | None = ...,
-    vocab_size: int | None = ...,
-    reduction: str = ...,
-    num_items: float | Tensor | None = ...,
-    process_group: ProcessGroup | None = ...,
-    vocab_start: int | None = ...,
     return_components: Literal[False] = ...,
+    **options: Unpack[KDOptions],
 ) -> Tensor: ...
 @overload
 def kd_loss(
@@ -50,43 +38,18 @@ def kd_loss(
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     *,
-    alpha: float = ...,
-    temperature: float | Tensor = ...,
-    divergence: str = ...,
-    beta: float = ...,
-    skew: float = ...,
-    label_smoothing: float = ...,
-    ignore_index: int = ...,
-    mask: Tensor | None = ...,
-    weight: Tensor | None = ...,
-    vocab_size: int | None = ...,
-    reduction: str = ...,
-    num_items: float | Tensor | None = ...,
-    process_group: ProcessGroup | None = ...,
-    vocab_start: int | None = ...,
     return_components: Literal[True],
+    **options: Unpack[KDOptions],
 ) -> KDLossComponents: ...
+@takes(Distillation)
 @transformable
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None = None,
     *,
-    alpha: float = 0.5,
-    temperature: float | Tensor = 2.0,
-    divergence: str = "kl_div",
-    beta: float = 0.5,
-    skew: float = 0.1,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    weight: Tensor | None = None,
-    vocab_size: int | None = None,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
     return_components: bool = False,
+    **options: Unpack[KDOptions],
 ) -> Tensor | KDLossComponents:
     """alpha · T² · D(student, teacher) + (1 − alpha) · cross-entropy with the labels (Hinton et al., 2015).
 
@@ -111,25 +74,25 @@ def kd_loss(
     passes all labels, as indices into the whole vocabulary.
     """
     op = "kd_loss"
-    kind, mixing = soft_part(op, divergence, beta, skew)
-    hard = hard_part(op, labels, alpha, label_smoothing, ignore_index)
-    options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
-    loss, components = _divergence.run(op, kind, student_logits, teacher_logits, options, mixing, hard)
+    given = Distillation.of(op, options)
+    kind, mixing = soft_part(op, given)
+    hard = hard_part(op, labels, given)
+    loss, components = _divergence.run(op, kind, student_logits, teacher_logits, given, mixing, hard)
     return KDLossComponents(loss, *components.unbind(-1)) if return_components else loss
 
 
-def soft_part(op: str, divergence: str, beta: float, skew: float) -> tuple[str, float]:
+def soft_part(op: str, given: Distillation) -> tuple[str, float]:
     """The divergence to compute and its beta or skew."""
-    _divergence.check_divergence(op, divergence)
-    _checks.check_fraction(op, "beta", beta)
-    _checks.check_fraction(op, "skew", skew, below_one=True)
-    return _divergence.at_its_ends(divergence, beta, skew)
+    _divergence.check_divergence(op, given.divergence)
+    _checks.check_fraction(op, "beta", given.beta)
+    _checks.check_fraction(op, "skew", given.skew, below_one=True)
+    return _divergence.at_its_ends(given.divergence, given.beta, given.skew)
 
 
-def hard_part(op: str, labels: Tensor | None, alpha: float, label_smoothing: float, ignore_index: int) -> Labels:
-    for argument, number in (("alpha", alpha), ("label_smoothing", label_smoothing)):
+def hard_part(op: str, labels: Tensor | None, given: WithLabels) -> Labels:
+    for argument, number in (("alpha", given.alpha), ("label_smoothing", given.label_smoothing)):
         _checks.check_fraction(op, argument, number)
-    _checks.check_int(op, "ignore_index", ignore_index)
-    if labels is None and alpha != 1:
-        _checks.wrong_value(op, "labels", "labels where alpha is not 1", f"None with alpha={alpha}")
-    return Labels(labels, float(alpha), float(label_smoothing), ignore_index)
+    _checks.check_int(op, "ignore_index", given.ignore_index)
+    if labels is None and given.alpha != 1:
+        _checks.wrong_value(op, "labels", "labels where alpha is not 1", f"None with alpha={given.alpha}")
+    return Labels(labels, float(given.alpha), float(given.label_smoothing), given.ignore_index)

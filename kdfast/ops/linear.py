@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import _checks, _divergence, _dtensors, _heads, _linear, _shards
-from kdfast.ops._divergence import Labels, Options
+from kdfast.ops._divergence import Labels
 from kdfast.ops._heads import Head
+from kdfast.ops._options import Distillation, KDOptions, LabelOptions, Options, WithLabels, takes
 from kdfast.ops._transforms import transformable
 from kdfast.ops.kd_loss import KDLossComponents, hard_part, soft_part
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from typing import Unpack
 
 
 @overload
@@ -31,21 +32,8 @@ def linear_kd_loss(
     student_softcap: float | None = ...,
     teacher_softcap: float | None = ...,
     memory_budget: int | str = ...,
-    alpha: float = ...,
-    temperature: float | Tensor = ...,
-    divergence: str = ...,
-    beta: float = ...,
-    skew: float = ...,
-    label_smoothing: float = ...,
-    ignore_index: int = ...,
-    mask: Tensor | None = ...,
-    weight: Tensor | None = ...,
-    vocab_size: int | None = ...,
-    reduction: str = ...,
-    num_items: float | Tensor | None = ...,
-    process_group: ProcessGroup | None = ...,
-    vocab_start: int | None = ...,
     return_components: Literal[False] = ...,
+    **options: Unpack[KDOptions],
 ) -> Tensor: ...
 @overload
 def linear_kd_loss(
@@ -61,22 +49,10 @@ def linear_kd_loss(
     student_softcap: float | None = ...,
     teacher_softcap: float | None = ...,
     memory_budget: int | str = ...,
-    alpha: float = ...,
-    temperature: float | Tensor = ...,
-    divergence: str = ...,
-    beta: float = ...,
-    skew: float = ...,
-    label_smoothing: float = ...,
-    ignore_index: int = ...,
-    mask: Tensor | None = ...,
-    weight: Tensor | None = ...,
-    vocab_size: int | None = ...,
-    reduction: str = ...,
-    num_items: float | Tensor | None = ...,
-    process_group: ProcessGroup | None = ...,
-    vocab_start: int | None = ...,
     return_components: Literal[True],
+    **options: Unpack[KDOptions],
 ) -> KDLossComponents: ...
+@takes(Distillation)
 @transformable
 def linear_kd_loss(
     student_hidden: Tensor,
@@ -91,21 +67,8 @@ def linear_kd_loss(
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
     memory_budget: int | str = "auto",
-    alpha: float = 0.5,
-    temperature: float | Tensor = 2.0,
-    divergence: str = "kl_div",
-    beta: float = 0.5,
-    skew: float = 0.1,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    weight: Tensor | None = None,
-    vocab_size: int | None = None,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
     return_components: bool = False,
+    **options: Unpack[KDOptions],
 ) -> Tensor | KDLossComponents:
     r"""`kd_loss` of logits that are never made: z = cap · tanh((hidden · weightᵀ + bias) / cap) on both sides.
 
@@ -145,9 +108,9 @@ def linear_kd_loss(
         does not hold a row. RuntimeError: a second derivative or forward mode is asked for.
     """
     op = "linear_kd_loss"
-    kind, mixing = soft_part(op, divergence, beta, skew)
-    hard = hard_part(op, labels, alpha, label_smoothing, ignore_index)
-    options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
+    of = Distillation.of(op, options)
+    kind, mixing = soft_part(op, of)
+    hard = hard_part(op, labels, of)
     student = _heads.checked(op, "student", student_hidden, student_weight, student_bias, student_softcap)
     teacher = None
     if teacher_logits is None:
@@ -157,7 +120,7 @@ def linear_kd_loss(
         teacher = _heads.checked(op, "teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)
     elif any(x is not None for x in (teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)):
         _checks.wrong_value(op, "teacher_logits", "no other argument of the teacher beside it", "some")
-    loss, components = _run(op, kind, student, teacher, teacher_logits, None, options, mixing, hard, memory_budget)
+    loss, components = _run(op, kind, student, teacher, teacher_logits, None, of, mixing, hard, memory_budget)
     return KDLossComponents(loss, *components.unbind(-1)) if return_components else loss
 
 
@@ -173,18 +136,8 @@ def linear_topk_kd_loss(
     student_softcap: float | None = ...,
     tail: str = ...,
     memory_budget: int | str = ...,
-    alpha: float = ...,
-    temperature: float | Tensor = ...,
-    label_smoothing: float = ...,
-    ignore_index: int = ...,
-    mask: Tensor | None = ...,
-    weight: Tensor | None = ...,
-    vocab_size: int | None = ...,
-    reduction: str = ...,
-    num_items: float | Tensor | None = ...,
-    process_group: ProcessGroup | None = ...,
-    vocab_start: int | None = ...,
     return_components: Literal[False] = ...,
+    **options: Unpack[LabelOptions],
 ) -> Tensor: ...
 @overload
 def linear_topk_kd_loss(
@@ -198,19 +151,10 @@ def linear_topk_kd_loss(
     student_softcap: float | None = ...,
     tail: str = ...,
     memory_budget: int | str = ...,
-    alpha: float = ...,
-    temperature: float | Tensor = ...,
-    label_smoothing: float = ...,
-    ignore_index: int = ...,
-    mask: Tensor | None = ...,
-    weight: Tensor | None = ...,
-    vocab_size: int | None = ...,
-    reduction: str = ...,
-    num_items: float | Tensor | None = ...,
-    process_group: ProcessGroup | None = ...,
-    vocab_start: int | None = ...,
     return_components: Literal[True],
+    **options: Unpack[LabelOptions],
 ) -> KDLossComponents: ...
+@takes(WithLabels)
 @transformable
 def linear_topk_kd_loss(
     student_hidden: Tensor,
@@ -223,18 +167,8 @@ def linear_topk_kd_loss(
     student_softcap: float | None = None,
     tail: str = "bucket",
     memory_budget: int | str = "auto",
-    alpha: float = 0.5,
-    temperature: float | Tensor = 2.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    weight: Tensor | None = None,
-    vocab_size: int | None = None,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
     return_components: bool = False,
+    **options: Unpack[LabelOptions],
 ) -> Tensor | KDLossComponents:
     """`linear_kd_loss` with `topk_kl_div` as its divergence: the student's logits are never made, the teacher's are the
     top-k that `kdfast.teacher_cache` has stored.
@@ -246,11 +180,11 @@ def linear_topk_kd_loss(
     """
     op = "linear_topk_kd_loss"
     _divergence.check_tail(op, tail)
-    hard = hard_part(op, labels, alpha, label_smoothing, ignore_index)
-    options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
+    of = WithLabels.of(op, options)
+    hard = hard_part(op, labels, of)
     student = _heads.checked(op, "student", student_hidden, student_weight, student_bias, student_softcap)
     given, indices = teacher_topk_logprobs, teacher_topk_indices
-    loss, components = _run(op, f"topk_{tail}", student, None, given, indices, options, 0.0, hard, memory_budget)
+    loss, components = _run(op, f"topk_{tail}", student, None, given, indices, of, 0.0, hard, memory_budget)
     return KDLossComponents(loss, *components.unbind(-1)) if return_components else loss
 
 
@@ -285,13 +219,12 @@ def _run(
         student, teacher = student.double(), teacher and teacher.double()
         given = None if given is None else given.double()
     call = _divergence.call_of(op, kind, student.hidden, shard, options, mixing, labels, indices)
-    topk = None if given is None or indices is None else (given, indices, call.mask)
+    topk = None if given is None or indices is None else (given, indices, call.rows.mask)
     if topk is not None:
         _checks.check_topk_values(op, *topk, shard.vocabulary)
         given = topk[0].flatten(0, -2)
-    call = call.rows(lambda x: x.flatten(0, -2) if x is indices else x.flatten())
-    if options.reduction == "batchmean":
-        call = call._replace(reduction=_checks.REDUCTIONS["sum"], scale=call.scale / max(leading[0], 1))
+    rows = call.rows.map(lambda x: x.flatten(0, -2) if x is indices else x.flatten())
+    call = call._replace(rows=rows)
     if given is not None:
         given = given.detach()
     group = None if shard.group is None else shard.group.group_name

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from kdfast.ops import _checks, _layers
-from kdfast.ops._layers import HeadMap, Layers, Masks
+from kdfast.ops._layers import HeadMap, Layers, Masks, QkNumbers, Tensors
 from kdfast.ops._transforms import transformable
 
 LOSSES = ("mse", "kl")  # in the order of csrc/common/qk.h
@@ -172,17 +172,17 @@ def _of_heads(
     of_layers = _layers.check_numbers(op, "layer_weight", layer_weight, len(lists[0]))
     weights = _layers.weights_of(maps, of_layers, [[1.0] * heads] * len(maps), reduction == "mean")
     static, divisor = _layers.denominator(masks, batch, reduction, loss == "mse", q)
-    numbers = (
-        LOSSES.index(loss),
-        _scale(op, "student_scale", scales[0], q),
-        _scale(op, "teacher_scale", scales[1], teacher_q),
-        causal,
-        [head for row in maps for head in row],
-        [w / static for w in weights],
-        reduction == "none",
+    numbers = QkNumbers(
+        kind=LOSSES.index(loss),
+        student_scale=_scale(op, "student_scale", scales[0], q),
+        teacher_scale=_scale(op, "teacher_scale", scales[1], teacher_q),
+        causal=causal,
+        head_map=[head for row in maps for head in row],
+        weight=[w / static for w in weights],
+        per_row=reduction == "none",
     )
-    tensors = (masks.rows, masks.columns, divisor)
-    value = _layers.call(op, "qk_distance", lists[:2], lists[2:], tensors, numbers)
+    tensors = Tensors(lists[:2], lists[2:], masks.rows, masks.columns, divisor)
+    value = _layers.call(op, "qk_distance", tensors, numbers)
     return _layers.head_means(value, masks, loss == "mse", single) if reduction == "none" else value
 
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kdfast.ops import _divergence
-from kdfast.ops._divergence import Options
+from kdfast.ops._options import DivergenceOptions, Options, takes
 from kdfast.ops._transforms import transformable
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from typing import Unpack
 
 
+@takes(Options)
 @transformable
 def topk_kl_div(
     student_logits: Tensor,
@@ -22,14 +23,7 @@ def topk_kl_div(
     teacher_topk_indices: Tensor,
     *,
     tail: str = "bucket",
-    temperature: float | Tensor = 1.0,
-    mask: Tensor | None = None,
-    weight: Tensor | None = None,
-    vocab_size: int | None = None,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
+    **options: Unpack[DivergenceOptions],
 ) -> Tensor:
     r"""KL of the student from a teacher that is known in its top-k columns K, with t = exp(log-probability) there.
 
@@ -57,6 +51,5 @@ def topk_kl_div(
     """
     op = "topk_kl_div"
     _divergence.check_tail(op, tail)
-    options = Options(temperature, mask, weight, vocab_size, reduction, num_items, process_group, vocab_start)
-    kind, indices = f"topk_{tail}", teacher_topk_indices
-    return _divergence.run(op, kind, student_logits, teacher_topk_logprobs, options, 0.0, None, indices)[0]
+    given, kind = Options.of(op, options), f"topk_{tail}"
+    return _divergence.run(op, kind, student_logits, teacher_topk_logprobs, given, 0.0, None, teacher_topk_indices)[0]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import kdfast.nn
-from kdfast.bench.registry.operator import Operator, Sample
 from kdfast.ops import _divergence, divergence, kd_loss, reference
+from kdfast.bench.registry import floors
+from kdfast.bench.registry.operator import Operator, Sample
 
 
 def _logits(*shape: int, offset: float = 0.0) -> Callable[[torch.Generator, float], tuple[Tensor, Tensor]]:
@@ -191,19 +191,14 @@ _SWEEP = tuple(
     for v in (2, 1000, 32000, 50257, 128256, 151936, 262144)
     for dtype in ("float32", "bfloat16")
 )
-_MODULES: dict[str, type[nn.Module]] = {
-    "kl_div": kdfast.nn.KLDivLoss,
-    "reverse_kl_div": kdfast.nn.ReverseKLDivLoss,
-    "js_div": kdfast.nn.JSDivLoss,
-    "skew_kl_div": kdfast.nn.SkewKLDivLoss,
-    "skew_reverse_kl_div": kdfast.nn.SkewReverseKLDivLoss,
-    "total_variation": kdfast.nn.TotalVariationLoss,
-    "soft_cross_entropy": kdfast.nn.SoftCrossEntropyLoss,
-    "logit_mse": kdfast.nn.LogitMSELoss,
-    "symmetric_kl_div": kdfast.nn.SymmetricKLDivLoss,
-}
-# Where the teacher's probability is 0 and the student's is not, these are infinite.
-_INFINITE = ("reverse_kl_div", "symmetric_kl_div", "logit_mse")
+
+
+def _is_infinite(kind: str) -> bool:
+    """Where the teacher's probability is 0 and the student's is not."""
+    value = reference.divergence(kind, torch.zeros(1, 2), torch.tensor([[0.0, -torch.inf]]))
+    return bool(value.isinf())
+
+
 _ONE_SIDED = (Sample("teacher_zeros", "p_t = 0 where p_s > 0", _with_teacher_zeros),)
 # More than one value of the parameter: a mixture that leans either way.
 _MORE_SAMPLES: dict[str, tuple[Sample, ...]] = {
@@ -231,11 +226,12 @@ DIVERGENCES: dict[str, Operator] = {
         name=kind,
         function=getattr(divergence, kind),
         reference=reference.of(kind),
-        module=_MODULES[kind],
         native=_NATIVE,
-        samples=_divergence_samples() + (() if kind in _INFINITE else _ONE_SIDED) + _MORE_SAMPLES.get(kind, ()),
-        eager=_EAGER[kind],
+        samples=_divergence_samples() + (() if _is_infinite(kind) else _ONE_SIDED) + _MORE_SAMPLES.get(kind, ()),
+        eager=_EAGER.get(kind, reference.of(kind)),
         make=_made,
+        floors=floors.of_logits(squared=kind == "logit_mse"),
+        exact=0.0,
         cpu_shapes=_CPU_SHAPES if kind == "kl_div" else (_WIDE,),
         cuda_shapes=_CUDA_SHAPES if kind == "kl_div" else (_CUDA_WIDE,),
         sweep_shapes=_SWEEP,
@@ -246,11 +242,12 @@ DIVERGENCES: dict[str, Operator] = {
         name="kd_loss",
         function=kd_loss.kd_loss,
         reference=reference.kd_loss,
-        module=kdfast.nn.KDLoss,
         native=_NATIVE,
         samples=_kd_samples(),
         eager=_eager_kd,
         make=_made,
+        floors=floors.of_logits(distillation=True),
+        exact=0.0,
         cpu_shapes=(_WIDE,),
         cuda_shapes=(_CUDA_WIDE,),
         sweep_shapes=_SWEEP,

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import kdfast.nn
-from kdfast.bench.registry.operator import Operator, Sample, Shape, Side
 from kdfast.ops import attention, hidden, layer_reference, qk
+from kdfast.bench.registry import floors
+from kdfast.bench.registry.operator import Floors, Operator, Sample, Shape, Side
 
 Make = Callable[[torch.Generator, float], tuple[Side, Side]]
 
@@ -251,7 +251,7 @@ def _eager_relation(student_a: Tensor, student_b: Tensor, teacher_a: Tensor, tea
 
 
 def _gram_flops(student: Side, gradient: bool) -> float:
-    """Of the linear form: two Gram matrices 2d wide, and two products with them."""
+    """The linear form's: two Gram matrices 2d wide, and two products with them."""
     batch, heads, length, size = student[0].shape
     return float(2 * batch * heads * length * size**2 * (12 if gradient else 8))
 
@@ -261,7 +261,7 @@ def _relation_flops(student: Side, gradient: bool) -> float:
     return float(2 * batch * heads * length**2 * size * (4 if gradient else 2))
 
 
-# Of the CPU and of the GPU.
+# The CPU's and the GPU's.
 _Shapes = tuple[tuple[Shape, ...], tuple[Shape, ...]]
 _SCORES: _Shapes = (
     (((4, 8, 12, 128, 128), "float32"), ((4, 2, 12, 512, 512), "float32"), ((4, 8, 12, 128, 128), "bfloat16")),
@@ -295,15 +295,15 @@ def _operator(
     name: str,
     function: Callable[..., Tensor],
     reference: Callable[..., Tensor],
-    module: type[nn.Module],
     native: str,
+    floors: Floors,
     samples: tuple[Sample, ...],
     eager: Callable[..., Tensor],
     shapes: _Shapes,
     **more: Any,
 ) -> Operator:
     return Operator(
-        name, function, reference, module, (native, native + "_backward"), samples, eager,
+        name, function, reference, (native, native + "_backward"), samples, eager, floors=floors,
         cpu_shapes=shapes[0], cuda_shapes=shapes[1], **({"make": _made_scores} | more),
     )  # fmt: skip
 
@@ -314,7 +314,7 @@ LAYERS: dict[str, Operator] = {
     for operator in (
         _operator(
             "attention_mse", attention.attention_mse, _of(layer_reference.attention, "mse"),
-            kdfast.nn.AttentionMSELoss, "layer_distance",
+            "layer_distance", floors.of_results,
             (
                 *_score_samples(),
                 Sample("floor", "TinyBERT's masks", _floored, lambda g: {"floor": -100}),
@@ -324,23 +324,23 @@ LAYERS: dict[str, Operator] = {
         ),
         _operator(
             "attention_kl", attention.attention_kl, _of(layer_reference.attention, "kl"),
-            kdfast.nn.AttentionKLLoss, "layer_distance",
+            "layer_distance", floors.of_scores(1),
             (*_score_samples(), Sample("infinities", "a mask that was added", _infinite_keys)),
             _summed(_eager_kl), _SCORES,
         ),
         _operator(
             "qk_attention_mse", qk.qk_attention_mse, _of(layer_reference.qk, "mse"),
-            kdfast.nn.QKAttentionMSELoss, "qk_distance", _qk_samples(), _eager_qk, _HEADS,
+            "qk_distance", floors.of_results, _qk_samples(), _eager_qk, _HEADS,
             make=_made_heads, flops=_gram_flops,
         ),
         _operator(
             "qk_relation_kl", qk.qk_relation_kl, _of(layer_reference.qk, "kl"),
-            kdfast.nn.QKRelationKLLoss, "qk_distance", _relation_samples(), _eager_relation, _RELATIONS,
+            "qk_distance", floors.of_scores(2), _relation_samples(), _eager_relation, _RELATIONS,
             make=_made_heads, flops=_relation_flops,
         ),
         _operator(
             "hidden_mse", hidden.hidden_mse, _of(layer_reference.hidden, "mse"),
-            kdfast.nn.HiddenMSELoss, "layer_distance",
+            "layer_distance", floors.of_results,
             (
                 *_token_samples(),
                 Sample("projected", "widths that differ", _apart((2, 5, 16), (2, 5, 24), 2), _projected),
@@ -349,11 +349,11 @@ LAYERS: dict[str, Operator] = {
         ),
         _operator(
             "cosine_distance", hidden.cosine_distance, _of(layer_reference.hidden, "cosine"),
-            kdfast.nn.CosineDistanceLoss, "layer_distance", _token_samples(), _summed(_eager_cosine), _HIDDEN,
+            "layer_distance", floors.of_results, _token_samples(), _summed(_eager_cosine), _HIDDEN,
         ),
         _operator(
             "cls_distance", hidden.cls_distance, layer_reference.cls,
-            kdfast.nn.CLSDistanceLoss, "layer_distance", _cls_samples(), _summed(_eager_cls), _CLS,
+            "layer_distance", floors.of_results, _cls_samples(), _summed(_eager_cls), _CLS,
         ),
     )
 }  # fmt: skip

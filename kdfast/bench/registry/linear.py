@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import kdfast.nn
-from kdfast.bench.registry.operator import Operator, Sample
 from kdfast.ops import linear, linear_reference, topk
+from kdfast.bench.registry import floors
+from kdfast.bench.registry.operator import Operator, Sample
 
 Make = Callable[[torch.Generator, float], tuple[Any, Any]]
 
@@ -201,11 +201,11 @@ LINEAR: dict[str, Operator] = {
         name="topk_kl_div",
         function=topk.topk_kl_div,
         reference=linear_reference.topk_kl_div,
-        module=kdfast.nn.TopkKLDivLoss,
         native=("divergence", "divergence_backward"),
         samples=_topk_samples(),
         eager=_eager_topk,
         make=_made_topk,
+        floors=floors.of_topk,
         cpu_shapes=(((64, 152064), "float32"),),
         cuda_shapes=(((8192, 128256), "bfloat16"),),
     ),
@@ -213,11 +213,11 @@ LINEAR: dict[str, Operator] = {
         name="linear_kd_loss",
         function=linear.linear_kd_loss,
         reference=linear_reference.linear_kd_loss,
-        module=kdfast.nn.LinearKDLoss,
         native=_LINEAR,
         samples=_KD_SAMPLES,
         eager=_eager_kd,
         make=_made,
+        floors=floors.of_products,
         arguments=lambda student: {"alpha": 1.0},
         flops=lambda student, gradient: _matmul_flops(student, gradient, 4),
         cpu_shapes=_CPU_LINEAR,
@@ -227,11 +227,11 @@ LINEAR: dict[str, Operator] = {
         name="linear_topk_kd_loss",
         function=linear.linear_topk_kd_loss,
         reference=linear_reference.linear_topk_kd_loss,
-        module=kdfast.nn.LinearTopkKDLoss,
         native=_LINEAR,
         samples=tuple(_from_topk(sample) for sample in _samples()),
         eager=_eager_linear_topk,
         make=_made_linear_topk,
+        floors=floors.of_products,
         arguments=lambda student: {"alpha": 1.0},
         flops=lambda student, gradient: _matmul_flops(student, gradient, 3),
         cpu_shapes=_CPU_LINEAR[:1],

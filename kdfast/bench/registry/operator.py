@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 # A tensor; a list of layers; or a tuple of these, which are arguments of their own (queries and keys).
 Side = Any
 Shape = tuple[tuple[int, ...], str]
+# From the reference, student, teacher, keyword arguments, and the exact value and gradient of these: the
+# absolute error of the value, per result, and that of the gradient's norm.
+Floors = Callable[[Callable[..., Tensor], Side, Side, dict[str, Any], tuple[Tensor, Tensor]], tuple[Tensor, float]]
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Operator:
-    """A public function, its twins, and the work that bounds its speed.
+    """A public function, its reference, how exact it must be, and the work that bounds its speed.
 
+    `floors`: of the errors that are allowed whatever eager makes (kdfast/bench/registry/floors.py); `exact`: of float64, beside.
     `native`: the raw operators behind it (`torch.ops.kdfast.<name>`). `eager`: the code people write without kdfast.
     `make(shape, options)`: student and teacher of a benchmark, by `torch.randn(..., **options)`; `arguments(student)`: what
     both need beside them. `cpu_shapes`, `cuda_shapes`: shapes and dtypes of the benchmarks; `sweep_shapes`: of the sweep
@@ -42,15 +46,16 @@ class Operator:
     name: str
     function: Callable[..., Tensor]
     reference: Callable[..., Tensor]
-    module: type[nn.Module]
     native: tuple[str, ...]
     samples: tuple[Sample, ...]
     eager: Callable[..., Tensor]
     make: Callable[[tuple[int, ...], dict[str, Any]], tuple[Side, Side]]
+    floors: Floors
     cpu_shapes: tuple[Shape, ...]
     cuda_shapes: tuple[Shape, ...]
     sweep_shapes: tuple[Shape, ...] = ()
     arguments: Callable[[Side], dict[str, Any]] = field(default=lambda student: {})
+    exact: float = 2**-48
     flops: Callable[[Side, bool], float] | None = None
 
 

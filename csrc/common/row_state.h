@@ -27,12 +27,12 @@ constexpr float kNoMaximum = -3.4028234663852886e38f;
 // row's state is these in this order.
 template <class Real>
 struct RowState {
-  Real max_s, sum_s;  // sum of 2^(x * k)
-  Real max_t, sum_t;  // sum of 2^(y * k)
-  Real a, b;          // the divergence's own two sums (csrc/common/divergence_terms.h)
-  Real sum_one;       // sum of e^x: the student's at temperature 1. This and the rest only beside labels.
-  Real total;         // sum of the student's logits
-  Real label;         // the student's logit of the label
+  Real max_s, sum_s;        // sum of 2^(x * k)
+  Real max_t, sum_t;        // sum of 2^(y * k)
+  Real moment_t, moment_s;  // the divergence's own two sums (csrc/common/divergence_terms.h)
+  Real sum_one;             // sum of e^x: the student's at temperature 1. This and the rest only beside labels.
+  Real total;               // sum of the student's logits
+  Real label;               // the student's logit of the label
 };
 constexpr int kRowStateSize = 9;
 
@@ -46,7 +46,7 @@ KDFAST_HD double log2_of(double x) { return ::log2(x); }
 KDFAST_HD float exp2_of(float x) { return ::exp2f(x); }
 KDFAST_HD float log2_of(float x) { return ::log2f(x); }
 
-// `r` referred to higher maxima. The terms of a and b are powers times something linear in x and y
+// `r` referred to higher maxima. The terms of the moments are powers times something linear in x and y
 // (Terms::of_teacher, Terms::of_student), and so are moved by the same of the maxima's shifts. A sum that vanishes
 // takes them along: 0 * inf would be NaN where a -inf met a power too small to represent.
 template <class Terms, class Real>
@@ -58,10 +58,10 @@ KDFAST_HD RowState<Real> referred(const RowState<Real>& r, Real max_s, Real max_
   to.max_s = max_s, to.sum_s = r.sum_s * scale_s;
   to.max_t = max_t, to.sum_t = r.sum_t * scale_t;
   if constexpr (Terms::kOfTeacher) {
-    to.a = to.sum_t == 0 ? Real(0) : scale_t * (r.a + r.sum_t * Terms::of_teacher(shift_s, shift_t));
+    to.moment_t = to.sum_t == 0 ? Real(0) : scale_t * (r.moment_t + r.sum_t * Terms::of_teacher(shift_s, shift_t));
   }
   if constexpr (Terms::kOfStudent) {
-    to.b = to.sum_s == 0 ? Real(0) : scale_s * (r.b + r.sum_s * Terms::of_student(shift_s, shift_t));
+    to.moment_s = to.sum_s == 0 ? Real(0) : scale_s * (r.moment_s + r.sum_s * Terms::of_student(shift_s, shift_t));
   }
   to.sum_one = r.sum_one == 0 ? Real(0) : r.sum_one * scale(shift_s, Real(kLog2e));
   return to;
@@ -76,8 +76,8 @@ KDFAST_HD void merge(RowState<Real>& into, const RowState<Real>& other, Real k) 
           x.sum_s + y.sum_s,
           max_t,
           x.sum_t + y.sum_t,
-          x.a + y.a,
-          x.b + y.b,
+          x.moment_t + y.moment_t,
+          x.moment_s + y.moment_s,
           x.sum_one + y.sum_one,
           x.total + y.total,
           x.label + y.label};

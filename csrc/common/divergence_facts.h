@@ -1,0 +1,23 @@
+// The list of the divergences as data.
+#pragma once
+#include "common/divergence_terms.h"
+
+namespace kdfast {
+
+// What a divergence is, where its terms are not at hand.
+struct DivergenceFacts {
+  const char* name;
+  bool topk, second_look;
+};
+inline const DivergenceFacts& facts_of(Divergence kind) {
+  struct NoMath {
+    using V = double;
+    using Real = double;
+  };
+#define KDFAST_FACTS(name, Terms) {#name, Terms<NoMath>::kTopk, Terms<NoMath>::kSecondLook},
+  static constexpr DivergenceFacts kFacts[] = {KDFAST_DIVERGENCES(KDFAST_FACTS)};
+#undef KDFAST_FACTS
+  return kFacts[int(kind)];
+}
+
+}  // namespace kdfast

@@ -1,0 +1,90 @@
+"""What rounding does to a result at least, where eager PyTorch happens to be exact: absolute errors that are allowed, of a value
+(per result) and of a gradient's norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast.ops.reference import reduce_rows
+from kdfast.bench.registry.operator import Floors, Side, apply, tensors
+
+Exact = tuple[Tensor, Tensor]
+_REDUCTION = ("mask", "weight", "reduction", "num_items")
+
+
+def of_logits(*, distillation: bool = False, squared: bool = False) -> Floors:
+    """2^-22 max|z/T| and 2^-19 ‖p_t‖/T; `squared`: of (z_s - z_t)/T; `distillation`: of both parts of `kd_loss`."""
+
+    def floors(_: Any, student: Tensor, teacher: Tensor, kwargs: dict[str, Any], exact: Exact) -> tuple[Tensor, float]:
+        columns, alpha = kwargs.get("vocab_size"), kwargs.get("alpha", 0.5)
+        temperature = _temperature(student, kwargs, 2.0 if distillation else 1.0)
+        # What kd_loss multiplies by: T² before the divergence, and a cross-entropy of logits that are not divided by T.
+        factor = alpha * temperature**2 + (1 - alpha) * temperature if distillation else torch.ones_like(temperature)
+        reduction = _reduction(kwargs)
+        if reduction["mask"] is None and kwargs.get("labels") is not None:
+            reduction["mask"] = kwargs["labels"] != -100
+        z = [x[..., :columns].double() / temperature[..., None] for x in (student, teacher)]
+        largest = max(float(x[x.isfinite()].abs().max()) for x in ([z[0] - z[1]] if squared else z))
+        value = reduce_rows(2**-22 * largest ** (2 if squared else 1) * factor, **reduction)
+        factors = _factors_of_rows(student, reduction)
+        p = z[1].softmax(-1) * (1.5 * factors * factor / temperature)[..., None]
+        # The cross-entropy's target instead of p_t.
+        labels = (1 - alpha) * 1.5 * factors if distillation else torch.zeros(1)
+        return value, 2**-19 * float(p.norm() + labels.norm())
+
+    return floors
+
+
+def of_topk(
+    _: Any, student: Tensor, teacher: tuple[Tensor, Tensor], kwargs: dict[str, Any], exact: Exact
+) -> tuple[Tensor, float]:
+    """As `of_logits`."""
+    temperature, reduction = _temperature(student, kwargs, 1.0), _reduction(kwargs)
+    largest = float((student.double() / temperature[..., None]).abs().max())
+    value = reduce_rows(2**-22 * largest * torch.ones_like(temperature), **reduction)
+    factors = _factors_of_rows(student, reduction)
+    t = teacher[0].double().exp()
+    return value, 2**-19 * float((t * (1.5 * factors / temperature)[..., None]).norm())
+
+
+def of_products(_: Any, student: Side, teacher: Side, kwargs: dict[str, Any], exact: Exact) -> tuple[Tensor, float]:
+    """Some roundings of logits and results."""
+    return 2**-19 * (1 + exact[0].abs()), 2**-19 * float(exact[1].norm())
+
+
+def of_results(_: Any, student: Side, teacher: Side, kwargs: dict[str, Any], exact: Exact) -> tuple[Tensor, float]:
+    """A rounding or two."""
+    return 2**-21 * exact[0].abs(), 2**-21 * float(exact[1].norm())
+
+
+def of_scores(power: int) -> Floors:
+    """The same of scores, which a softmax follows; they are the inputs' `power`."""
+
+    def floors(
+        reference: Callable[..., Tensor], student: Side, teacher: Side, kwargs: dict[str, Any], exact: Exact
+    ) -> tuple[Tensor, float]:
+        largest = max(float(x[x.isfinite()].abs().max()) for x in tensors(student) + tensors(teacher)) ** power
+        mean = apply(reference, student, teacher, **kwargs | {"reduction": "mean"}).detach()
+        return 2**-22 * largest * exact[0].abs() / mean, 2**-21 * float(exact[1].norm()) * largest
+
+    return floors
+
+
+def _temperature(student: Tensor, kwargs: dict[str, Any], default: float) -> Tensor:
+    temperature = torch.as_tensor(kwargs.get("temperature", default), dtype=torch.float64)
+    return temperature.expand(student.shape[:-1])
+
+
+def _reduction(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs.get(name, "mean" if name == "reduction" else None) for name in _REDUCTION}
+
+
+def _factors_of_rows(student: Tensor, reduction: dict[str, Any]) -> Tensor:
+    """What the reduction multiplies each row by."""
+    rows = torch.ones(student.shape[:-1], dtype=torch.float64, requires_grad=True)
+    (factors,) = torch.autograd.grad(reduce_rows(rows, **reduction).sum(), rows)
+    return factors
