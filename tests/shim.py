@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdfast.bench.registry.divergences import DIVERGENCES
 from kdfast.ops._call import (
     KNOWN_EVERYTHING,
     KNOWN_NORMALISERS,
@@ -28,7 +29,6 @@ from kdfast.ops._call import (
     RowValues,
 )
 from kdfast.ops._divergence import KINDS, SECOND_LOOK
-from kdfast.bench.registry.divergences import DIVERGENCES
 
 ROOT = Path(__file__).parents[1]
 OPS = (

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.ops import _divergence, divergence, kd_loss, reference
 from kdfast.bench.registry import floors
 from kdfast.bench.registry.operator import Operator, Sample
+from kdfast.ops import _divergence, divergence, kd_loss, reference
 
 
 def _logits(*shape: int, offset: float = 0.0) -> Callable[[torch.Generator, float], tuple[Tensor, Tensor]]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops.reference import reduce_rows
 from kdfast.bench.registry.operator import Floors, Side, apply, tensors
+from kdfast.ops.reference import reduce_rows
 
 Exact = tuple[Tensor, Tensor]
 _REDUCTION = ("mask", "weight", "reduction", "num_items")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.ops import attention, hidden, layer_reference, qk
 from kdfast.bench.registry import floors
 from kdfast.bench.registry.operator import Floors, Operator, Sample, Shape, Side
+from kdfast.ops import attention, hidden, layer_reference, qk
 
 Make = Callable[[torch.Generator, float], tuple[Side, Side]]
 

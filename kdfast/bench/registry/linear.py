@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.ops import linear, linear_reference, topk
 from kdfast.bench.registry import floors
 from kdfast.bench.registry.operator import Operator, Sample
+from kdfast.ops import linear, linear_reference, topk
 
 Make = Callable[[torch.Generator, float], tuple[Any, Any]]
 

@@ -1,0 +1,57 @@
+"""Imports between the folders of kdfast run one way, and the root stays light (docs/architecture.md)."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import kdfast
+
+ROOT = Path(kdfast.__file__).parent
+# What each may import beside itself and the public functions of kdfast.
+MAY: dict[str, set[str]] = {
+    "ops": set(),
+    "nn": {"ops"},
+    "bench": {"ops", "nn"},
+    "data": {"ops"},
+    "models": {"ops", "data"},
+    "objective": {"ops", "data", "models"},
+    "teacher_cache": {"ops", "data", "models"},
+    "train": {"ops", "data", "models", "objective", "teacher_cache"},
+    "recipes": {"ops", "data", "models", "objective"},
+    "results": {"ops", "data", "models", "objective", "teacher_cache", "train", "recipes"},
+    "runs": {"ops", "data", "models", "objective", "teacher_cache", "train", "recipes", "results"},
+    "cli": {"ops", "data", "models", "teacher_cache", "recipes", "results", "runs", "bench"},
+}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The rooms that a file imports from, also late."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kdfast":
+            inside = (node.module or "").split(".")[1:]
+            yield from inside[:1] or [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("kdfast."))
+
+
+def test_every_folder_is_a_room() -> None:
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert folders == {*MAY}
+    for room in MAY:
+        assert ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text())), room
+    assert len(list(ROOT.glob("*.py"))) <= 5
+
+
+def test_imports_run_one_way() -> None:
+    order = list(MAY)
+    assert all(order.index(one) < order.index(room) for room, others in MAY.items() for one in others)  # no circle
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {other}"
+        for room, others in MAY.items()
+        for path in sorted((ROOT / room).rglob("*.py"))
+        for other in imported(path)
+        if other in MAY and other not in others | {room}
+    ]
+    assert wrong == []
