@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from kdfast._version import __version__
+__version__ = "0.1.0"
+
 from kdfast.cli import interrupt
 
 interrupt.begin()  # before torch, which takes a second to import
@@ -66,7 +67,7 @@ __all__ = [
 ]
 
 
-_LATE = ("hf", "students", "teacher_cache")
+_LATE = ("hf", "on_policy", "students", "teacher_cache")
 
 
 def __getattr__(name: str) -> Any:

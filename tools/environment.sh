@@ -82,7 +82,7 @@ fi
 
 # What was made for these contents of these files is up to date.
 environment=$(sha256sum pyproject.toml tools/environment.sh)
-sources=$(find csrc setup.py CMakeLists.txt pyproject.toml kdfast/_version.py -type f | LC_ALL=C sort | xargs sha256sum)
+sources=$(find csrc setup.py CMakeLists.txt pyproject.toml kdfast/__init__.py -type f | LC_ALL=C sort | xargs sha256sum)
 environment_current=$([ "$(cat $venv/environment.stamp 2>/dev/null)" = "$environment" ] && echo yes || true)
 
 [ "$environment_current" ] || make_environment

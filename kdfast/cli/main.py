@@ -39,7 +39,7 @@ app.add_typer(distill, name="distill")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from kdfast._version import __version__
+        from kdfast import __version__
 
         typer.echo(f"kdfast {__version__}")
         raise typer.Exit
