@@ -15,7 +15,7 @@ import typer
 from kdfast.cli.shared import fail, layer_numbers
 from kdfast.recipes import RECIPES
 from kdfast.recipes.base import Recipe
-from kdfast.results.disk import told
+from kdfast.results.disk import failure, told
 
 ENDS = """
 
@@ -98,6 +98,8 @@ def _run(recipe: Recipe, output: Path, fresh: bool) -> None:
     except AssetError as error:
         fail(str(error), 1)
     except OSError as error:
+        if failure(error, output) is None:
+            raise
         fail(f"{told(error)}; the same command continues where this one was", 1)
     except KeyboardInterrupt:
         fail("stopped; the same command continues where this one was", 130)
