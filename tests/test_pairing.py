@@ -110,7 +110,9 @@ def test_student_with_the_teachers_tokenizer_and_more_rows(reviews: str, tmp_pat
 
 # ---- positions
 def deberta(**options: Any) -> Any:
-    return DebertaV2ForSequenceClassification(DebertaV2Config(**SIZES, **WIDE, max_position_embeddings=LIMIT, **options))
+    return DebertaV2ForSequenceClassification(
+        DebertaV2Config(**SIZES, **WIDE, max_position_embeddings=LIMIT, **options)
+    )
 
 
 @pytest.mark.parametrize(
