@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 from command_line import call
+from safetensors import SafetensorError
 from word_classifiers import bert, save, write_reviews
 
+from kdfast.cli.main import main
 from kdfast.results import disk
 from kdfast.runs import stages
 
@@ -42,7 +45,7 @@ def _python(code: str, *arguments: object, **environment: str) -> subprocess.Com
 )
 def test_real_failures_of_each_library_name_the_place(write: str, expected: int, tmp_path: Path) -> None:
     code = (
-        "import sys, torch; from pathlib import Path; from safetensors.torch import save_file; from kdfast._disk import saving\n"
+        "import sys, torch; from pathlib import Path; from safetensors.torch import save_file; from kdfast.results.disk import saving\n"
         f"{LIMITED.format(bytes=4096)}path = sys.argv[1]\n"
         f"try:\n with saving(Path('the/place')): {write}\n"
         "except OSError as error: print(error.errno, error.filename)"
@@ -69,6 +72,78 @@ def test_torch_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert disk.told(full) == "No space left on device (a cache or temporary folder: $HF_HOME, $KDFAST_CACHE, $TMPDIR)"
     assert disk.told(OSError("cannot write it: so\nand so")) == "cannot write it: so"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+        BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)),
+        OSError("no number"),
+        RuntimeError("[enforce fail at inline_container.cc:145] . PytorchStreamReader failed reading zip archive"),
+        SafetensorError("Error while serializing: I/O error: Cannot allocate memory (os error 12)"),
+    ],
+    ids=repr,
+)
+def test_what_is_no_failure_of_a_disk_goes_on_untouched(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as failure, disk.saving(tmp_path):
+        raise error
+    assert failure.value is error
+    assert disk.failure(error, tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EROFS", "EACCES", "EDQUOT", "EIO", "EFBIG"])
+def test_failures_of_a_disk(name: str, tmp_path: Path) -> None:
+    number = getattr(errno, name)
+    for error in (OSError(number, os.strerror(number)), SafetensorError(f"I/O error: it (os error {number})")):
+        with pytest.raises(OSError, match=re.escape(f"{os.strerror(number)}: '{tmp_path}'")), disk.saving(tmp_path):
+            raise error
+        told = OSError("cannot write shard 3")  # as kdfast.teacher_cache does
+        told.__cause__ = error
+        assert disk.of_the_user(told, [])
+
+
+def test_bugs_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """What is raised in a command's work: one line where a disk fails or the user named the path, else what it is."""
+
+    def check_cache(folder: Path) -> None:
+        raise raised
+
+    monkeypatch.setattr("kdfast.runs.cache.check_cache", check_cache)
+    named = tmp_path / "cache" / "of"
+    for raised, line in (
+        (ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)), None),
+        (OSError("not said where"), None),
+        (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(named / "state.json")), None),
+        (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(named)), f"{named}: no such file or directory"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", str(named.parent)), f"{named.parent}: not a directory"),
+        (OSError(errno.ENOSPC, "No space left", str(named / "a")), f"{named}/a: no space left"),
+    ):
+        if line is None:
+            monkeypatch.setattr(sys, "argv", ["kdfast", "check-cache", str(named)])
+            with pytest.raises(type(raised)) as failure:
+                main()
+            assert failure.value is raised
+        else:
+            assert call(monkeypatch, "check-cache", named) == 1
+            assert capsys.readouterr().err == f"kdfast: {line}\n"
+
+
+def test_training_that_loses_a_connection_shows_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    lost = ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+
+    def train(*arguments: Any, **options: Any) -> None:
+        raise lost
+
+    monkeypatch.setattr("transformers.Trainer.train", train)
+    data, teacher = write_reviews(tmp_path / "reviews.csv"), save(tmp_path / "teacher", bert(0))
+    command = ["distill", "hinton", "--data", data, "--teacher", teacher, "--max-length", "16"]
+    monkeypatch.setattr(sys, "argv", ["kdfast", *command, "--output", str(tmp_path / "run")])
+    with pytest.raises(ConnectionResetError) as failure:
+        main()
+    assert failure.value is lost
 
 
 def test_command_whose_checkpoint_cannot_be_written(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BloomConfig,
     BloomForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPTNeoXConfig,
@@ -107,6 +109,12 @@ def test_student_with_the_teachers_tokenizer_and_more_rows(reviews: str, tmp_pat
 
 
 # ---- positions
+def deberta(**options: Any) -> Any:
+    return DebertaV2ForSequenceClassification(
+        DebertaV2Config(**SIZES, **WIDE, max_position_embeddings=LIMIT, **options)
+    )
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
@@ -117,13 +125,15 @@ def test_student_with_the_teachers_tokenizer_and_more_rows(reviews: str, tmp_pat
         (BloomForSequenceClassification(BloomConfig(vocab_size=10, hidden_size=16, n_layer=1, n_head=2)), None),
         (T5EncoderModel(T5Config(vocab_size=10, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)), None),
         (XLNetForSequenceClassification(XLNetConfig(vocab_size=10, d_model=16, n_layer=1, n_head=2, d_inner=16)), None),
+        (deberta(position_biased_input=False, relative_attention=True), None),
+        (deberta(position_biased_input=True), LIMIT),
     ],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
 @torch.no_grad()
 def test_positions_are_what_a_model_takes(model: Any, expected: int | None) -> None:
     assert pairing.positions(model) == expected
-    longest = LIMIT if expected is None else expected
+    longest = 3 * LIMIT if expected is None else expected
     model.eval()(input_ids=torch.full((1, longest), 5))
     if expected is not None and not isinstance(model, LlamaForSequenceClassification):  # whose positions are computed
         with pytest.raises((IndexError, RuntimeError)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import yaml
 from command_line import call
 from word_classifiers import bert, save, write_reviews
 
+from kdfast.cli import main
+from kdfast.data import tasks
 from kdfast.recipes import hinton
 from kdfast.recipes.paths import absolute, located
 from kdfast.runs import stages
@@ -157,3 +160,128 @@ def test_settings_of_an_earlier_version(project: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(stages, "train_stage", lambda *a: pytest.fail("trained again"))
     given = [project / part for part in ("data/reviews.csv", "models/teacher", "runs/0.9")]
     assert call(monkeypatch, "distill", *_command(0.9, *given)) == 0
+
+
+# ---- a run that was moved to where another file of the same name lies
+
+
+@pytest.fixture
+def moved(project: Path, tmp_path: Path) -> Path:
+    """The run 0.9, of which the data is gone, beside other rows and the teacher."""
+    there = tmp_path / "there"
+    (there / "data").mkdir(parents=True)
+    write_reviews(there / "data" / "reviews.csv", labels=("bad", "good"), rows=40)
+    (project / "models").rename(there / "models")
+    (project / "runs" / "0.9").rename(there / "run")
+    (project / "data" / "reviews.csv").unlink()
+    return there
+
+
+def _lines(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    """Of the console, and the last one of the error."""
+    out, err = capsys.readouterr()
+    return out, err.strip().splitlines()[-1] if err.strip() else ""
+
+
+def _other_rows(moved: Path) -> str:
+    first = json.loads((moved / "run" / "metrics.json").read_text())["task"]["test"]
+    now = tasks.fingerprint(tasks.load(moved / "data" / "reviews.csv").test)
+    assert (first[:6], now[:6]) == ("6 rows", "4 rows")
+    return (
+        f"data: expected the test rows that it was measured on ({first}), got those of {moved}/data/reviews.csv ({now})"
+    )
+
+
+def test_evaluate_refuses_other_rows(
+    moved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusal = _other_rows(moved)
+    for model, options in (("run", ()), ("run/student", ()), ("run", ("--test-rows", "2"))):
+        capsys.readouterr()
+        assert call(monkeypatch, "evaluate", moved / model, *options) == 2
+        assert f"kdfast: Invalid value: run {moved}/run: {refusal}" in _lines(capsys)[1]
+    assert call(monkeypatch, "evaluate", moved / "run", "--data", moved / "data" / "reviews.csv") == 0
+    assert "data: " not in _lines(capsys)[0]
+
+
+def test_evaluate_tells_what_it_reads(
+    moved: Path, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_reviews(moved / "data" / "reviews.csv", labels=("bad", "good"))  # the run's own
+    told = f"data: {project}/data/reviews.csv is not there; {moved}/data/reviews.csv is read"
+    capsys.readouterr()
+    assert call(monkeypatch, "evaluate", moved / "run") == 0
+    shown = _lines(capsys)[0].splitlines()
+    assert shown[:2] == [told, f"teacher: {project}/models/teacher is not there; {moved}/models/teacher is read"]
+    assert call(monkeypatch, "evaluate", moved / "run", "--test-rows", "2") == 0
+    assert call(monkeypatch, "evaluate", moved / "run" / "student") == 0
+    assert _lines(capsys)[0].count(told) == 2
+    (project / "data").mkdir(exist_ok=True)
+    write_reviews(project / "data" / "reviews.csv", labels=("bad", "good"))
+    assert call(monkeypatch, "evaluate", moved / "run" / "student") == 0
+    assert "is not there" not in _lines(capsys)[0]
+
+
+def test_distill_refuses_other_rows(
+    moved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusal, run = _other_rows(moved), moved / "run"
+    monkeypatch.setattr(stages, "train_stage", lambda *a: pytest.fail("trained"))
+    given = [moved / "data" / "reviews.csv", moved / "models" / "teacher"]
+    of_config = ["hinton", "--config", run / "config.yaml", "--output"]
+    for command in (
+        _command(0.9, *given, run),
+        [*of_config, run],
+        [*of_config, moved / "b"],
+        [*of_config, run, "--fresh"],
+    ):
+        capsys.readouterr()
+        assert call(monkeypatch, "distill", *command) == 2
+        assert f"kdfast: Invalid value: run {run}: {refusal}" in _lines(capsys)[1]
+        assert (run / "metrics.json").is_file()
+    assert not (moved / "b").exists()
+
+
+def test_distill_tells_what_it_reads(
+    moved: Path, project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a run has measured anything there is nothing to compare with."""
+    run = moved / "run"
+    (run / "metrics.json").unlink()
+    told = f"data: {project}/data/reviews.csv is not there; {moved}/data/reviews.csv is read"
+    of_config = ["distill", "hinton", "--config", run / "config.yaml", "--output"]
+    capsys.readouterr()
+    assert call(monkeypatch, *of_config, moved / "b") == 0
+    assert _lines(capsys)[0].count(told) == 1
+    other = write_reviews(moved / "other.csv", labels=("bad", "good"))
+    assert call(monkeypatch, *of_config, moved / "c", "--data", other) == 0
+    assert told not in _lines(capsys)[0]
+
+    class Trained(Exception):
+        pass
+
+    def train(*arguments: Any) -> None:
+        raise Trained
+
+    monkeypatch.setattr(stages, "train_stage", train)
+    (run / "student" / "stage.json").unlink()
+    (run / "teacher_outputs").rename(moved / "outputs")
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["kdfast", "distill", *map(str, _command(0.9, moved / "data/reviews.csv", moved / "models/teacher", run))],
+    )
+    with pytest.raises(Trained):
+        main.main()
+    assert _lines(capsys)[0].splitlines()[0] == told
+
+
+def test_a_run_keeps_its_fingerprint_where_nothing_moved(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file is another one in the same place: the finished run is refused, settings for a new one are not."""
+    run = project / "runs" / "0.9"
+    write_reviews(project / "data" / "reviews.csv", labels=("bad", "good"), rows=40)
+    assert call(monkeypatch, "evaluate", run) == 2
+    assert "expected the test rows that it was measured on (6 rows, " in _lines(capsys)[1]
+    assert call(monkeypatch, "distill", "hinton", "--config", run / "config.yaml", "--output", project / "new") == 0

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ import typer
 from kdfast.cli.shared import fail, layer_numbers
 from kdfast.recipes import RECIPES
 from kdfast.recipes.base import Recipe
-from kdfast.results.disk import told
+from kdfast.results.disk import failure, told
 
 ENDS = """
 
@@ -46,7 +46,8 @@ def _command(recipe: type[Recipe]) -> Callable[..., None]:
         if print_config:
             typer.echo(chosen.to_yaml(), nl=False)
             return
-        _run(chosen, Path("runs") / (recipe.name + "-quick" * quick) if output is None else output, fresh=not resume)
+        folder = Path("runs") / (recipe.name + "-quick" * quick) if output is None else output
+        _run(chosen, folder, not resume, config, [name for name, value in given.items() if value is not None])
 
     shared = {
         "output": (Path | None, typer.Option(help=f"Run folder. Default: runs/{recipe.name}."), None),
@@ -79,25 +80,36 @@ def _command(recipe: type[Recipe]) -> Callable[..., None]:
     return distill
 
 
-def _run(recipe: Recipe, output: Path, fresh: bool) -> None:
+def _run(recipe: Recipe, output: Path, fresh: bool, config: Path | None, given: Collection[str]) -> None:
+    """
+    Args:
+        config, given: what settings were read from, and those that were given beside.
+    """
     # Here and not above: transformers takes seconds to import, and --help does not need it.
     try:
         from rich.console import Console
 
         from kdfast.data.demo import AssetError
+        from kdfast.results import measured_rows
         from kdfast.runs import (
             run,
             stages,  # noqa: F401
         )
     except ImportError as error:
         fail(f"{error}: pip install kdfast[train]", 1)
+    console = Console()
     try:
-        run(recipe, output, Console(), fresh)
+        if config is not None:
+            for line in measured_rows.check_config(recipe, config, given):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+        run(recipe, output, console, fresh)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     except AssetError as error:
         fail(str(error), 1)
     except OSError as error:
+        if failure(error, output) is None:
+            raise
         fail(f"{told(error)}; the same command continues where this one was", 1)
     except KeyboardInterrupt:
         fail("stopped; the same command continues where this one was", 130)

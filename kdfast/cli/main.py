@@ -19,7 +19,7 @@ from kdfast.cli.cache import cache_teacher, check_cache
 from kdfast.cli.distill import add_recipes
 from kdfast.cli.results import compare, evaluate
 from kdfast.cli.shared import fail
-from kdfast.results.disk import told
+from kdfast.results.disk import of_the_user, told
 
 STOPPED = 130  # exit code of what Ctrl-C ended
 
@@ -69,6 +69,8 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         status = STOPPED
     except OSError as error:
+        if not of_the_user(error, sys.argv[1:]):
+            raise
         fail(told(error), 1)
     except usage_error as error:
         command = error.ctx.command_path if error.ctx else "kdfast"

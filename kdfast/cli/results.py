@@ -13,7 +13,7 @@ import yaml
 from kdfast.cli.shared import fail
 from kdfast.recipes import RECIPES
 from kdfast.recipes.classifier import ClassifierRecipe
-from kdfast.recipes.paths import CONFIG
+from kdfast.recipes.paths import CONFIG, moved, run_settings
 from kdfast.results import compare as comparing
 from kdfast.results.disk import saving
 
@@ -61,7 +61,7 @@ def evaluate(
         from kdfast.data import tasks
         from kdfast.data.demo import AssetError
         from kdfast.data.files import shown_name
-        from kdfast.results import measure, tables
+        from kdfast.results import measure, measured_rows, tables
         from kdfast.runs import stages
     except ImportError as error:
         fail(f"{error}: pip install kdfast[train]", 1)
@@ -79,13 +79,17 @@ def evaluate(
             "test_rows": test_rows,
         }
         run = chosen.recipe
-        if run is not None and data is None:  # other data, other columns
-            given = {name: getattr(run, name) if value is None else value for name, value in given.items()}
-            data = run.data
-        task = tasks.load(data, **given)
+        if run is not None and data is None:
+            given = {name: value for name, value in given.items() if value is not None}
+            task = measured_rows.load(run)
+            measured_rows.check(chosen.folder, task)
+            if given:
+                task = measured_rows.load(run, **given)
+        else:  # other data, other columns
+            task = tasks.load(data, **given)
         length = max_length or (64 if run is None else run.max_length)
         console = Console()
-        for note in task.notes:
+        for note in (*chosen.elsewhere(data), *task.notes):
             typer.echo(note)
         results = measure.evaluate(
             chosen.sources,
@@ -113,11 +117,23 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Chosen:
-    """The models to measure by their names, which of them is the teacher, and the recipe of the run that they are of."""
+    """The models to measure by their names, which of them is the teacher, and the run that they are of.
+
+    Attributes:
+        own: settings of the run that are read, if no options stand for them.
+    """
 
     sources: dict[str, str | Path]
     teacher: str | None
     recipe: ClassifierRecipe | None
+    folder: Path
+    own: tuple[str, ...]
+
+    def elsewhere(self, data: str | None) -> list[str]:
+        """What to tell of the run's own data and teacher, where they are read."""
+        stored = (run_settings(self.folder) if self.recipe else None) or {}
+        read = {name: stored.get(name) for name in self.own if data is None or name != "data"}
+        return moved(read, self.folder)
 
 
 def _chosen(model: str, teacher: str | None) -> _Chosen:
@@ -128,7 +144,9 @@ def _chosen(model: str, teacher: str | None) -> _Chosen:
         if teacher is not None:
             sources["teacher"] = teacher
         inside_a_run = folder.is_dir() and (folder.resolve().parent / CONFIG).is_file()
-        return _Chosen(sources, teacher and "teacher", _recipe_of(folder.resolve().parent) if inside_a_run else None)
+        run = folder.resolve().parent
+        recipe = _recipe_of(run) if inside_a_run else None
+        return _Chosen(sources, teacher and "teacher", recipe, run, own=("data",))
     recipe = _recipe_of(folder)
     if recipe is None:
         raise ValueError(
@@ -144,7 +162,7 @@ def _chosen(model: str, teacher: str | None) -> _Chosen:
     sources = {title: folder / name for name, title in titles.items()}
     if recipe.teacher is not None:
         sources[titles["teacher"]] = recipe.teacher
-    return _Chosen(sources, titles["teacher"], recipe)
+    return _Chosen(sources, titles["teacher"], recipe, folder, own=("data", "teacher"))
 
 
 def _recipe_of(run: Path) -> ClassifierRecipe | None:

@@ -47,7 +47,7 @@ def _is_absent(value: Any, kind: str | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Labels:
+class LabelColumn:
     """What the values of a label column are, and their numbers.
 
     Attributes:
@@ -63,7 +63,7 @@ class Labels:
     guessed: str | None = None
 
     @classmethod
-    def of(cls, feature: Any, values: list[Any], name: str, kind: str | None = None) -> Labels:
+    def of(cls, feature: Any, values: list[Any], name: str, kind: str | None = None) -> LabelColumn:
         """From the training rows.
 
         Args:
@@ -89,7 +89,7 @@ class Labels:
         return cls._classes(kind, flat, None if sure else len(values), name)
 
     @classmethod
-    def _classes(cls, kind: str, flat: list[Any], rows: int | None, name: str) -> Labels:
+    def _classes(cls, kind: str, flat: list[Any], rows: int | None, name: str) -> LabelColumn:
         """In their order; of so many rows, unless it is sure that these are classes."""
         types = {type(value) for value in flat}
         whole = types == {float} and all(value.is_integer() for value in flat)

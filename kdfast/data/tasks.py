@@ -21,7 +21,7 @@ from typing import Any
 from kdfast.data import demo
 from kdfast.data.files import read
 from kdfast.data.glue import GLUE
-from kdfast.data.labels import Labels, TaskError, has_labels, mismatch, values_of
+from kdfast.data.labels import LabelColumn, TaskError, has_labels, mismatch, values_of
 from kdfast.data.metrics import METRICS, metrics
 
 try:
@@ -138,7 +138,7 @@ def load(
     train = splits["train"]
     texts = _text_columns(train.features, text_columns, name)
     column = _label_column(train.features, label_column, name)
-    labels = Labels.of(train.features[column], values_of(train, column, "training", name, kind), name, kind)
+    labels = LabelColumn.of(train.features[column], values_of(train, column, "training", name, kind), name, kind)
     notes = [labels.guessed]
     train = _select(train, texts, column, labels, name, notes, "training")
     # Models are compared on GLUE's validation rows; of its test rows some do have labels (mrpc).
@@ -217,7 +217,7 @@ def _label_column(features: Mapping[str, Any], given: str | None, name: str) -> 
 
 
 def _select(
-    part: Any, texts: Sequence[str], column: str, labels: Labels, name: str, notes: list[str | None], which: str
+    part: Any, texts: Sequence[str], column: str, labels: LabelColumn, name: str, notes: list[str | None], which: str
 ) -> Any:
     """The rows with text, in the columns of a `Task`; how many have none goes to `notes`."""
     columns = dict(zip(("text", "text_pair"), texts, strict=False))

@@ -30,10 +30,11 @@ def check_tokens(named: str, tokenizer: Any, teachers: Any) -> None:
 
 
 def positions(model: Any) -> int | None:
-    """The most tokens that a model takes; None where there is no such limit (T5, XLNet, ALiBi)."""
+    """The most tokens that a model takes; None where there is no such limit (T5, XLNet, ALiBi, DeBERTa)."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is None or limit < 1 or getattr(config, "alibi", False):
+    relative = getattr(config, "alibi", False) or not getattr(config, "position_biased_input", True)
+    if limit is None or limit < 1 or relative:
         return None
     table = _counted_from_padding(model)
     return int(limit if table is None else table.num_embeddings - 1 - table.padding_idx)

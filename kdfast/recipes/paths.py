@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,15 @@ def located(name: str, value: Any, folder: Path) -> Any:
             # Files may be links to others that are called by their sums.
             return os.path.abspath(place) if place.is_file() else str(place.resolve())
     return value
+
+
+def moved(settings: Mapping[str, Any], folder: Path) -> list[str]:
+    """What to tell of the settings of the run in `folder`: which files and folders are not where they were, but elsewhere."""
+    return [
+        f"{name}: {value} is not there; {found} is read"
+        for name, value in settings.items()
+        if (found := located(name, value, folder)) != value and not Path(value).exists()
+    ]
 
 
 def _is_task(name: str, value: str) -> bool:

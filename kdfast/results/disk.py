@@ -6,37 +6,57 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 LITTLE = 1 << 20  # bytes: a disk with less is full
+FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}  # a disk's own
 
 
 @contextmanager
 def saving(place: Path) -> Iterator[None]:
-    """In its block, `place` is written, by Python, safetensors or torch.
+    """In its block, `place` is written, by Python, safetensors or torch. What is no failure of a disk goes on untouched.
 
     Raises:
         OSError: it could not be, with the number of the reason and the place, where the library names no other.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
+    except Exception as error:
+        told_already = isinstance(error, OSError) and (error.errno is None or error.filename is not None)
+        if told_already or (number := failure(error, place)) is None:
             raise
-        raise OSError(error.errno, os.strerror(error.errno), str(place)) from error
-    except RuntimeError as error:  # torch's
-        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
-            raise
-        full = shutil.disk_usage(_there(place)).free < LITTLE
-        reason = errno.ENOSPC if full else errno.EIO
-        raise OSError(reason, os.strerror(reason), str(place)) from error
-    except _safetensor_errors() as error:
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None:
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(place)) from error
+        raise OSError(number, os.strerror(number), str(place)) from error
+
+
+def failure(error: BaseException | None, place: Path) -> int | None:
+    """The number of a disk's failure, as each library tells it of `place`; None where an error is another."""
+    number: int | None = None
+    if isinstance(error, OSError):
+        number = failure(error.__cause__, place) if error.errno is None else error.errno
+    elif isinstance(error, RuntimeError) and _of_torch_writing(str(error)):
+        number = errno.ENOSPC if shutil.disk_usage(_there(place)).free < LITTLE else errno.EIO
+    elif isinstance(error, _safetensor_errors()) and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])
+    return number if number in FAILURES else None
+
+
+def of_the_user(error: OSError, arguments: Sequence[str]) -> bool:
+    """Whether an error is a disk's, or of a path among a command's `arguments` or around one: what one line says all of.
+
+    Any other may be a bug, whose traceback is needed.
+    """
+    if failure(error, Path()) is not None:
+        return True
+    if not isinstance(error.filename, str):
+        return False
+    paths = (Path(one.split("=", 1)[-1]).absolute() for one in arguments)  # --output runs/mine, or --output=runs/mine
+    return any(path.is_relative_to(Path(error.filename).absolute()) for path in paths)
+
+
+def _of_torch_writing(told: str) -> bool:
+    return "PytorchStreamWriter" in told or ("inline_container" in told and "PytorchStreamReader" not in told)
 
 
 def _safetensor_errors() -> tuple[type[Exception], ...]:

@@ -29,7 +29,7 @@ from kdfast.models.loading import classifier, device, load_tokenizer, named, pre
 from kdfast.objective import CLS, Labels, Logits
 from kdfast.recipes.classifier import ClassifierRecipe, Stage, labels_only
 from kdfast.recipes.paths import absolute
-from kdfast.results import plots, tables
+from kdfast.results import measured_rows, plots, tables
 from kdfast.results.measure import BATCH, Candidate, Metrics, length, measure, versions
 from kdfast.results.progress import bar
 from kdfast.runs import arguments, stages
@@ -53,8 +53,7 @@ class ClassifierRun:
 
     def __init__(self, recipe: ClassifierRecipe, folder: Path, console: Console, fresh: bool = False) -> None:
         self.recipe, self.folder, self.console = recipe, folder, console
-        arguments.chosen(recipe.precision)  # refuses what this machine has not
-        stages.check_run_folder(folder, recipe.as_dict(), fresh)
+        stages.begin(recipe, folder, console, fresh)
 
     def execute(self) -> dict[str, Metrics]:
         """Trains, measures and shows; returns the metrics of the models by their folders."""
@@ -63,6 +62,7 @@ class ClassifierRun:
         datasets.disable_progress_bars()
         r = self.recipe
         self.task = self._task()
+        measured_rows.check(self.folder, self.task)
         source = r.base or r.teacher or demo.fetch(demo.MINILM)
         self.tokenizer = load_tokenizer("teacher" if r.teacher else "base", r.teacher or source)
         self._check_tokenizers()
@@ -91,9 +91,8 @@ class ClassifierRun:
 
     def _task(self) -> tasks.Task:
         r = self.recipe
-        columns: dict[str, Any] = {"text_columns": r.text_columns, "label_column": r.label_column, "kind": r.kind}
         try:
-            task = tasks.load(r.data, **columns, train_rows=r.train_rows, test_rows=r.test_rows)
+            task = measured_rows.load(r, train_rows=r.train_rows)
         except tasks.TaskError as error:
             raise ValueError(str(error).removeprefix("tasks: ").replace("source: ", "data: ", 1)) from None
         held_out = ", held out of the file's" if task.held_out else ""

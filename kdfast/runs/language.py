@@ -19,7 +19,7 @@ from kdfast.models import pairing
 from kdfast.models.loading import device, load_tokenizer, pretrained
 from kdfast.recipes.base import Recipe
 from kdfast.results import measure, plots, tables
-from kdfast.runs import arguments, stages
+from kdfast.runs import stages
 from kdfast.teacher_cache._identity import tokenizer_sha256
 
 # Files that would be read as if they were prose, or not at all.
@@ -81,8 +81,7 @@ class LanguageRun:
     def __init__(self, recipe: Recipe, folder: Path, console: Console, fresh: bool = False) -> None:
         self.recipe: Any = recipe
         self.folder, self.console = folder, console
-        arguments.chosen(recipe.precision)  # refuses what this machine has not
-        stages.check_run_folder(folder, recipe.as_dict(), fresh)
+        stages.begin(recipe, folder, console, fresh)
 
     # ---- a recipe's own ----
     def prepare(self) -> None:

@@ -24,7 +24,8 @@ import yaml
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from kdfast.recipes.paths import CONFIG, located
+from kdfast.recipes.base import Recipe
+from kdfast.recipes.paths import CONFIG, located, moved, run_settings
 from kdfast.results.disk import saving, why_not_writable
 from kdfast.results.progress import bar
 from kdfast.runs import arguments
@@ -136,6 +137,18 @@ def write_json(path: Path, value: Any) -> None:
     with saving(path):
         partial.write_text(json.dumps(value, indent=1))
         partial.replace(path)
+
+
+def begin(recipe: Recipe, folder: Path, console: Any, fresh: bool) -> None:
+    """What every run does first: refuses what cannot become one, and tells what it was made of and is elsewhere now.
+
+    Raises:
+        ValueError: as `check_run_folder`, or a precision that this machine has not.
+    """
+    arguments.chosen(recipe.precision)
+    check_run_folder(folder, recipe.as_dict(), fresh)
+    for line in moved(run_settings(folder) or {}, folder):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def check_run_folder(folder: Path, settings: Mapping[str, Any], fresh: bool) -> None:
