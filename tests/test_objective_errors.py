@@ -209,7 +209,7 @@ class Plain(nn.Module):
         (lambda: Terms(kl=Logits), r"Terms: kl: expected a kdfast.objective.Term, got the class Logits"),
         *(
             (lambda name=name: Terms(**{name: Labels()}), rf"Terms: name: expected one without a dot, .*, got '{name}'")
-            for name in ("loss", "epoch", "kl_to_teacher", "runtime", "keys", "a.b")
+            for name in ("loss", "epoch", "kl_to_teacher", "mse_to_teacher", "agreement", "runtime", "keys", "a.b")
         ),
         (
             lambda: Terms(it=Hidden()).run(Plain(), TINY[2]),
