@@ -1,4 +1,4 @@
-"""What `DistillationTrainer` does within a step: the loss inside DDP's forward, and means of what it logs."""
+"""What `DistillationTrainer` does around a step: a model that DDP wraps, the loss inside its forward, and means of what is logged."""
 
 from __future__ import annotations
 
@@ -32,6 +32,22 @@ class Means:
         *sums, weight = accelerator.reduce(torch.stack(totals), reduction="sum").tolist()
         self.__init__()  # type: ignore[misc]
         return {name: value / weight if weight else 0.0 for name, value in zip(names, sums, strict=True)}
+
+
+def forget_evaluation(trainer: Any) -> None:
+    """Undoes what accelerate did to a model before an evaluation, of this trainer or another.
+
+    It takes a model that it prepared to evaluate as prepared to train, and DDP would never wrap it: each process would
+    train a model of its own.
+    """
+    model = trainer.model
+    alone = trainer.accelerator.num_processes == 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if alone or isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel):
+        return
+    trainer.model_wrapped = model  # not in torch.compile
+    model._is_accelerate_prepared = False
+    if "_original_forward" in vars(model):  # under mixed precision, which would be put around it once more
+        model.forward = vars(model).pop("_original_forward")
 
 
 def inside_forward(model: nn.Module, step: Callable[[nn.Module], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from kdfast.models.pairing import check_same_classes
 from kdfast.objective import Missing, Objective, model_inputs
 from kdfast.objective.term import rows_of
 from kdfast.train.rows import Columns, first_rows, own_rows
-from kdfast.train.step import Means, agreement, inside_forward
+from kdfast.train.step import Means, agreement, forget_evaluation, inside_forward
 
 try:
     import accelerate  # noqa: F401  (transformers asks for it only when training starts)
@@ -97,6 +97,11 @@ class DistillationTrainer(ObjectiveTrainer):
         if self.model_init is not None and isinstance(objective, nn.Module):
             self._objective_start = copy.deepcopy(objective.state_dict())
         self._trained, self._evaluated, self._compared = Means(), defaultdict[str, Means](Means), Means()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; over several processes also after an evaluation."""
+        forget_evaluation(self)
+        return super().train(*args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
