@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.data.distances import kind_of, to_teacher
+from kdfast.data.distances import PROBLEMS, kind_of, to_teacher
+from kdfast.objective import Labels, Logits, Terms
 
 
 class Means:
@@ -89,11 +90,22 @@ def without(model: nn.Module, name: str) -> Iterator[None]:
             model.add_module(name, taken)
 
 
-def agreement(student: Any, teacher: Any, model: Any = None) -> dict[str, Tensor]:
-    """`to_teacher` of the logits [B, C] of a classifier or regressor and its teacher; nothing of other outputs.
+def kind_between(objective: Any, config: Any, width: int) -> str:
+    """What the outputs [B, width] of a student are: what its labels say, its config's `problem_type`, or the teacher's part.
 
-    `model`: the student, whose config may tell its kind.
+    A softmax between the two is of classes. "" where nothing tells: several outputs might be labels that do not exclude
+    each other, or numbers.
     """
+    terms = [term for term in objective.terms.values() if term.weight] if isinstance(objective, Terms) else []
+    tasks = [term.task for term in terms if isinstance(term, Labels) and term.task in PROBLEMS.values()]
+    of_classes = any(isinstance(term, Logits) and term.divergence != "logit_mse" for term in terms)
+    return tasks[0] if tasks else kind_of(config, width, "classification" if of_classes else "")
+
+
+def agreement(student: Any, teacher: Any, objective: Any, config: Any) -> dict[str, Tensor]:
+    """`to_teacher` of the logits [B, C] of a classifier or regressor and its teacher; nothing of other outputs, nor of ones
+    that nothing tells the kind of."""
     if student is None or teacher is None or student.dim() != 2 or student.shape != teacher.shape:
         return {}
-    return to_teacher(student, teacher, kind_of(getattr(model, "config", None), student.shape[-1]))
+    kind = kind_between(objective, config, student.shape[-1])
+    return to_teacher(student, teacher, kind) if kind else {}
