@@ -16,8 +16,8 @@ from rich.console import Console
 from transformers import TrainingArguments
 from word_classifiers import WORDS, bert, run, save, tokenizer
 
-from kdfast.data.distances import kind_of, to_teacher
-from kdfast.objective import Logits, Terms
+from kdfast.data.distances import COMPARED, kind_of, to_teacher
+from kdfast.objective import Labels, Logits, Terms
 from kdfast.recipes import hinton
 from kdfast.results import plots, tables
 from kdfast.train.trainer import DistillationTrainer
@@ -96,6 +96,47 @@ def test_trainer_evaluates_the_distance_of_the_kind(problem: str, classes: int, 
         assert kl > 1e-3
         assert found["eval_kl_to_teacher"] == pytest.approx(kl, rel=1e-3)
         assert found["eval_agreement"] == pytest.approx(agreement, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "problem", "kind"),
+    [
+        (lambda: Terms(kl=Logits("logit_mse"), ce=Labels("multi_label")), None, "multi_label"),
+        (lambda: Terms(kl=Logits(), ce=Labels("regression")), None, "regression"),
+        (lambda: Terms(kl=Logits(), ce=Labels("regression")), "single_label_classification", "regression"),
+        (lambda: Terms(kl=Logits(), ce=Labels(weight=0.0)), "multi_label_classification", "multi_label"),
+        (lambda: Terms(kl=Logits("js_div")), None, "classification"),
+        (lambda: Terms(kl=Logits("logit_mse"), ce=Labels()), None, "classification"),
+        (lambda: Terms(kl=Logits("logit_mse")), "regression", "regression"),
+        (lambda: Terms(kl=Logits("logit_mse")), None, ""),
+        (lambda: lambda student, teacher, inputs: {"z": (student.logits - teacher.logits).abs().mean()}, None, ""),
+    ],
+)
+def test_kind_is_that_of_the_labels(objective: Any, problem: str | None, kind: str, tmp_path: Path) -> None:
+    """Of three outputs; first by the labels of the objective, then by the config, last by the divergence."""
+    student, teacher = (bert(seed, num_labels=3, problem_type=problem) for seed in (0, 1))
+    floats = kind in ("multi_label", "regression")
+    rows = [{"input_ids": [3 + i, 5], "labels": [float(i % 2), 1.0, 0.0] if floats else i % 3} for i in range(6)]
+    options = {"use_cpu": True, "per_device_eval_batch_size": 4, "report_to": "none", "disable_tqdm": True}
+    trainer = DistillationTrainer(
+        student, TrainingArguments(str(tmp_path), **options), teacher=teacher, objective=objective(), eval_dataset=rows
+    )
+    found = trainer.evaluate()
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    with torch.no_grad():
+        own, its = (model(input_ids=ids).logits for model in (student, teacher))
+    expected: dict[str, float] = {}
+    if kind == "multi_label":
+        expected = dict(zip(("kl_to_teacher", "agreement"), _of_labels(own, its), strict=True))
+    elif kind == "regression":
+        expected = {"mse_to_teacher": F.mse_loss(own, its).item()}
+    elif kind:
+        kl = F.kl_div(own.log_softmax(-1), its.log_softmax(-1), log_target=True, reduction="batchmean")
+        expected = {"kl_to_teacher": kl.item(), "agreement": (own.argmax(-1) == its.argmax(-1)).float().mean().item()}
+    compared = {name.removeprefix("eval_"): value for name, value in found.items() if name[5:] in COMPARED}
+    assert compared == pytest.approx(expected, rel=1e-3)
+    assert all(value > 1e-4 for name, value in expected.items() if name != "agreement")
+    assert found["eval_loss"] > 1e-4
 
 
 # ---- runs

@@ -19,9 +19,11 @@ from kdfast.objective import (
     Hidden,
     Hinton,
     Labels,
+    LanguageModel,
     LinearSchedule,
     Logits,
     Relations,
+    Spans,
     StageSchedule,
     Term,
     Terms,
@@ -130,8 +132,15 @@ class Plain(nn.Module):
         (lambda: Logits("kl_div", beta=0.5), r"Logits: arguments: .*, vocab_size beside 'kl_div', got 'beta'"),
         (lambda: Logits("js_div", skew=0.5), r"Logits: arguments: .*, vocab_size, beta beside 'js_div', got 'skew'"),
         (lambda: Logits("js_div", beta=2), r"Logits: beta: expected a number from 0 to 1, got 2"),
-        (lambda: Logits(temperature="4"), r"Logits: temperature: expected a number or a tensor, got str"),
+        (lambda: Logits(temperature="4"), r"Logits: temperature: expected a number, got str"),
+        (lambda: Spans(temperature=torch.tensor(2.0)), r"Spans: temperature: expected a number, got torch.float32"),
+        (
+            lambda: LanguageModel(temperature=torch.tensor(2.0)),
+            r"LanguageModel: temperature: expected a number, got torch.float32",
+        ),
         (lambda: Logits(weight="0.5"), r"Logits: weight: expected a number that is not negative, .*, got '0.5'"),
+        (lambda: Logits(weight=True), r"Logits: weight: expected a number that is not negative, .*, got True"),
+        (lambda: LinearSchedule(True, 0), r"LinearSchedule: start: expected a number that is not negative, got True"),
         (lambda: Labels(weight=lambda p: -p - 0.1), r"Labels: weight: expected a number that is not .*, got -0.1"),
         (lambda: Labels(weight=lambda p: 0.5 - p), r"Labels: weight: expected a number that is not .*, got -0.5"),
         (lambda: CLS(weight=float("nan")), r"CLS: weight: expected a number that is not negative, .*, got nan"),
@@ -162,10 +171,10 @@ class Plain(nn.Module):
             r"StageSchedule: stages: expected beginnings .*, got \[0.0, 'half'\]",
         ),
         (lambda: Hinton(alpha=LinearSchedule(1, 0)), r"Hinton: alpha: expected a number, got LinearSchedule"),
-        (lambda: Hinton(temperature="2"), r"Hinton: temperature: expected a number or a tensor, got str"),
+        (lambda: Hinton(temperature="2"), r"Hinton: temperature: expected a number, got str"),
         (
             lambda: Logits(temperature=LinearSchedule(1, 2)),
-            r"Logits: temperature: expected a number .*, got LinearSchedule",
+            r"Logits: temperature: expected a number, got LinearSchedule",
         ),
         (
             lambda: Labels(label_smoothing=LinearSchedule(1, 0)),
@@ -209,7 +218,7 @@ class Plain(nn.Module):
         (lambda: Terms(kl=Logits), r"Terms: kl: expected a kdfast.objective.Term, got the class Logits"),
         *(
             (lambda name=name: Terms(**{name: Labels()}), rf"Terms: name: expected one without a dot, .*, got '{name}'")
-            for name in ("loss", "epoch", "kl_to_teacher", "runtime", "keys", "a.b")
+            for name in ("loss", "epoch", "kl_to_teacher", "mse_to_teacher", "agreement", "runtime", "keys", "a.b")
         ),
         (
             lambda: Terms(it=Hidden()).run(Plain(), TINY[2]),

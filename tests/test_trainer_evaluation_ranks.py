@@ -1,4 +1,4 @@
-"""Two processes on gloo evaluate and predict sets that do not divide among them to what one process does."""
+"""Two processes on gloo evaluate and predict sets that do not divide among them to what one process does, and train on."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import spawn
 from test_trainer_evaluation import of_rows
-from tiny_berts import CLASSES, bert, rows, trainer
+from tiny_berts import CLASSES, bert, moved, rows, trainer
+from torch import nn
+
+from kdfast.objective import Labels, Logits, Terms
 
 RANKS, BATCH = 2, 2
 # Rows: the last batches of both processes have 3, 1 (the second process has repeated rows alone) and 4 of their own; one
@@ -64,3 +68,37 @@ def test_uneven_sets_on_two_processes(tmp_path: Path) -> None:
     assert predictions["seven"].shape == (7, CLASSES)
     torch.save({"metrics": {name: metrics[name] for name in compared}, "predictions": predictions}, tmp_path / "one.pt")
     spawn(check, RANKS, tmp_path, tmp_path)
+
+
+def check_training(rank: int, folder: Path, half: bool) -> None:
+    given, student = rows(16), bert(1)
+    it = trainer(
+        folder / str(rank), student, given, Terms(kl=Logits(), ce=Labels()), teacher=bert(0), eval_dataset=given[:7],
+        per_device_train_batch_size=BATCH, max_steps=3, optim="sgd", learning_rate=0.5, ddp_backend="gloo", bf16=half,
+    )  # fmt: skip
+    seen: list[type] = []
+    step = it.compute_loss
+
+    def compute_loss(model: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(type(model))
+        return step(model, *args, **kwargs)
+
+    it.compute_loss = compute_loss
+    before = [it.evaluate()["eval_kl"], it.evaluate()["eval_kl"], it.predict(given[:5]).metrics["test_kl"]]
+    assert before[0] == before[1] > 1e-3
+    it.train()
+    assert seen == [nn.parallel.DistributedDataParallel] * 3
+    own = torch.cat([p.detach().flatten() for p in student.parameters()])
+    every = [torch.empty_like(own) for _ in range(RANKS)]
+    dist.all_gather(every, own)
+    assert torch.equal(*every)
+    moved(student, bert(1))
+    assert it.evaluate()["eval_kl"] != before[0]
+    it.train()  # once more, after an evaluation of the model that DDP wraps
+    assert seen == [nn.parallel.DistributedDataParallel] * 6
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["", "bf16"])
+def test_training_after_an_evaluation(tmp_path: Path, half: bool) -> None:
+    """The model that trains is DDP's, and its weights are the same in both processes."""
+    spawn(check_training, RANKS, tmp_path, tmp_path, half)

@@ -142,6 +142,50 @@ def test_what_is_the_teachers_and_what_the_objectives() -> None:
     assert not any(name.startswith("teacher") for name in model_inputs(bert(1), batch | {"teacher_input_ids": ids}))
 
 
+class Keywords(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, **kwargs: Any) -> Any:
+        return self.model(**kwargs)
+
+
+class IdsAndKeywords(Keywords):
+    def forward(self, input_ids: Any, **kwargs: Any) -> Any:
+        return self.model(input_ids, **kwargs)
+
+
+class Images(nn.Module):
+    def forward(self, pixel_values: Tensor) -> Any:
+        return SimpleNamespace(logits=pixel_values)
+
+
+@pytest.mark.parametrize("kind", [Keywords, IdsAndKeywords])
+def test_a_teacher_that_takes_keywords_reads_its_own_tokens(tmp_path: Path, kind: Any) -> None:
+    given, options = two_tokenizers(8), {"data_collator": TeacherCollator(collate, tokenizer())}
+    objective = Terms(kl=Logits(temperature=2.0), ce=Labels())
+    found = [
+        trainer(tmp_path, bert(1), None, objective, teacher=teacher, eval_dataset=given, **options).evaluate()
+        for teacher in (large_vocabulary(), kind(large_vocabulary()))
+    ]
+    assert found[0]["eval_kl"] == pytest.approx(found[1]["eval_kl"], rel=1e-5)
+    assert found[0]["eval_kl"] > 1e-3
+    batch = collate(rows(3))
+    types = torch.ones_like(batch["input_ids"])
+    inputs = batch | {"token_type_ids": types, "teacher_logits": types, "teacher_cls_3": types}
+    named = model_inputs(Keywords(bert(0)), teacher_inputs(Keywords(bert(0)), inputs))
+    assert named["token_type_ids"] is types
+    assert set(named) == {"input_ids", "attention_mask", "token_type_ids"}
+
+
+def test_tokens_for_a_teacher_that_takes_none_are_refused() -> None:
+    message = r"^DistillationTrainer: teacher_input_ids: expected a teacher whose forward takes input_ids, got Images"
+    with pytest.raises(ValueError, match=message):
+        teacher_inputs(nn.DataParallel(Images()), {"teacher_input_ids": torch.ones(2, 3)})
+    assert "pixel_values" in teacher_inputs(Images(), {"teacher_pixel_values": torch.ones(2, 3)})
+
+
 def test_collator_of_two_tokenizers_names_the_row() -> None:
     with pytest.raises(ValueError, match="TeacherCollator: row 1: expected teacher_input_ids, got input_ids, labels"):
         TeacherCollator(collate, tokenizer())([*two_tokenizers(1), *rows(1)])

@@ -17,10 +17,13 @@ PROBLEMS = {
 }
 
 
-def kind_of(config: Any, width: int) -> str:
-    """The kind of a model of transformers, by its config's `problem_type` or, where it has none, its number of outputs."""
+def kind_of(config: Any, width: int, otherwise: str = "classification") -> str:
+    """The kind of a model of transformers, by its config's `problem_type` or, where it has none, its number of outputs.
+
+    `otherwise`: of several outputs, of which nothing is known.
+    """
     known = PROBLEMS.get(getattr(config, "problem_type", None) or "")
-    return known or ("regression" if width == 1 else "classification")
+    return known or ("regression" if width == 1 else otherwise)
 
 
 def to_teacher(logits: Tensor, teacher_logits: Tensor, kind: str) -> dict[str, Tensor]:

@@ -77,7 +77,7 @@ def _check_values(op: str, settings: dict[str, Any]) -> None:
     if settings.get("reduction", "mean") not in _checks.REDUCTIONS:
         _checks.wrong_value(op, "reduction", "'none', 'mean', 'sum' or 'batchmean'", repr(settings["reduction"]))
     if not isinstance(settings.get("temperature", 1.0), Tensor):
-        _checks.check_temperature_number(op, settings.get("temperature", 1.0))
+        _checks.check_temperature_number(op, settings.get("temperature", 1.0), "a number or a tensor")
     if "divergence" in settings:
         _divergence.check_divergence(op, settings["divergence"])
     if "tail" in settings:

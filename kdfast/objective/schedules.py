@@ -13,7 +13,7 @@ NOT_NEGATIVE = "a number that is not negative"
 
 def check_weight(who: str, argument: str, weight: Any, expected: str = NOT_NEGATIVE) -> None:
     message = f"{who}: {argument}: expected {expected}, got {weight!r}"
-    if not isinstance(weight, Real):
+    if isinstance(weight, bool) or not isinstance(weight, Real):
         raise TypeError(message)
     if not 0 <= weight < float("inf"):  # type: ignore[operator]
         raise ValueError(message)

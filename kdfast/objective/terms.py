@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdfast.data.distances import COMPARED
 from kdfast.models.inputs import model_inputs, unwrapped
 from kdfast.models.router import warn_of_router_loss
 from kdfast.objective._protocol import Missing
@@ -17,7 +18,7 @@ from kdfast.ops._checks import check_fraction, check_temperature_number
 
 NEEDS = ("", "hidden", "attention")
 RESERVED = (  # what the Trainer and its evaluation log: a term of such a name would take its place, or be lost
-    *("loss", "grad_norm", "learning_rate", "epoch", "step", "num_input_tokens_seen", "agreement", "kl_to_teacher"),
+    *("loss", "grad_norm", "learning_rate", "epoch", "step", "num_input_tokens_seen", *COMPARED),
     *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "seconds"),
 )
 

@@ -206,13 +206,13 @@ def check_temperature(op: str, temperature: float | Tensor, logits: Tensor) -> t
         if temperature.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((temperature > 0).all()):
             wrong_value(op, "temperature", "values > 0", f"a minimum of {temperature.min().item()}")
         return 1.0, rows
-    check_temperature_number(op, temperature)
+    check_temperature_number(op, temperature, "a number or a tensor")
     return float(temperature), None
 
 
-def check_temperature_number(op: str, temperature: object) -> None:
+def check_temperature_number(op: str, temperature: object, expected: str = "a number") -> None:
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        wrong_type(op, "temperature", "a number or a tensor", kind(temperature))
+        wrong_type(op, "temperature", expected, kind(temperature))
     if not 0 < temperature < float("inf"):
         wrong_value(op, "temperature", "a finite number > 0", temperature)
 

@@ -1,4 +1,4 @@
-"""What `DistillationTrainer` does within a step: the loss inside DDP's forward, and means of what it logs."""
+"""What `DistillationTrainer` does around a step: a model that DDP wraps, the loss inside its forward, and means of what is logged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.data.distances import kind_of, to_teacher
+from kdfast.data.distances import PROBLEMS, kind_of, to_teacher
+from kdfast.objective import Labels, Logits, Terms
 
 
 class Means:
@@ -32,6 +33,22 @@ class Means:
         *sums, weight = accelerator.reduce(torch.stack(totals), reduction="sum").tolist()
         self.__init__()  # type: ignore[misc]
         return {name: value / weight if weight else 0.0 for name, value in zip(names, sums, strict=True)}
+
+
+def forget_evaluation(trainer: Any) -> None:
+    """Undoes what accelerate did to a model before an evaluation, of this trainer or another.
+
+    It takes a model that it prepared to evaluate as prepared to train, and DDP would never wrap it: each process would
+    train a model of its own.
+    """
+    model = trainer.model
+    alone = trainer.accelerator.num_processes == 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if alone or isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel):
+        return
+    trainer.model_wrapped = model  # not in torch.compile
+    model._is_accelerate_prepared = False
+    if "_original_forward" in vars(model):  # under mixed precision, which would be put around it once more
+        model.forward = vars(model).pop("_original_forward")
 
 
 def inside_forward(model: nn.Module, step: Callable[[nn.Module], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -73,11 +90,22 @@ def without(model: nn.Module, name: str) -> Iterator[None]:
             model.add_module(name, taken)
 
 
-def agreement(student: Any, teacher: Any, model: Any = None) -> dict[str, Tensor]:
-    """`to_teacher` of the logits [B, C] of a classifier or regressor and its teacher; nothing of other outputs.
+def kind_between(objective: Any, config: Any, width: int) -> str:
+    """What the outputs [B, width] of a student are: what its labels say, its config's `problem_type`, or the teacher's part.
 
-    `model`: the student, whose config may tell its kind.
+    A softmax between the two is of classes. "" where nothing tells: several outputs might be labels that do not exclude
+    each other, or numbers.
     """
+    terms = [term for term in objective.terms.values() if term.weight] if isinstance(objective, Terms) else []
+    tasks = [term.task for term in terms if isinstance(term, Labels) and term.task in PROBLEMS.values()]
+    of_classes = any(isinstance(term, Logits) and term.divergence != "logit_mse" for term in terms)
+    return tasks[0] if tasks else kind_of(config, width, "classification" if of_classes else "")
+
+
+def agreement(student: Any, teacher: Any, objective: Any, config: Any) -> dict[str, Tensor]:
+    """`to_teacher` of the logits [B, C] of a classifier or regressor and its teacher; nothing of other outputs, nor of ones
+    that nothing tells the kind of."""
     if student is None or teacher is None or student.dim() != 2 or student.shape != teacher.shape:
         return {}
-    return to_teacher(student, teacher, kind_of(getattr(model, "config", None), student.shape[-1]))
+    kind = kind_between(objective, config, student.shape[-1])
+    return to_teacher(student, teacher, kind) if kind else {}

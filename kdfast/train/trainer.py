@@ -17,7 +17,7 @@ from kdfast.models.pairing import check_same_classes
 from kdfast.objective import Missing, Objective, model_inputs
 from kdfast.objective.term import rows_of
 from kdfast.train.rows import Columns, first_rows, own_rows
-from kdfast.train.step import Means, agreement, inside_forward
+from kdfast.train.step import Means, agreement, forget_evaluation, inside_forward
 
 try:
     import accelerate  # noqa: F401  (transformers asks for it only when training starts)
@@ -52,8 +52,9 @@ class DistillationTrainer(ObjectiveTrainer):
     Evaluation reports the mean of every term (`eval_kl`) over all that it counts, whatever the batches, and their sum
     (`eval_loss`); and of classifiers whose teacher's logits are there, how often the two agree and how far they are apart:
     `eval_agreement`, a share of rows, and `eval_kl_to_teacher`, KL(teacher ‖ student) at temperature 1 in nats, of several
-    labels at once both of each label alone; of regressors `eval_mse_to_teacher`. A term whose
-    labels or stored teacher the rows lack is left out with a warning; without any term there is no `eval_loss`.
+    labels at once both of each label alone; of regressors `eval_mse_to_teacher`. What the outputs are is told by `Labels` of the
+    objective, the student's `problem_type`, a softmax of `Logits`; where nothing tells, several outputs are not compared. A
+    term whose labels or stored teacher the rows lack is left out with a warning; without any term there is no `eval_loss`.
     Predictions are the logits, of question answering those of starts and ends.
 
     Gradient accumulation and several processes give what one large batch would where the objective counts its items, as
@@ -97,6 +98,11 @@ class DistillationTrainer(ObjectiveTrainer):
         if self.model_init is not None and isinstance(objective, nn.Module):
             self._objective_start = copy.deepcopy(objective.state_dict())
         self._trained, self._evaluated, self._compared = Means(), defaultdict[str, Means](Means), Means()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; over several processes also after an evaluation."""
+        forget_evaluation(self)
+        return super().train(*args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -165,7 +171,7 @@ class DistillationTrainer(ObjectiveTrainer):
             terms = self._possible_terms(outputs, teacher_outputs, part)
             logits = () if prediction_loss_only else self._logits(outputs)
             own_logits, its_logits = (getattr(of, "logits", None) for of in (outputs, teacher_outputs))
-            compared = agreement(own_logits, its_logits, self.model)
+            compared = agreement(own_logits, its_logits, self.objective, getattr(self.model, "config", None))
         for name, weight in self._counts(part, terms).items():
             self._evaluated[name].add({name: terms[name]}, weight if own else 0)
         self._compared.add(compared, own)
