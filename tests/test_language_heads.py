@@ -3,14 +3,12 @@ of plain torch, which makes all logits."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from language_models import PAD, completion_rows, llama, plain_loss
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -276,86 +274,3 @@ def test_quantised(side: str) -> None:
     models = {"student": llama(1, 2, tied=False), "teacher": llama(0, 3, tied=False)}
     models[side].lm_head = _Int8(models[side].lm_head)
     agree(models["student"], models["teacher"])
-
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 301,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "pad_token_id": PAD,
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "scale"),
-    [
-        ("granite", {"logits_scaling": 3.0}),
-        ("cohere", {"logit_scale": 0.3}),
-        ("gemma2", {"final_logit_softcapping": 0.7}),
-    ],
-)
-@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
-def test_what_models_do_to_their_logits(name: str, scale: dict[str, float], lora: bool) -> None:
-    def model(seed: int) -> Any:
-        torch.manual_seed(seed)
-        more = {"query_pre_attn_scalar": 8, "layer_types": ["full_attention"] * 2} if name == "gemma2" else {}
-        config = transformers.AutoConfig.for_model(name, **SMALL | scale | more)
-        made = transformers.AutoModelForCausalLM.from_config(config).eval()
-        for parameter in made.parameters():
-            nn.init.normal_(parameter, std=0.3)
-        return adapted(made) if lora else made
-
-    agree(model(0), model(1))
-
-
-def test_what_is_neither_scale_nor_bias_nor_cap_is_refused() -> None:
-    class Squared(transformers.LlamaForCausalLM):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            outputs = super().forward(*args, **kwargs)
-            outputs.logits = outputs.logits**3
-            return outputs
-
-    class Scaled(transformers.LlamaForCausalLM):
-        """With a scale that is trained."""
-
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            self.scale = nn.Parameter(torch.ones(1))
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            outputs = super().forward(*args, **kwargs)
-            outputs.logits = outputs.logits * self.scale
-            return outputs
-
-    for kind in (Squared, Scaled):
-        model = kind(llama(0, 2).config).eval()
-        with pytest.raises(
-            ValueError, match=f"{kind.__name__}: expected logits that are those of its output embeddings"
-        ):
-            last_hidden(model, input_ids=IDS)
-        assert model(input_ids=IDS).logits.shape == (*IDS.shape, 301)
-
-
-def test_a_bias_that_changes_is_seen() -> None:
-    """As load_state_dict changes buffers."""
-
-    class Biased(transformers.LlamaForCausalLM):
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            self.register_buffer("logits_bias", torch.zeros(1, config.vocab_size))
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            outputs = super().forward(*args, **kwargs)
-            outputs.logits = outputs.logits + self.logits_bias
-            return outputs
-
-    student = Biased(llama(0, 2).config).eval()
-    agree(student, llama(0, 3))
-    state = copy.deepcopy(student.state_dict())
-    state["logits_bias"].normal_()
-    student.load_state_dict(state)
-    agree(student, llama(0, 3))
-    agree(adapted(student), llama(0, 3))

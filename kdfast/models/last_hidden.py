@@ -60,6 +60,32 @@ def _whole(x: Tensor) -> Tensor:
 _seen: WeakKeyDictionary[nn.Module, tuple[Any, Finish]] = WeakKeyDictionary()
 
 
+def _state(inner: Any, head: nn.Module) -> tuple[Any, ...]:
+    """While it is the same, what was seen holds: hooks, and the numbers and tensors that the model and its config hold
+    themselves. load_state_dict changes tensors too. Nothing waits for the device."""
+    modules = [inner, *([inner.get_base_model()] if hasattr(inner, "get_base_model") else [])]
+    config = getattr(inner, "config", None)
+    configs = [config, *(x for x in _own(config).values() if hasattr(x, "get_text_config"))]
+    numbers = [
+        (place, name, value)
+        for place, holder in enumerate([*modules, *configs])
+        for name, value in _own(holder).items()
+        if isinstance(value, (int, float))
+    ]
+    held = [x for m in modules for x in (*m.buffers(recurse=False), *m.parameters(recurse=False), *vars(m).values())]
+    tensors = [(id(x), _version(x)) for x in held if isinstance(x, Tensor)]
+    return id(head), tuple(head._forward_hooks), numbers, tensors, torch.is_grad_enabled()
+
+
+def _own(x: Any) -> dict[str, Any]:
+    return getattr(x, "__dict__", {})
+
+
+def _version(x: Tensor) -> int:
+    """Other after each change in place, but that of a tensor of inference mode, which has none."""
+    return 0 if x.is_inference() else x._version
+
+
 def last_hidden(model: nn.Module, **inputs: Any) -> LastHidden:
     """Runs a language model of transformers without the logits, of which it makes one row.
 
@@ -102,11 +128,7 @@ class _Call:
 
     def __init__(self, inner: Any, head: nn.Module) -> None:
         self.inner, self.head, self.sharded = inner, head, hasattr(head, "reshard")  # by FSDP2, in a group of its own
-        # What was seen holds until hooks or buffers are others: load_state_dict changes buffers too.
-        within = [inner.get_base_model()] if hasattr(inner, "get_base_model") else []
-        own = [b for module in (inner, *within) for b in module.buffers(recurse=False)]
-        buffers = [(id(b), 0 if b.is_inference() else b._version) for b in own]
-        self.state = id(head), tuple(head._forward_hooks), tuple(buffers), torch.is_grad_enabled()
+        self.state = _state(inner, head)
         known, self.finish = _seen.get(inner, (None, Finish()))
         self.checked = known == self.state
         self.hidden: list[Tensor] = []
