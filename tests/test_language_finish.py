@@ -157,3 +157,58 @@ def test_a_parameter_of_the_model_that_changes_is_seen() -> None:
         logits = model(input_ids=IDS).logits
         assert logits.abs().max() > 0.1
         torch.testing.assert_close(last_hidden(model, input_ids=IDS).make_logits(), logits, rtol=1e-4, atol=1e-5)
+
+
+def times_three(_: nn.Module, arguments: tuple[Any, ...], *made: Any) -> None:
+    """As a hook before the head or after it."""
+    (made or arguments)[0].mul_(3)
+
+
+def times_three_unseen(_: nn.Module, arguments: tuple[Any, ...], *made: Any) -> None:
+    (made or arguments)[0].data.mul_(3)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("hook", [times_three, times_three_unseen])
+def test_hooks_that_write_in_place(hook: Any, place: str, lora: bool) -> None:
+    student, teacher = llama(0, 2, tied=False), llama(0, 3)
+    student = adapted(student) if lora else student
+    head = student.get_output_embeddings()
+
+    def check() -> torch.Tensor:
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                logits = student(input_ids=IDS).logits
+                got = last_hidden(student, input_ids=IDS)
+                torch.testing.assert_close(got.make_logits(), logits, rtol=1e-4, atol=1e-5)
+        return logits
+
+    plain = check()
+    register = head.register_forward_pre_hook if place == "before" else head.register_forward_hook
+    handle = register(hook)
+    torch.testing.assert_close(check(), 3 * plain)
+    if hook is times_three and place == "after":
+        agree(student, teacher)
+    handle.remove()
+    torch.testing.assert_close(check(), plain)
+    agree(student, teacher)
+    assert (last_hidden(student, input_ids=IDS).head is None) != lora
+
+
+def test_a_weight_of_one_product() -> None:
+    """Hooks put it in and take it out."""
+    student = llama(0, 2, tied=False)
+    weight = student.lm_head.weight
+
+    def put(*_: Any) -> None:
+        weight.data.mul_(3)
+
+    def take(*_: Any) -> None:
+        weight.data.div_(3)
+
+    student.lm_head.register_forward_pre_hook(put)
+    student.lm_head.register_forward_hook(take)
+    with torch.no_grad():
+        logits = student(input_ids=IDS).logits
+        torch.testing.assert_close(last_hidden(student, input_ids=IDS).make_logits(), logits, rtol=1e-4, atol=1e-5)

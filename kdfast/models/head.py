@@ -87,7 +87,7 @@ class OwnHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         with torch.autocast(**self.autocast), _InFloat32(self.vocabulary):
-            made: Tensor = self.head(hidden)
+            made: Tensor = self.head(hidden.clone())  # hooks may write to it
         return self.finish(made if made.dtype in _WIDE else made.float())
 
 
