@@ -14,6 +14,7 @@ from test_language_heads import IDS, adapted, agree
 from torch import nn
 
 from kdfast.models import last_hidden as module
+from kdfast.models.finish import Finish, probes, seen
 from kdfast.models.last_hidden import last_hidden
 
 SMALL: dict[str, Any] = {
@@ -113,6 +114,41 @@ def test_what_is_neither_scale_nor_bias_nor_cap_is_refused() -> None:
         ):
             last_hidden(model, input_ids=IDS)
         assert model(input_ids=IDS).logits.shape == (*IDS.shape, 301)
+
+
+class Clamped(transformers.LlamaForCausalLM):
+    bounds: tuple[float | None, float | None]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits.clamp(*self.bounds)
+        return outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bounds", [(-0.3, 0.3), (-30, 30), (-100, 100), (-3000, 3000), (None, 100), (-100, None)])
+def test_a_clamp_is_no_soft_cap(bounds: tuple[float | None, float | None], dtype: torch.dtype) -> None:
+    """Though it ends where one would end."""
+    model = Clamped(llama(0, 2).config).to(dtype).eval()
+    model.bounds = bounds
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.01)  # logits that are far from the ends
+    with pytest.raises(ValueError, match="Clamped: expected logits that are those of its output embeddings"):
+        last_hidden(model, input_ids=IDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cap", [0.5, 2.0, 30.0, 50.0, 512.0])
+def test_soft_caps_of_all_sizes(cap: float, dtype: torch.dtype) -> None:
+    rows = probes(torch.randn(1, 1, 40, generator=torch.Generator().manual_seed(0)).to(dtype))
+    scale, added = (0.5, torch.randn(40)) if dtype == torch.float32 else (1.0, None)
+    given = Finish(scale, added, cap)
+    found = seen(rows, given(rows).to(dtype))
+    assert found is not None
+    assert (found.scale, found.softcap) == (pytest.approx(scale, rel=1e-4), cap)
+    assert (found.added is None) == (added is None)
+    if added is not None:
+        torch.testing.assert_close(found.added, added, rtol=1e-3, atol=1e-4)
 
 
 def test_a_bias_that_changes_is_seen() -> None:
