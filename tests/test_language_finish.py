@@ -116,6 +116,21 @@ def test_what_is_neither_scale_nor_bias_nor_cap_is_refused() -> None:
         assert model(input_ids=IDS).logits.shape == (*IDS.shape, 301)
 
 
+def test_a_model_that_writes_to_its_logits() -> None:
+    class Doubled(transformers.LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits.mul_(2)
+            return outputs
+
+    model = Doubled(llama(0, 2).config).eval()
+    for _ in range(2):
+        logits = model(input_ids=IDS).logits
+        torch.testing.assert_close(last_hidden(model, input_ids=IDS).make_logits(), logits, rtol=1e-4, atol=1e-5)
+        agree(model, llama(0, 3))
+    agree(adapted(model), llama(0, 3))
+
+
 class Clamped(transformers.LlamaForCausalLM):
     bounds: tuple[float | None, float | None]
 
@@ -140,8 +155,9 @@ def test_a_clamp_is_no_soft_cap(bounds: tuple[float | None, float | None], dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cap", [0.5, 2.0, 30.0, 50.0, 512.0])
 def test_soft_caps_of_all_sizes(cap: float, dtype: torch.dtype) -> None:
-    rows = probes(torch.randn(1, 1, 40, generator=torch.Generator().manual_seed(0)).to(dtype))
-    scale, added = (0.5, torch.randn(40)) if dtype == torch.float32 else (1.0, None)
+    of_row, bias = torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
+    rows = probes(of_row.view(1, 1, -1).to(dtype))
+    scale, added = (0.5, bias) if dtype == torch.float32 else (1.0, None)
     given = Finish(scale, added, cap)
     found = seen(rows, given(rows).to(dtype))
     assert found is not None

@@ -186,7 +186,7 @@ class _Call:
         if self.disguised:
             self.maker = None
         self.passed = self.row.detach() if self.checked else probes(self.row)
-        return self.passed
+        return self.passed.clone()  # the model may write to it
 
     def is_product(self, maker: Any) -> bool:
         """Hooks may have written where versions do not tell (inference mode, `.data`), or put another weight in for the time
