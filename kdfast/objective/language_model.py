@@ -91,11 +91,12 @@ class LanguageModel:
     def for_student(self, model: nn.Module) -> LanguageModel:
         """The same objective, which knows before the student is run whether it is an encoder-decoder: tokens are counted
         first, and a batch does not always tell."""
-        return replace(self, _aligned=_is_encoder_decoder(_checked(model)))
+        return replace(self, _aligned=_is_encoder_decoder(_checked("student", model)))
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> LastHidden:
         """`model` on the inputs, up to its last hidden states."""
-        inner, own = _checked(model), model_inputs(model, inputs)
+        side = "student or teacher" if self._aligned is None else "teacher"  # the student was checked before
+        inner, own = _checked(side, model), model_inputs(model, inputs)
         if _is_encoder_decoder(inner) and not {"decoder_input_ids", "decoder_inputs_embeds"} & {*own}:
             if "labels" not in inputs or not hasattr(inner, "prepare_decoder_input_ids_from_labels"):
                 expected = "it in the batches of an encoder-decoder, or labels of which the model makes it"
@@ -255,14 +256,14 @@ def _is_encoder_decoder(inner: Any) -> bool:
     return bool(getattr(getattr(inner, "config", None), "is_encoder_decoder", False))
 
 
-def _checked(model: nn.Module) -> Any:
+def _checked(side: str, model: nn.Module) -> Any:
     """The model inside its wrappers, if it predicts next tokens."""
-    who, argument = "LanguageModel", "model"
+    who = "LanguageModel"
     try:
         inner = language_model(model)
     except TypeError:
         others = "for classifiers: Hinton, or Terms(kl=Logits(), ce=Labels())"
-        _checks.wrong_type(who, argument, f"a language model with output embeddings ({others})", type(model).__name__)
+        _checks.wrong_type(who, side, f"a language model with output embeddings ({others})", type(model).__name__)
     base = unwrapped(inner)  # of peft's models
     if "transformers" not in sys.modules or _is_encoder_decoder(base):
         return inner
@@ -273,9 +274,9 @@ def _checked(model: nn.Module) -> Any:
     others = "for masked ones: Terms(kl=Logits(tokens='labels'), ce=Labels('tokens'))"
     got = f"{name}, which also sees the tokens after a place"
     if name in {*masked.values()} - {*causal.values()}:
-        _checks.wrong_value(who, argument, f"a causal language model or an encoder-decoder ({others})", got)
+        _checks.wrong_value(who, side, f"a causal language model or an encoder-decoder ({others})", got)
     # Of families of encoders: others need no such setting.
     decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     if name in causal.values() and getattr(config, "model_type", None) in masked and not decodes:
-        _checks.wrong_value(who, argument, f"one with config.is_decoder=True ({others})", got)
+        _checks.wrong_value(who, side, f"one with config.is_decoder=True ({others})", got)
     return inner
