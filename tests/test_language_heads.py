@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kdfast.data import text
 from kdfast.models.last_hidden import last_hidden
 from kdfast.objective import LanguageModel
+from kdfast.runs.distilbert import MaskedTokens
 
 BATCH = text.Collator(PAD)(completion_rows(4))
 IDS = BATCH["input_ids"]
@@ -207,6 +208,22 @@ def test_where_nothing_counts(stored: bool) -> None:
         terms = OBJECTIVE(OBJECTIVE.run(student, batch), of_teacher, given)
         assert all(value == 0 for value in terms.values())
         assert all((gradient == 0).all() for gradient in gradients(student, terms["kd"]).values())
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora"])
+def test_less_than_one_token(kind: str) -> None:
+    """Of a process, on average: the sum is divided by that all the same, of masked tokens too."""
+    student, teacher = HEADS[kind](llama(1, 2)), llama(0, 3)
+    for objective in (OBJECTIVE, MaskedTokens()):
+        outputs, of_teacher = objective.run(student, BATCH), OBJECTIVE.run(teacher, BATCH)
+        count = objective.num_items(BATCH)
+        mean = objective(outputs, of_teacher, BATCH)
+        quarter = objective(outputs, of_teacher, BATCH | {"num_items": torch.tensor(0.25)})
+        for name, value in mean.items():
+            assert value > 0.1
+            torch.testing.assert_close(quarter[name], 4 * count * value)
+        none = BATCH | {"labels": torch.full_like(IDS, -100), "num_items": torch.tensor(0.0)}
+        assert all(value == 0 for value in objective(outputs, of_teacher, none).values())
 
 
 def test_adapters_that_are_switched_later() -> None:

@@ -16,7 +16,7 @@ from kdfast.models.inputs import model_inputs, unwrapped
 from kdfast.models.last_hidden import LastHidden, language_model, last_hidden
 from kdfast.objective._own_heads import of_own_heads
 from kdfast.objective._protocol import Missing
-from kdfast.objective.term import check_aligned, token_mask
+from kdfast.objective.term import check_aligned, divisor, token_mask
 from kdfast.ops import _checks
 from kdfast.ops._divergence import check_divergence, check_tail
 from kdfast.ops.kd_loss import KDLossComponents
@@ -134,8 +134,8 @@ class LanguageModel:
         terms = {"kd": parts.loss - hard} | ({"ce": hard} if self.alpha < 1 else {})
         if student_outputs.router_loss is not None:
             own = counted.sum()
-            items = torch.as_tensor(inputs.get("num_items", own), device=own.device)  # of several micro-batches
-            terms["aux"] = student_outputs.router_loss * (own / items.clamp(min=1e-6))
+            items = divisor(inputs.get("num_items", own)).to(own.device)  # of several micro-batches
+            terms["aux"] = student_outputs.router_loss * (own / items)
         return terms
 
     def possible(
