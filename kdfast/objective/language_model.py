@@ -22,8 +22,6 @@ from kdfast.ops._divergence import check_divergence, check_tail
 from kdfast.ops.kd_loss import KDLossComponents
 from kdfast.ops.linear import check_budget
 
-TOPK = ("teacher_topk_logprobs", "teacher_topk_indices")
-
 
 @dataclass(frozen=True)
 class LanguageModel:
@@ -156,7 +154,7 @@ class LanguageModel:
 
     def _missing(self, teacher: LastHidden | None, inputs: Mapping[str, Any]) -> dict[str, Missing]:
         missing = {}
-        if teacher is None and TOPK[0] not in inputs:
+        if teacher is None and _checks.TOPK[0] not in inputs:
             missing["kd"] = Missing("LanguageModel: needs a teacher, or rows with its top-k (kdfast.teacher_cache)")
         if self.alpha < 1 and "labels" not in inputs:
             missing["ce"] = Missing("LanguageModel: alpha < 1 needs rows with labels")
@@ -179,7 +177,7 @@ class LanguageModel:
             "num_items": inputs.get("num_items"),
         }
         if teacher is None:
-            columns |= {name.removeprefix("teacher_"): inputs[name][:, :length] for name in TOPK}
+            columns |= {name.removeprefix("teacher_"): inputs[name][:, :length] for name in _checks.TOPK}
             settings["tail"] = self.tail
         else:
             columns["teacher"] = teacher.hidden[:, :length]
@@ -203,7 +201,7 @@ class LanguageModel:
         return linear_kd_loss(hidden, weight, *of_teacher, labels, return_components=True, **settings)
 
     def _check(self, student: LastHidden, teacher: LastHidden | None, inputs: Mapping[str, Any]) -> None:
-        if teacher is not None and TOPK[0] in inputs:
+        if teacher is not None and _checks.TOPK[0] in inputs:
             raise ValueError("LanguageModel: expected a teacher or rows with its top-k, got both")
         for error in self._missing(teacher, inputs).values():
             raise error

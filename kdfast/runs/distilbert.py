@@ -18,7 +18,7 @@ from transformers import AutoModelForMaskedLM, TrainingArguments
 
 from kdfast import kl_div
 from kdfast.data import demo, masking, text
-from kdfast.data.masking import OFF
+from kdfast.data.text import OFF
 from kdfast.models import students
 from kdfast.models.last_hidden import LastHidden, last_hidden
 from kdfast.objective import model_inputs
