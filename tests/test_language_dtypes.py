@@ -199,6 +199,20 @@ def test_products_of_16_bits(dtype: torch.dtype, rows: int) -> None:
     torch.testing.assert_close(again, made, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("model", ["llama", "lora"])
+def test_no_double_backward(model: str) -> None:
+    """Nor a gradient that silently lacks one."""
+    student = MODELS[model](1, 1).to(torch.bfloat16).requires_grad_()
+    logits = OBJECTIVE.logits(OBJECTIVE.run(student, BATCH))
+    weight = student.get_input_embeddings().weight
+    with pytest.raises(
+        RuntimeError, match=r"^LastHidden.make_logits: double backward is not available: expected a first"
+    ):
+        torch.autograd.grad(logits.square().sum(), weight, create_graph=True, retain_graph=True)
+    (once,) = torch.autograd.grad(logits.square().sum(), weight)
+    assert once.abs().max() > 1e-3
+
+
 def test_masked_tokens() -> None:
     """Of the recipe of DistilBERT: the model is under autocast, its hidden states are in 16 bits, and the head is not."""
     config = transformers.BertConfig(num_hidden_layers=1, intermediate_size=48, max_position_embeddings=64, **SMALL)

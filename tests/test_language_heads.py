@@ -3,14 +3,12 @@ of plain torch, which makes all logits."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from language_models import PAD, completion_rows, llama, plain_loss
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from kdfast.data import text
 from kdfast.models.last_hidden import last_hidden
 from kdfast.objective import LanguageModel
+from kdfast.runs.distilbert import MaskedTokens
 
 BATCH = text.Collator(PAD)(completion_rows(4))
 IDS = BATCH["input_ids"]
@@ -211,6 +210,22 @@ def test_where_nothing_counts(stored: bool) -> None:
         assert all((gradient == 0).all() for gradient in gradients(student, terms["kd"]).values())
 
 
+@pytest.mark.parametrize("kind", ["plain", "lora"])
+def test_less_than_one_token(kind: str) -> None:
+    """Of a process, on average: the sum is divided by that all the same, of masked tokens too."""
+    student, teacher = HEADS[kind](llama(1, 2)), llama(0, 3)
+    for objective in (OBJECTIVE, MaskedTokens()):
+        outputs, of_teacher = objective.run(student, BATCH), OBJECTIVE.run(teacher, BATCH)
+        count = objective.num_items(BATCH)
+        mean = objective(outputs, of_teacher, BATCH)
+        quarter = objective(outputs, of_teacher, BATCH | {"num_items": torch.tensor(0.25)})
+        for name, value in mean.items():
+            assert value > 0.1
+            torch.testing.assert_close(quarter[name], 4 * count * value)
+        none = BATCH | {"labels": torch.full_like(IDS, -100), "num_items": torch.tensor(0.0)}
+        assert all(value == 0 for value in objective(outputs, of_teacher, none).values())
+
+
 def test_adapters_that_are_switched_later() -> None:
     """Nothing is remembered of an earlier state."""
     student, teacher = adapted(llama(1, 2)).requires_grad_(True), llama(0, 3)
@@ -276,86 +291,3 @@ def test_quantised(side: str) -> None:
     models = {"student": llama(1, 2, tied=False), "teacher": llama(0, 3, tied=False)}
     models[side].lm_head = _Int8(models[side].lm_head)
     agree(models["student"], models["teacher"])
-
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 301,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "pad_token_id": PAD,
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "scale"),
-    [
-        ("granite", {"logits_scaling": 3.0}),
-        ("cohere", {"logit_scale": 0.3}),
-        ("gemma2", {"final_logit_softcapping": 0.7}),
-    ],
-)
-@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
-def test_what_models_do_to_their_logits(name: str, scale: dict[str, float], lora: bool) -> None:
-    def model(seed: int) -> Any:
-        torch.manual_seed(seed)
-        more = {"query_pre_attn_scalar": 8, "layer_types": ["full_attention"] * 2} if name == "gemma2" else {}
-        config = transformers.AutoConfig.for_model(name, **SMALL | scale | more)
-        made = transformers.AutoModelForCausalLM.from_config(config).eval()
-        for parameter in made.parameters():
-            nn.init.normal_(parameter, std=0.3)
-        return adapted(made) if lora else made
-
-    agree(model(0), model(1))
-
-
-def test_what_is_neither_scale_nor_bias_nor_cap_is_refused() -> None:
-    class Squared(transformers.LlamaForCausalLM):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            outputs = super().forward(*args, **kwargs)
-            outputs.logits = outputs.logits**3
-            return outputs
-
-    class Scaled(transformers.LlamaForCausalLM):
-        """With a scale that is trained."""
-
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            self.scale = nn.Parameter(torch.ones(1))
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            outputs = super().forward(*args, **kwargs)
-            outputs.logits = outputs.logits * self.scale
-            return outputs
-
-    for kind in (Squared, Scaled):
-        model = kind(llama(0, 2).config).eval()
-        with pytest.raises(
-            ValueError, match=f"{kind.__name__}: expected logits that are those of its output embeddings"
-        ):
-            last_hidden(model, input_ids=IDS)
-        assert model(input_ids=IDS).logits.shape == (*IDS.shape, 301)
-
-
-def test_a_bias_that_changes_is_seen() -> None:
-    """As load_state_dict changes buffers."""
-
-    class Biased(transformers.LlamaForCausalLM):
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            self.register_buffer("logits_bias", torch.zeros(1, config.vocab_size))
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            outputs = super().forward(*args, **kwargs)
-            outputs.logits = outputs.logits + self.logits_bias
-            return outputs
-
-    student = Biased(llama(0, 2).config).eval()
-    agree(student, llama(0, 3))
-    state = copy.deepcopy(student.state_dict())
-    state["logits_bias"].normal_()
-    student.load_state_dict(state)
-    agree(student, llama(0, 3))
-    agree(adapted(student), llama(0, 3))

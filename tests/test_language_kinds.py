@@ -175,7 +175,7 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
         (
             bert(transformers.BertForMaskedLM),
             ValueError,
-            r"LanguageModel: model: expected a causal language model or an encoder-decoder \(for masked ones: "
+            r"expected a causal language model or an encoder-decoder \(for masked ones: "
             r"Terms\(kl=Logits\(tokens='labels'\), .* got BertForMaskedLM",
         ),
         (
@@ -186,14 +186,17 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
         (
             bert(transformers.BertForSequenceClassification),
             TypeError,
-            "LanguageModel: model: expected a language model .* Hinton, .* got BertForSequenceClassification",
+            "expected a language model .* Hinton, .* got BertForSequenceClassification",
         ),
     ):
-        with pytest.raises(error, match=match):
+        with pytest.raises(error, match="LanguageModel: student or teacher: .*" + match):
             OBJECTIVE.run(model, batch)
         args = TrainingArguments(output_dir=str(tmp_path), **ARGUMENTS)
-        with pytest.raises(error, match=match):
+        with pytest.raises(error, match="LanguageModel: student: .*" + match):
             kdfast.DistillationTrainer(model, args, teacher=llama(0, 2), objective=OBJECTIVE)
+        trainer = kdfast.DistillationTrainer(llama(0, 2), args, teacher=model, objective=OBJECTIVE)
+        with pytest.raises(error, match="LanguageModel: teacher: .*" + match):
+            trainer.compute_loss(trainer.model, batch)
     student, labels = t5(1, 1), torch.randint(3, 64, batch["input_ids"].shape)
     outputs = OBJECTIVE.run(student, {"input_ids": labels, "labels": labels})
     with pytest.raises(

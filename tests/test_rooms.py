@@ -55,3 +55,19 @@ def test_imports_run_one_way() -> None:
         if other in MAY and other not in others | {room}
     ]
     assert wrong == []
+
+
+def test_constants_stand_once() -> None:
+    """A name with the same value in two files; and the label that does not count, which the operators alone say again."""
+    found: dict[tuple[str, str], list[str]] = {}
+    labels = []
+    for path in sorted(ROOT.rglob("*.py")):
+        tree, file = ast.parse(path.read_text()), str(path.relative_to(ROOT))
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper():
+                found.setdefault((node.targets[0].id, ast.unparse(node.value)), []).append(file)
+        if path.parent.name != "ops" and "bench" not in path.parts:
+            labels += [file for node in ast.walk(tree) if ast.unparse(node) == "-100"]
+    assert len(found) > 50
+    assert {constant: files for constant, files in found.items() if len(files) > 1} == {}
+    assert labels == ["data/text.py"]

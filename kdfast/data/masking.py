@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.data.text import as_list
+from kdfast.data.text import OFF, as_list
 
 try:
     from datasets import Dataset, Features, List, Value
@@ -27,8 +27,6 @@ except ModuleNotFoundError as error:
     raise ImportError(
         f"kdfast.data.masking needs {error.name}, which is not installed: pip install kdfast[train]"
     ) from error
-
-OFF = -100  # the label of a token that is not predicted
 
 
 class RareWordMasking:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-OFF = -100  # the label of a token that does not count
+OFF = -100  # the label of a token, or a row, that does not count
 
 Row = dict[str, list[int]]
 

@@ -11,7 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_SMALL, _LARGE = 2.0**-4, 2.0**14  # _LARGE twice is still a float16
+# Close enough to one another that no clamp passes for a soft-cap; the largest is still a float16.
+_SIZES = [2.0**power for power in (*range(-4, 15, 2), 15)]
+_SMALL, _LARGE = _SIZES[0], _SIZES[-2]
+_NUMBERS = [*_SIZES, 0.0, *(-size for size in _SIZES)]
 
 
 class Finish(NamedTuple):
@@ -37,9 +40,9 @@ def capped(z: Tensor, softcap: float | None) -> Tensor:
 
 
 def probes(row: Tensor) -> Tensor:
-    """[1, 5, V] float32 (float64) in place of one row of a head's logits [1, 1, V]: the row and four of one number each."""
+    """[1, n, V] float32 (float64) in place of one row of a head's logits [1, 1, V]: the row, and others of one number each."""
     row = row.detach().to(torch.promote_types(row.dtype, torch.float32))
-    return torch.cat([row, *(torch.full_like(row, x) for x in (0.0, _SMALL, _LARGE, 2 * _LARGE))], 1)
+    return torch.cat([row, *(torch.full_like(row, x) for x in _NUMBERS)], 1)
 
 
 def seen(rows: Tensor, logits: Tensor) -> Finish | None:
@@ -48,7 +51,7 @@ def seen(rows: Tensor, logits: Tensor) -> Finish | None:
         return None
     exact = logits.dtype in (torch.float32, torch.float64)
     rows, logits = rows[0], logits.detach()[0].to(rows.dtype)
-    zero, small, large, larger = logits[1:]
+    zero, small, large, larger = (logits[1 + _NUMBERS.index(x)] for x in (0.0, _SMALL, _LARGE, _SIZES[-1]))
     softcap = float(large[0]) if bool((large == large[0]).all()) and torch.equal(large, larger) else None
     if softcap is not None and not 0 < softcap < _LARGE:
         return None
@@ -61,4 +64,4 @@ def seen(rows: Tensor, logits: Tensor) -> Finish | None:
     if not exact and scale != 1:
         return None
     near = (1e-4, 1e-4) if exact else (0.03, 1e-3)
-    return finish if torch.allclose(finish(rows[:3]), logits[:3], *near, equal_nan=True) else None
+    return finish if torch.allclose(finish(rows), logits, *near, equal_nan=True) else None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kdfast.models.finish import Finish
+from kdfast.ops._divergence import refuse_double_backward
 from kdfast.ops._heads import Gradients, Head, Widening, on_gpu
 from kdfast.ops._shards import is_dtensor
 
@@ -58,6 +59,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        refuse_double_backward("LastHidden.make_logits")
         x, weight = ctx.saved_tensors
         wanted = [*ctx.needs_input_grad, False]
         gradients = Gradients(Head(x, weight, None, 0.0), Widening(torch.float32), 0, wanted, slabs=1, sharded=False)
@@ -87,7 +89,7 @@ class OwnHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         with torch.autocast(**self.autocast), _InFloat32(self.vocabulary):
-            made: Tensor = self.head(hidden)
+            made: Tensor = self.head(hidden.clone())  # hooks may write to it
         return self.finish(made if made.dtype in _WIDE else made.float())
 
 

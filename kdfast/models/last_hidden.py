@@ -14,6 +14,7 @@ from kdfast.models.finish import Finish, capped, probes, seen
 from kdfast.models.head import OwnHead, plain, product
 from kdfast.models.router import router_loss
 from kdfast.ops._checks import kind
+from kdfast.ops._shards import is_dtensor
 
 
 class LastHidden(NamedTuple):
@@ -56,8 +57,37 @@ def _whole(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-# What models were seen to do to their logits, and in which state.
-_seen: WeakKeyDictionary[nn.Module, tuple[Any, Finish]] = WeakKeyDictionary()
+# What models were seen to do to their logits, whether hooks keep their output embeddings from being a plain product, and in
+# which state.
+_seen: WeakKeyDictionary[nn.Module, tuple[Any, Finish, bool]] = WeakKeyDictionary()
+
+
+def _state(inner: Any, head: nn.Module) -> tuple[Any, ...]:
+    """While it is the same, what was seen holds: hooks, and the numbers and tensors that the model and its config hold
+    themselves. load_state_dict changes tensors too. Nothing waits for the device."""
+    modules = [inner, *([inner.get_base_model()] if hasattr(inner, "get_base_model") else [])]
+    config = getattr(inner, "config", None)
+    configs = [config, *(x for x in _own(config).values() if hasattr(x, "get_text_config"))]
+    numbers = [
+        (place, name, value)
+        for place, holder in enumerate([*modules, *configs])
+        for name, value in _own(holder).items()
+        if isinstance(value, (int, float))
+    ]
+    held = [x for m in modules for x in (*m.buffers(recurse=False), *m.parameters(recurse=False), *vars(m).values())]
+    tensors = [(id(x), _version(x)) for x in held if isinstance(x, Tensor)]
+    hooks = [(*m._forward_pre_hooks, *m._forward_hooks) for m in head.modules()]
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return id(head), hooks, numbers, tensors, modes
+
+
+def _own(x: Any) -> dict[str, Any]:
+    return getattr(x, "__dict__", {})
+
+
+def _version(x: Tensor) -> int:
+    """Other after each change in place, but that of a tensor of inference mode, which has none."""
+    return 0 if x.is_inference() else x._version
 
 
 def last_hidden(model: nn.Module, **inputs: Any) -> LastHidden:
@@ -102,15 +132,11 @@ class _Call:
 
     def __init__(self, inner: Any, head: nn.Module) -> None:
         self.inner, self.head, self.sharded = inner, head, hasattr(head, "reshard")  # by FSDP2, in a group of its own
-        # What was seen holds until hooks or buffers are others: load_state_dict changes buffers too.
-        within = [inner.get_base_model()] if hasattr(inner, "get_base_model") else []
-        own = [b for module in (inner, *within) for b in module.buffers(recurse=False)]
-        buffers = [(id(b), 0 if b.is_inference() else b._version) for b in own]
-        self.state = id(head), tuple(head._forward_hooks), tuple(buffers), torch.is_grad_enabled()
-        known, self.finish = _seen.get(inner, (None, Finish()))
+        self.state = _state(inner, head)
+        known, self.finish, self.disguised = _seen.get(inner, (None, Finish(), False))
         self.checked = known == self.state
         self.hidden: list[Tensor] = []
-        self.makers: list[tuple[nn.Module, Tensor, Tensor]] = []
+        self.makers: list[tuple[nn.Module, Tensor, int]] = []
         self.autocast: dict[str, Any] = {}
 
     @contextmanager
@@ -143,19 +169,35 @@ class _Call:
             "enabled": torch.is_autocast_enabled(device),
         }
         self.hidden.append(hidden)
-        self.given = hidden[:1, :1]
+        self.given = hidden[:1, :1].clone()  # hooks may write to it
         return (self.given,)
 
     def keep(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        self.makers.append((module, arguments[0], output))
+        if arguments[0] is self.given and _version(self.given) == 0:
+            self.makers.append((module, output, _version(output)))
 
     def after_head(self, _: nn.Module, __: tuple[Tensor, ...], output: Any) -> Tensor:
         self.row: Tensor = output[0] if self.sharded else output
         # The product whose result this is, unchanged; an adapter's sum, or what another hook has changed, is none's.
-        found = [module for module, given, made in self.makers if given is self.given and made is self.row]
+        found = [module for module, made, version in self.makers if made is self.row and _version(made) == version]
         self.maker: Any = found[0] if found else None
+        if not self.checked:
+            self.disguised = self.maker is not None and not self.is_product(self.maker)
+        if self.disguised:
+            self.maker = None
         self.passed = self.row.detach() if self.checked else probes(self.row)
-        return self.passed
+        return self.passed.clone()  # the model may write to it
+
+    def is_product(self, maker: Any) -> bool:
+        """Hooks may have written where versions do not tell (inference mode, `.data`), or put another weight in for the time
+        of the product. Of shards that cannot be asked."""
+        if is_dtensor(maker.weight):
+            return True
+        with torch.no_grad(), torch.autocast(**self.autocast):
+            made = product(self.hidden[0][:1, :1], maker.weight, maker.bias).to(self.row.dtype)
+        near = 1e-3 if made.dtype in (torch.float32, torch.float64) else 0.02
+        largest = float(made.nan_to_num(0, 0, 0).abs().max())
+        return torch.allclose(self.row, made, near, near * largest, equal_nan=True)
 
     def after_model(self, _: nn.Module, __: tuple[Any, ...], outputs: Any) -> dict[str, Tensor]:
         if not self.hidden or not hasattr(outputs, "logits"):
@@ -169,7 +211,7 @@ class _Call:
                     "bias and a soft-cap, got others"
                 )
             self.finish = finish
-            _seen[self.inner] = self.state, finish
+            _seen[self.inner] = self.state, finish, self.disguised
         router = router_loss(self.inner, outputs)
         # The row, for parameters that only the loss reaches.
         return {"hidden": self.hidden[0], "row": self.row} | ({} if router is None else {"router_loss": router})

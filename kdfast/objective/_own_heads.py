@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kdfast import kd_loss, topk_kl_div
 from kdfast.models.last_hidden import LastHidden
+from kdfast.objective.term import divisor
 from kdfast.ops import _checks, _chunks
 from kdfast.ops.kd_loss import KDLossComponents
 
@@ -68,5 +69,5 @@ def _of_topk(logits: Tensor, own: Mapping[str, Tensor], settings: Mapping[str, A
     if "labels" not in own:
         return alpha * soft, soft.detach(), torch.zeros_like(soft)
     hard = F.cross_entropy(logits[:, : settings["vocab_size"]], own["labels"], reduction="sum")
-    hard = hard / torch.as_tensor(items, device=hard.device).clamp(min=1e-6)  # 0 where nothing counts
+    hard = hard / divisor(items).to(hard.device)
     return alpha * soft + (1 - alpha) * hard, soft.detach(), hard.detach()

@@ -16,13 +16,11 @@ from kdfast.models.inputs import model_inputs, unwrapped
 from kdfast.models.last_hidden import LastHidden, language_model, last_hidden
 from kdfast.objective._own_heads import of_own_heads
 from kdfast.objective._protocol import Missing
-from kdfast.objective.term import check_aligned, token_mask
+from kdfast.objective.term import check_aligned, divisor, token_mask
 from kdfast.ops import _checks
 from kdfast.ops._divergence import check_divergence, check_tail
 from kdfast.ops.kd_loss import KDLossComponents
 from kdfast.ops.linear import check_budget
-
-TOPK = ("teacher_topk_logprobs", "teacher_topk_indices")
 
 
 @dataclass(frozen=True)
@@ -91,11 +89,12 @@ class LanguageModel:
     def for_student(self, model: nn.Module) -> LanguageModel:
         """The same objective, which knows before the student is run whether it is an encoder-decoder: tokens are counted
         first, and a batch does not always tell."""
-        return replace(self, _aligned=_is_encoder_decoder(_checked(model)))
+        return replace(self, _aligned=_is_encoder_decoder(_checked("student", model)))
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> LastHidden:
         """`model` on the inputs, up to its last hidden states."""
-        inner, own = _checked(model), model_inputs(model, inputs)
+        side = "student or teacher" if self._aligned is None else "teacher"  # the student was checked before
+        inner, own = _checked(side, model), model_inputs(model, inputs)
         if _is_encoder_decoder(inner) and not {"decoder_input_ids", "decoder_inputs_embeds"} & {*own}:
             if "labels" not in inputs or not hasattr(inner, "prepare_decoder_input_ids_from_labels"):
                 expected = "it in the batches of an encoder-decoder, or labels of which the model makes it"
@@ -133,8 +132,8 @@ class LanguageModel:
         terms = {"kd": parts.loss - hard} | ({"ce": hard} if self.alpha < 1 else {})
         if student_outputs.router_loss is not None:
             own = counted.sum()
-            items = torch.as_tensor(inputs.get("num_items", own), device=own.device)  # of several micro-batches
-            terms["aux"] = student_outputs.router_loss * (own / items.clamp(min=1e-6))
+            items = divisor(inputs.get("num_items", own)).to(own.device)  # of several micro-batches
+            terms["aux"] = student_outputs.router_loss * (own / items)
         return terms
 
     def possible(
@@ -155,7 +154,7 @@ class LanguageModel:
 
     def _missing(self, teacher: LastHidden | None, inputs: Mapping[str, Any]) -> dict[str, Missing]:
         missing = {}
-        if teacher is None and TOPK[0] not in inputs:
+        if teacher is None and _checks.TOPK[0] not in inputs:
             missing["kd"] = Missing("LanguageModel: needs a teacher, or rows with its top-k (kdfast.teacher_cache)")
         if self.alpha < 1 and "labels" not in inputs:
             missing["ce"] = Missing("LanguageModel: alpha < 1 needs rows with labels")
@@ -178,7 +177,7 @@ class LanguageModel:
             "num_items": inputs.get("num_items"),
         }
         if teacher is None:
-            columns |= {name.removeprefix("teacher_"): inputs[name][:, :length] for name in TOPK}
+            columns |= {name.removeprefix("teacher_"): inputs[name][:, :length] for name in _checks.TOPK}
             settings["tail"] = self.tail
         else:
             columns["teacher"] = teacher.hidden[:, :length]
@@ -202,7 +201,7 @@ class LanguageModel:
         return linear_kd_loss(hidden, weight, *of_teacher, labels, return_components=True, **settings)
 
     def _check(self, student: LastHidden, teacher: LastHidden | None, inputs: Mapping[str, Any]) -> None:
-        if teacher is not None and TOPK[0] in inputs:
+        if teacher is not None and _checks.TOPK[0] in inputs:
             raise ValueError("LanguageModel: expected a teacher or rows with its top-k, got both")
         for error in self._missing(teacher, inputs).values():
             raise error
@@ -255,14 +254,14 @@ def _is_encoder_decoder(inner: Any) -> bool:
     return bool(getattr(getattr(inner, "config", None), "is_encoder_decoder", False))
 
 
-def _checked(model: nn.Module) -> Any:
+def _checked(side: str, model: nn.Module) -> Any:
     """The model inside its wrappers, if it predicts next tokens."""
-    who, argument = "LanguageModel", "model"
+    who = "LanguageModel"
     try:
         inner = language_model(model)
     except TypeError:
         others = "for classifiers: Hinton, or Terms(kl=Logits(), ce=Labels())"
-        _checks.wrong_type(who, argument, f"a language model with output embeddings ({others})", type(model).__name__)
+        _checks.wrong_type(who, side, f"a language model with output embeddings ({others})", type(model).__name__)
     base = unwrapped(inner)  # of peft's models
     if "transformers" not in sys.modules or _is_encoder_decoder(base):
         return inner
@@ -273,9 +272,9 @@ def _checked(model: nn.Module) -> Any:
     others = "for masked ones: Terms(kl=Logits(tokens='labels'), ce=Labels('tokens'))"
     got = f"{name}, which also sees the tokens after a place"
     if name in {*masked.values()} - {*causal.values()}:
-        _checks.wrong_value(who, argument, f"a causal language model or an encoder-decoder ({others})", got)
+        _checks.wrong_value(who, side, f"a causal language model or an encoder-decoder ({others})", got)
     # Of families of encoders: others need no such setting.
     decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     if name in causal.values() and getattr(config, "model_type", None) in masked and not decodes:
-        _checks.wrong_value(who, argument, f"one with config.is_decoder=True ({others})", got)
+        _checks.wrong_value(who, side, f"one with config.is_decoder=True ({others})", got)
     return inner

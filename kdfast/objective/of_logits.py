@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
+from kdfast.data.text import OFF
 from kdfast.objective._protocol import Missing
 from kdfast.objective.schedules import Weight
 from kdfast.objective.term import Inputs, Term, check_aligned, token_mask, tokens_of_rows
@@ -101,7 +102,7 @@ class Logits(_Soft):
     def count(self, inputs: Inputs) -> Tensor:
         if self.tokens is None or (self.tokens == "labels" and "labels" not in inputs):
             return super().count(inputs)
-        return tokens_of_rows(inputs).sum() if self.tokens == "all" else (inputs["labels"] != -100).sum()
+        return tokens_of_rows(inputs).sum() if self.tokens == "all" else (inputs["labels"] != OFF).sum()
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
         s, t = self.output(student, "logits", instead=SPANS), self.output(teacher, "logits", teacher=True)
@@ -121,7 +122,7 @@ class Logits(_Soft):
             return token_mask(inputs, logits.shape[:2])
         if "labels" not in inputs:
             raise Missing("Logits: needs rows with labels with tokens='labels'")
-        counted: Tensor = inputs["labels"] != -100
+        counted: Tensor = inputs["labels"] != OFF
         return counted
 
 
@@ -204,7 +205,7 @@ class Labels(Term):
             length = tokens_of_rows(inputs, masked=False)
             return torch.stack([inputs[name].flatten() < length for name in POSITIONS]).sum()
         if self.task in ("classification", "tokens") and "labels" in inputs:
-            counted: Tensor = (inputs["labels"] != -100).sum()
+            counted: Tensor = (inputs["labels"] != OFF).sum()
             return counted
         return super().count(inputs)
 
@@ -213,8 +214,8 @@ class Labels(Term):
         self._check_shapes(logits, labels)
         dtype = _checks.loss_dtype(logits)
         if self.task in ("classification", "tokens", "spans"):
-            _checks.check_labels(type(self).__name__, labels, None, logits, logits.shape[-1], -100)
-            counted = labels != -100
+            _checks.check_labels(type(self).__name__, labels, None, logits, logits.shape[-1], OFF)
+            counted = labels != OFF
             if weight is not None:
                 weight = weight.view(-1, *[1] * (labels.dim() - 1)).expand_as(labels)[counted]
             # Of the logits of a vocabulary, only the rows that count.
@@ -239,7 +240,7 @@ class Labels(Term):
         both = [self.output(student, name) for name in ("start_logits", "end_logits")]
         logits = torch.cat([x.to(_checks.loss_dtype(x)) for x in both])  # before: autocast joins no float16 on a CPU
         labels = torch.cat([inputs[name].flatten() for name in POSITIONS]).clamp(min=0)
-        labels = torch.where(labels < logits.shape[-1], labels, -100)
+        labels = torch.where(labels < logits.shape[-1], labels, OFF)
         return logits, labels, None if weight is None else weight.repeat(2)
 
     def _check_shapes(self, logits: Tensor, labels: Tensor) -> None:

@@ -157,6 +157,12 @@ def token_mask(inputs: Inputs, shape: Sequence[int] | None = None) -> Tensor:
     return torch.ones(*(ids.shape[:2] if shape is None else shape), dtype=torch.bool, device=ids.device)
 
 
+def divisor(items: Tensor | float) -> Tensor:
+    """Of a sum over items, of which there may be less than one: the trainer averages their number over processes. Where there
+    are none, the sum is 0, and so is what is divided."""
+    return torch.as_tensor(items).clamp(min=1e-6)
+
+
 def tokens_of_rows(inputs: Inputs, masked: bool = True) -> Tensor:
     """[B]: how many tokens of each row count, with padding where not `masked`.
 

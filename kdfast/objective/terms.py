@@ -13,7 +13,7 @@ from kdfast.models.router import warn_of_router_loss
 from kdfast.objective._protocol import Missing
 from kdfast.objective.of_layers import Attention
 from kdfast.objective.of_logits import Labels, Logits
-from kdfast.objective.term import Inputs, Stored, Term, any_column, check_per_row
+from kdfast.objective.term import Inputs, Stored, Term, any_column, check_per_row, divisor
 from kdfast.ops._checks import check_fraction, check_temperature_number
 
 NEEDS = ("", "hidden", "attention")
@@ -122,7 +122,7 @@ class Terms(nn.Module):
             )
         if "num_items" not in inputs:
             return values
-        shares = self.num_items(inputs) / inputs["num_items"].clamp(min=1e-6)  # both 0 where nothing counts
+        shares = self.num_items(inputs) / divisor(inputs["num_items"])
         of_terms = dict(zip(self.terms, shares, strict=True))
         return {name: value * of_terms[name].to(value.device) for name, value in values.items()}
 

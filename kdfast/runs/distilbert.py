@@ -18,10 +18,11 @@ from transformers import AutoModelForMaskedLM, TrainingArguments
 
 from kdfast import kl_div
 from kdfast.data import demo, masking, text
-from kdfast.data.masking import OFF
+from kdfast.data.text import OFF
 from kdfast.models import students
 from kdfast.models.last_hidden import LastHidden, last_hidden
 from kdfast.objective import model_inputs
+from kdfast.objective.term import divisor
 from kdfast.results import measure, progress
 from kdfast.runs import arguments, stages
 from kdfast.runs.language import LanguageRun, PeakMemory
@@ -53,7 +54,7 @@ class MaskedTokens:
         on = inputs["labels"] != OFF
         logits = student_outputs.make_logits(student_outputs.hidden[on])
         total = F.cross_entropy(logits, inputs["labels"][on], reduction="sum")
-        return {"mlm": total / inputs.get("num_items", on.sum()).clamp(min=1)}
+        return {"mlm": total / divisor(inputs.get("num_items", on.sum()))}
 
 
 @torch.inference_mode()

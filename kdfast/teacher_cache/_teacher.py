@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.data.text import as_list
+from kdfast.data.text import OFF, as_list
 from kdfast.teacher_cache._identity import token_ids
 from kdfast.teacher_cache._manifest import Settings, mismatch
 
@@ -55,7 +55,7 @@ class Row:
                 raise mismatch(
                     "rows", f"labels or completion_mask in row {number}, for positions={positions!r}", list(row)
                 )
-            ignored = -100 if labelled == "labels" else 0
+            ignored = OFF if labelled == "labels" else 0
             ahead = 1 if positions == "next_labels" else 0
             counted = [label != ignored for label in columns[labelled][ahead:]] + [False] * ahead
             kept = [place for place in kept if counted[place]]
