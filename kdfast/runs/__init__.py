@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def run(recipe: Recipe, folder: Path, console: Any, fresh: bool = False) -> dict
         recipe: one of kdfast's, or of your own: a `ClassifierRecipe` with stages, say.
         folder: where everything is kept.
         console: of `rich`; receives the table.
-        fresh: remove an earlier run in that folder first instead of continuing it.
+        fresh: remove an earlier run in that folder, once this one has begun, instead of continuing it.
 
     Raises:
         TypeError: a recipe of a kind that nothing here runs.
@@ -27,6 +28,8 @@ def run(recipe: Recipe, folder: Path, console: Any, fresh: bool = False) -> dict
         kdfast.runs.stages.StageInterrupted: stopped by a signal, with the state saved.
     """
     # Imported late: each of these imports transformers, which takes seconds.
+    from kdfast.runs import stages
+
     kind: Any
     if isinstance(recipe, ClassifierRecipe):
         from kdfast.runs.classifier import ClassifierRun as kind
@@ -37,5 +40,6 @@ def run(recipe: Recipe, folder: Path, console: Any, fresh: bool = False) -> dict
     else:
         expected = "a ClassifierRecipe, or a recipe of distilbert or causal_lm"
         raise TypeError(f"kdfast.runs.run: recipe: expected {expected}, got {type(recipe).__name__}")
-    metrics: dict[str, Any] = kind(recipe, folder, console, fresh).execute()
+    with stages.anew(folder, recipe.as_dict()) if fresh else nullcontext():
+        metrics: dict[str, Any] = kind(recipe, folder, console).execute()
     return metrics

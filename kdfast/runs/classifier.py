@@ -51,9 +51,9 @@ class ClassifierRun:
     `teacher_outputs/`, `config.yaml`, `metrics.json` and `learning_curves.png`.
     """
 
-    def __init__(self, recipe: ClassifierRecipe, folder: Path, console: Console, fresh: bool = False) -> None:
+    def __init__(self, recipe: ClassifierRecipe, folder: Path, console: Console) -> None:
         self.recipe, self.folder, self.console = recipe, folder, console
-        stages.begin(recipe, folder, console, fresh)
+        stages.begin(recipe, folder, console)
 
     def execute(self) -> dict[str, Metrics]:
         """Trains, measures and shows; returns the metrics of the models by their folders."""

@@ -44,7 +44,6 @@ class LanguageRun:
         recipe: what to do.
         folder: where everything is kept.
         console: receives the table.
-        fresh: remove an earlier run in that folder first instead of continuing it.
 
     Attributes:
         titles: of the models, by which `execute` names its results.
@@ -78,10 +77,10 @@ class LanguageRun:
     test: Any
     notes: Sequence[str] = ()
 
-    def __init__(self, recipe: Recipe, folder: Path, console: Console, fresh: bool = False) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, console: Console) -> None:
         self.recipe: Any = recipe
         self.folder, self.console = folder, console
-        stages.begin(recipe, folder, console, fresh)
+        stages.begin(recipe, folder, console)
 
     # ---- a recipe's own ----
     def prepare(self) -> None:

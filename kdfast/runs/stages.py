@@ -13,8 +13,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdfast.recipes.base import Recipe
-from kdfast.recipes.paths import CONFIG, located, moved, run_settings
+from kdfast.recipes.paths import CONFIG, PATHS, located, moved, run_settings
 from kdfast.results.disk import saving, why_not_writable
 from kdfast.results.progress import bar
 from kdfast.runs import arguments
@@ -139,20 +139,20 @@ def write_json(path: Path, value: Any) -> None:
         partial.replace(path)
 
 
-def begin(recipe: Recipe, folder: Path, console: Any, fresh: bool) -> None:
+def begin(recipe: Recipe, folder: Path, console: Any) -> None:
     """What every run does first: refuses what cannot become one, and tells what it was made of and is elsewhere now.
 
     Raises:
         ValueError: as `check_run_folder`, or a precision that this machine has not.
     """
     arguments.chosen(recipe.precision)
-    check_run_folder(folder, recipe.as_dict(), fresh)
+    check_run_folder(folder, recipe.as_dict())
     for line in moved(run_settings(folder) or {}, folder):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def check_run_folder(folder: Path, settings: Mapping[str, Any], fresh: bool) -> None:
-    """A run's folder may be new, or hold a run with the same settings. With `fresh`, an earlier run is removed.
+def check_run_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """A run's folder may be new, or hold a run with the same settings.
 
     Raises:
         ValueError: the folder holds a run with other settings, or something that is not a run, or it cannot be written.
@@ -165,9 +165,6 @@ def check_run_folder(folder: Path, settings: Mapping[str, Any], fresh: bool) -> 
         return
     if not (folder / CONFIG).is_file():
         raise ValueError(f"output folder {folder} is not empty and holds no run; choose another")
-    if fresh:
-        shutil.rmtree(folder)
-        return
     stored = yaml.safe_load((folder / CONFIG).read_text())
     for name, value in settings.items():
         if located(name, stored.get(name), folder) != located(name, value, folder):
@@ -178,13 +175,44 @@ def check_run_folder(folder: Path, settings: Mapping[str, Any], fresh: bool) -> 
             )
 
 
+@contextmanager
+def anew(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Within the block the folder is empty. The run that it held is removed once the new one has written its settings; where
+    that is refused before, it is back.
+
+    Raises:
+        ValueError: the new run is made of what lies in the folder.
+    """
+    for name in PATHS:
+        value = settings.get(name)
+        if value is not None and Path(value).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{name} {value} lies in the output folder {folder}, which would be removed; choose another"
+            )
+    held = (folder / CONFIG).is_file()
+    if held:
+        shutil.rmtree(_aside(folder), ignore_errors=True)
+        folder.rename(_aside(folder))
+    try:
+        yield
+    finally:
+        if held and _aside(folder).is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+            _aside(folder).rename(folder)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.earlier")
+
+
 def write_config(folder: Path, settings: Mapping[str, Any]) -> None:
-    """The settings of a run, of which `kdfast distill --config` makes another."""
+    """The settings of a run, of which `kdfast distill --config` makes another. With them it has begun."""
     partial = folder / f"{CONFIG}.partial"
     with saving(folder / CONFIG):
         folder.mkdir(parents=True, exist_ok=True)
         partial.write_text(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
         partial.replace(folder / CONFIG)
+    shutil.rmtree(_aside(folder), ignore_errors=True)
 
 
 def finished(folder: Path) -> History | None:
