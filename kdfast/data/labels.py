@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,9 @@ def values_of(part: Any, column: str, which: str, name: str, kind: str | None) -
     if absent or not values:
         expected = f"labels (not -1) in column {column} of the {which} rows of {name}"
         raise mismatch("source", expected, f"{absent} rows without" if values else "no rows")
+    infinite = [value for value in values if isinstance(value, float) and math.isinf(value)]
+    if infinite:
+        raise mismatch("source", f"finite labels in column {column} of the {which} rows of {name}", infinite[0])
     return values
 
 

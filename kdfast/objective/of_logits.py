@@ -110,6 +110,8 @@ class Logits(_Soft):
         if s.dim() != dims:
             expected = "[batch, classes]" if dims == 2 else "[batch, length, vocabulary]"
             self.refuse("logits", f"{expected} with tokens={self.tokens!r}", list(s.shape))
+        if s.shape[-1] == 1 and self.divergence != "logit_mse":  # a softmax of one number is 1, whatever it is
+            self.refuse("logits", "two classes or more (of a regression: Logits('logit_mse'))", list(s.shape))
         if self.tokens is not None:
             check_aligned(type(self).__name__, inputs)
         loss = self.distance(s, t, inputs, self._mask(inputs, s))
@@ -214,6 +216,9 @@ class Labels(Term):
         self._check_shapes(logits, labels)
         dtype = _checks.loss_dtype(logits)
         if self.task in ("classification", "tokens", "spans"):
+            if labels.is_floating_point():
+                others = "numbers: Labels('regression'); a 0 or 1 for each class: Labels('multi_label')"
+                self.refuse("labels", f"an int64 tensor of class indices ({others})", labels.dtype, TypeError)
             _checks.check_labels(type(self).__name__, labels, None, logits, logits.shape[-1], OFF)
             counted = labels != OFF
             if weight is not None:

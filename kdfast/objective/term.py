@@ -96,7 +96,10 @@ class Term(nn.Module):
 def any_column(inputs: Inputs) -> Tensor:
     names = ("input_ids", "inputs_embeds", "labels", *inputs)
     columns = (inputs[name] for name in names if name in inputs)
-    return next(column for column in columns if isinstance(column, Tensor) and column.dim())
+    for column in columns:
+        if isinstance(column, Tensor) and column.dim():
+            return column
+    raise ValueError(f"objective: inputs: expected a batch with columns of tensors, got {', '.join(inputs) or 'none'}")
 
 
 def rows_of(inputs: Inputs) -> int:
