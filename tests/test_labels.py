@@ -233,3 +233,5 @@ def test_teacher_has_a_learning_rate_of_its_own(tmp_path: Path) -> None:
     assert peaks[3e-5]["student"] == peaks[None]["student"]
     with pytest.raises(ValueError, match=r"teacher_learning_rate must be between 0 and 1, got 1\.5"):
         hinton.Recipe(teacher_learning_rate=1.5)
+    with pytest.raises(ValueError, match="teacher_learning_rate is of a teacher that is fine-tuned here"):
+        hinton.Recipe(teacher="of-my-own", teacher_learning_rate=1e-4)

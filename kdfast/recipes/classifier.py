@@ -96,6 +96,10 @@ class ClassifierRecipe(Recipe):
         super().__post_init__()
         self.at_least(1, "epochs", "teacher_epochs", "batch_size", "train_rows", "test_rows")
         self.at_least(4, "max_length")
+        if self.teacher is not None and self.teacher_learning_rate is not None:
+            raise ValueError(
+                "teacher_learning_rate is of a teacher that is fine-tuned here: expected none beside teacher"
+            )
         for name in ("learning_rate", "teacher_learning_rate"):
             if (rate := getattr(self, name)) is not None and not 0 < rate < 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {rate}")
