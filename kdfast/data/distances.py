@@ -10,16 +10,17 @@ from torch import Tensor
 from kdfast import kl_div
 
 COMPARED = ("agreement", "kl_to_teacher", "mse_to_teacher")  # what `to_teacher` gives some of
-PROBLEMS = {
-    "single_label_classification": "classification",
-    "multi_label_classification": "multi_label",
+PROBLEM_TYPES = {  # of a config of transformers, by the kind of a task
+    "classification": "single_label_classification",
+    "multi_label": "multi_label_classification",
     "regression": "regression",
 }
 
 
 def kind_of(config: Any, width: int) -> str:
     """The kind of a model of transformers, by its config's `problem_type` or, where it has none, its number of outputs."""
-    known = PROBLEMS.get(getattr(config, "problem_type", None) or "")
+    kinds = {problem: kind for kind, problem in PROBLEM_TYPES.items()}
+    known = kinds.get(getattr(config, "problem_type", None) or "")
     return known or ("regression" if width == 1 else "classification")
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.data import demo
+from kdfast.data.distances import PROBLEM_TYPES
 from kdfast.data.files import read
 from kdfast.data.glue import GLUE
 from kdfast.data.labels import LabelColumn, TaskError, has_labels, mismatch, values_of
@@ -83,11 +84,11 @@ class Task:
     @property
     def head(self) -> dict[str, Any]:
         """Options that give `AutoModelForSequenceClassification.from_pretrained` the head and the loss of this task."""
+        problem = {"problem_type": PROBLEM_TYPES[self.kind]}
         if self.kind == "regression":
-            return {"num_labels": 1, "problem_type": "regression"}
-        problem = {"classification": "single_label", "multi_label": "multi_label"}[self.kind]
+            return {"num_labels": 1, **problem}
         return {
-            "problem_type": f"{problem}_classification",
+            **problem,
             "id2label": dict(enumerate(self.names)),
             "label2id": {name: number for number, name in enumerate(self.names)},
         }
