@@ -18,7 +18,8 @@ PROBLEM_TYPES = {  # of a config of transformers, by the kind of a task
 
 
 def kind_of(config: Any, width: int) -> str:
-    """The kind of a model of transformers, by its config's `problem_type` or, where it has none, its number of outputs."""
+    """The kind of a model of transformers, by its config's `problem_type` or, where it has none,
+    its number of outputs."""
     kinds = {problem: kind for kind, problem in PROBLEM_TYPES.items()}
     known = kinds.get(getattr(config, "problem_type", None) or "")
     return known or ("regression" if width == 1 else "classification")
@@ -28,9 +29,9 @@ def to_teacher(logits: Tensor, teacher_logits: Tensor, kind: str) -> dict[str, T
     """Means over rows of logits [B, C], scalars.
 
     Args:
-        kind: "classification": `agreement`, the share of rows with the same class, and `kl_to_teacher`, KL(teacher ‖ student) of
-            the softmax at temperature 1 in nats. "multi_label": the same of each label's sigmoid alone, means over labels too.
-            "regression": `mse_to_teacher`, the mean of (z_s - z_t)².
+        kind: "classification": `agreement`, the share of rows with the same class, and `kl_to_teacher`, KL(teacher ‖
+            student) of the softmax at temperature 1 in nats. "multi_label": the same of each label's sigmoid alone,
+            means over labels too. "regression": `mse_to_teacher`, the mean of (z_s - z_t)².
     """
     if kind == "regression":
         return {"mse_to_teacher": (logits.float() - teacher_logits.float()).square().mean()}

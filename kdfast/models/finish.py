@@ -1,7 +1,7 @@
 """What a model does to the logits of its output embeddings before it returns them: a scale, a bias, a soft-cap.
 
-It is seen from outside: for one call numbers of our own take the place of the head's, and what comes of them tells. Cohere
-and Granite scale, BART adds a bias, Gemma soft-caps; no list of them is needed.
+It is seen from outside: for one call numbers of our own take the place of the head's, and what comes of them tells.
+Cohere and Granite scale, BART adds a bias, Gemma soft-caps; no list of them is needed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def capped(z: Tensor, softcap: float | None) -> Tensor:
 
 
 def probes(row: Tensor) -> Tensor:
-    """[1, 5, V] float32 (float64) in place of one row of a head's logits [1, 1, V]: the row and four of one number each."""
+    """[1, 5, V] float32 (float64) in place of one row of a head's logits [1, 1, V]:
+    the row and four of one number each."""
     row = row.detach().to(torch.promote_types(row.dtype, torch.float32))
     return torch.cat([row, *(torch.full_like(row, x) for x in (0.0, _SMALL, _LARGE, 2 * _LARGE))], 1)
 

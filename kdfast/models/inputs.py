@@ -17,8 +17,8 @@ TARGETS = ("labels", "start_positions", "end_positions")
 def model_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of a batch that go into a model: not the labels, nor what belongs to the objective.
 
-    A student without token types gets none where its teacher has them. A model that is set to return tuples is asked for
-    outputs with names.
+    A student without token types gets none where its teacher has them. A model that is set to return tuples is asked
+    for outputs with names.
     """
     parameters, own = parameters_of(model), {}
     for name, value in inputs.items():
@@ -32,10 +32,11 @@ def model_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def teacher_inputs(teacher: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch as the teacher reads it: a column `teacher_x` takes the place of x, where x is an argument of its forward.
+    """A batch as the teacher reads it: a column `teacher_x` takes the place of x,
+    where x is an argument of its forward.
 
-    With `teacher_input_ids` the student's columns of tokens, [B, L] like its own `input_ids`, are left out: another tokenizer
-    made them.
+    With `teacher_input_ids` the student's columns of tokens, [B, L] like its own `input_ids`, are left out: another
+    tokenizer made them.
     """
     arguments = parameters_of(teacher).keys() - set(TARGETS)
     own = {name.removeprefix(TEACHER): x for name, x in inputs.items() if name.startswith(TEACHER)}
