@@ -1,7 +1,7 @@
 """kdfast: fused distillation losses for compressing transformers.
 
-Functions live here (`kdfast.kl_div`), modules of them in `kdfast.nn`, losses of whole batches in `kdfast.objective`, the
-trainer in `kdfast.DistillationTrainer` (needs `pip install kdfast[train]`).
+Functions live here (`kdfast.kl_div`), modules of them in `kdfast.nn`, losses of whole batches in `kdfast.objective`,
+the trainer in `kdfast.DistillationTrainer` (needs `pip install kdfast[train]`).
 """
 
 from __future__ import annotations

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from command_line import call, width
 from rich.console import Console
-from transformers import TrainingArguments
+from transformers import BertConfig, TrainingArguments
 from word_classifiers import WORDS, bert, run, save, tokenizer
 
 from kdfast.data.distances import COMPARED, kind_of, to_teacher
+from kdfast.data.labels import KINDS
+from kdfast.data.tasks import Task
 from kdfast.objective import Labels, Logits, Terms
 from kdfast.recipes import hinton
 from kdfast.results import plots, tables
@@ -65,6 +67,10 @@ def test_kind_of_a_model() -> None:
     ):
         assert kind_of(bert(0, **options).config, outputs) == expected
     assert kind_of(None, 2) == "classification"
+    for kind in KINDS:  # and back, from a task's
+        head = Task("it", None, None, kind, () if kind == "regression" else ("a", "b", "c"), "").head
+        config = BertConfig(**head)
+        assert (kind_of(config, 3), config.num_labels) == (kind, 1 if kind == "regression" else 3)
 
 
 @pytest.mark.parametrize(("problem", "classes"), [("multi_label_classification", 3), ("regression", 1)])

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import ast
+import re
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 import kdfast
+from kdfast.ops import _call
 
 ROOT = Path(kdfast.__file__).parent
+ARCHITECTURE = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
 # What each may import beside itself and the public functions of kdfast.
 MAY: dict[str, set[str]] = {
     "ops": set(),
@@ -71,3 +79,22 @@ def test_constants_stand_once() -> None:
     assert len(found) > 50
     assert {constant: files for constant, files in found.items() if len(files) > 1} == {}
     assert labels == ["data/text.py"]
+
+
+def test_the_table_of_rooms_is_true() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*)\|$", ARCHITECTURE, flags=re.M)
+    assert {room: {*re.findall(r"\w+", others)} for room, others in rows} == MAY
+    assert [room for room, _ in rows] == list(MAY)
+
+
+def test_the_way_down_is_the_way_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*call: Any) -> None:
+        raise InterruptedError
+
+    told = re.findall(r"^\d+\. `(kdfast/ops/\w+\.py)` `(\w+)`", ARCHITECTURE, flags=re.M)
+    monkeypatch.setattr(_call.torch.ops.kdfast.divergence, "default", stop)
+    with pytest.raises(InterruptedError) as caught:
+        kdfast.kl_div(torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3))
+    frames = [frame for frame in traceback.extract_tb(caught.tb) if Path(frame.filename).is_relative_to(ROOT)]
+    assert [(f"kdfast/ops/{Path(frame.filename).name}", frame.name) for frame in frames] == told
+    assert len(told) == 7

@@ -47,9 +47,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """Medians in milliseconds. `roofline`: the time at the device's measured bandwidth, or at the speed of a large matrix
-    product where arithmetic bounds the operator, over kdfast's, gradient memory already mapped (`mapped`) or fresh from
-    the system (`kdfast`). `rate`: GB/s, or GFLOP/s. Peak memory in MB beyond the inputs."""
+    """Medians in milliseconds. `roofline`: the time at the device's measured bandwidth, or at the speed of a large
+    matrix product where arithmetic bounds the operator, over kdfast's, gradient memory already mapped (`mapped`) or
+    fresh from the system (`kdfast`). `rate`: GB/s, or GFLOP/s. Peak memory in MB beyond the inputs."""
 
     case: Case
     kdfast: float
@@ -185,7 +185,8 @@ def run(case: Case, device: str, seconds: float = 2.0, compiled: bool = True) ->
     peaks = peak_memory(ours, device), peak_memory(eager, device)
     candidates: dict[str, Callable[[], object]] = {"kdfast": ours, "eager": eager}
     if compiled:
-        torch.compiler.reset()  # each case is compiled for itself: past a number of variants it would silently run eager
+        # Each case is compiled for itself: past a number of variants it would silently run eager.
+        torch.compiler.reset()
         candidates["compiled"] = caller(torch.compile(operator.eager))
     times = interleaved(candidates, device, seconds)
     bound, work = ceiling(operator, student, teacher, case.gradient)

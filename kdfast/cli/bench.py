@@ -24,7 +24,8 @@ def bench(
 
     Each result is checked against float64 before it is timed. "GB/s" and "% roof" are of the kernel alone, into memory
     that is already mapped: its least bytes over its time, and that against the bandwidth of a plain pass over the same
-    tensors. "× eager" and "× comp." (torch.compile) compare what a user waits for; "MB" is peak memory beyond the inputs.
+    tensors. "× eager" and "× comp." (torch.compile) compare what a user waits for;
+    "MB" is peak memory beyond the inputs.
     """
     try:
         import torch

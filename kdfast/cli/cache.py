@@ -39,8 +39,9 @@ def cache_teacher(
 ) -> None:
     """Writes a teacher's outputs into a folder, to train from many times.
 
-    topk are the k largest log-probabilities of every token at the temperature, with their indices; cls is the first token's
-    hidden state, the last or those of the layers. Rows without text are left out. `kdfast.teacher_cache` reads the folder.
+    topk are the k largest log-probabilities of every token at the temperature, with their indices; cls is the first
+    token's hidden state, the last or those of the layers. Rows without text are left out.
+    `kdfast.teacher_cache` reads the folder.
 
     Ctrl-C keeps the files that are finished. The same command continues after them; what is finished is not repeated.
     """
@@ -70,7 +71,8 @@ def cache_teacher(
 
 
 def check_cache(folder: Annotated[Path, typer.Argument(help="Where cache-teacher put it.")]) -> None:
-    """Reads a cache of cache-teacher, compares it with its sums, and tells what it holds. A damaged one: exit code 1."""
+    """Reads a cache of cache-teacher, compares it with its sums, and tells what it holds. A damaged one:
+    exit code 1."""
     command, cache_error = _import_cache_command()
     try:
         command.check_cache(folder)

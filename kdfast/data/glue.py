@@ -1,4 +1,5 @@
-"""The tasks of GLUE, each with the number that its models are compared by. As `data`, their names go before folders of that name."""
+"""The tasks of GLUE, each with the number that its models are compared by. As `data`,
+their names go before folders of that name."""
 
 GLUE = {
     "cola": "matthews",

@@ -1,4 +1,5 @@
-"""What the values of a label column are: classes, several classes of a row, or numbers; and how a model's loss takes them."""
+"""What the values of a label column are: classes, several classes of a row, or numbers;
+and how a model's loss takes them."""
 
 from __future__ import annotations
 
@@ -56,8 +57,8 @@ class LabelColumn:
 
     Attributes:
         kind, names: of the `Task`.
-        numbers: of each class, by the value that it has in the dataset; empty for a regression, and where a row already has a
-            0 or 1 for each class.
+        numbers: of each class, by the value that it has in the dataset; empty for a regression, and where a row already
+            has a 0 or 1 for each class.
         guessed: what a user should know of a kind that may not be the one that is meant.
     """
 
@@ -74,7 +75,8 @@ class LabelColumn:
             feature: the column's type, which may name the classes.
             values: of the column.
             name: of the dataset.
-            kind: one of `KINDS`; None: lists are several classes of a row, decimal numbers a regression, others classes.
+            kind: one of `KINDS`; None: lists are several classes of a row, decimal numbers a regression,
+                others classes.
         """
         lists = isinstance(values[0], list)
         flat = [value for row in values for value in row] if lists else values

@@ -32,14 +32,14 @@ except ModuleNotFoundError as error:
 class RareWordMasking:
     """A collator that pads rows and chooses the tokens to predict, rare ones more often.
 
-    Of a batch with n tokens that are not padding, ⌈probability·n⌉ are targets, drawn without replacement with probability
-    ∝ max(count, 1)^-smoothing; special tokens are never drawn. Of the targets, each for itself, a fraction `mask` becomes
-    the mask token, `keep` stays, and `random` becomes any token of the vocabulary.
+    Of a batch with n tokens that are not padding, ⌈probability·n⌉ are targets, drawn without replacement with
+    probability ∝ max(count, 1)^-smoothing; special tokens are never drawn. Of the targets, each for itself, a fraction
+    `mask` becomes the mask token, `keep` stays, and `random` becomes any token of the vocabulary.
 
-    The draw depends on `seed` and the batch's rows in their order, and on nothing else. So a batch is masked anew when it
-    is shuffled anew, evaluations are of the same targets each time, and a resumed run sees what the uninterrupted one
-    would have seen. (From torch's global generator it would not: a Trainer's loader is a batch ahead of the step whose
-    state is saved.) The other side: where the order of rows is the same in each epoch, the targets are too.
+    The draw depends on `seed` and the batch's rows in their order, and on nothing else. So a batch is masked anew when
+    it is shuffled anew, evaluations are of the same targets each time, and a resumed run sees what the uninterrupted
+    one would have seen. (From torch's global generator it would not: a Trainer's loader is a batch ahead of the step
+    whose state is saved.) The other side: where the order of rows is the same in each epoch, the targets are too.
 
     Args:
         tokenizer: of transformers, with a padding and a mask token.

@@ -19,7 +19,8 @@ def metrics(metric: str, logits: Tensor, labels: Tensor) -> dict[str, float]:
     Args:
         metric: of a `Task`. "accuracy"; "f1", of class 1, with accuracy; "matthews", over all classes, with accuracy;
             "pearson" with spearman (equal values share the mean of their ranks); "micro_f1", of all rows' classes taken
-            together, with exact_match, the fraction of rows with all classes right; a class counts where its logit is > 0.
+            together, with exact_match, the fraction of rows with all classes right;
+            a class counts where its logit is > 0.
 
     Returns:
         The number that was asked for, then its companion. 0 where a quotient is 0/0.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kdfast.data import demo
+from kdfast.data.distances import PROBLEM_TYPES
 from kdfast.data.files import read
 from kdfast.data.glue import GLUE
 from kdfast.data.labels import LabelColumn, TaskError, has_labels, mismatch, values_of
@@ -54,8 +55,8 @@ class Task:
 
     Attributes:
         name: what it was loaded by.
-        train, test: `datasets.Dataset` with columns text, text_pair where the rows are pairs, and labels: the number of a
-            class (classification), a 0 or 1 for each class (multi_label), or a number (regression).
+        train, test: `datasets.Dataset` with columns text, text_pair where the rows are pairs, and labels: the number of
+            a class (classification), a 0 or 1 for each class (multi_label), or a number (regression).
         kind: "classification", "multi_label" or "regression".
         names: of the classes; none for regression.
         metric: the first of what `metrics` gives.
@@ -83,11 +84,11 @@ class Task:
     @property
     def head(self) -> dict[str, Any]:
         """Options that give `AutoModelForSequenceClassification.from_pretrained` the head and the loss of this task."""
+        problem = {"problem_type": PROBLEM_TYPES[self.kind]}
         if self.kind == "regression":
-            return {"num_labels": 1, "problem_type": "regression"}
-        problem = {"classification": "single_label", "multi_label": "multi_label"}[self.kind]
+            return {"num_labels": 1, **problem}
         return {
-            "problem_type": f"{problem}_classification",
+            **problem,
             "id2label": dict(enumerate(self.names)),
             "label2id": {name: number for number, name in enumerate(self.names)},
         }
@@ -104,25 +105,25 @@ def load(
 ) -> Task:
     """A dataset with labels, as a task.
 
-    Test rows are those of a split "test" with labels, else of a validation split (GLUE; of mnli the matched one), else a
-    tenth of the training rows, at most 2,000, drawn with a fixed seed. Rows without text, or with one half of a pair
-    empty, are left out. Classes are numbered as a Hub dataset names them, else in their order: integers, texts, and false
-    before true. Decimal numbers make it a regression, unless `kind` says otherwise; lists of classes, or of a 0 or 1 for each,
-    multi-label.
+    Test rows are those of a split "test" with labels, else of a validation split (GLUE; of mnli the matched one), else
+    a tenth of the training rows, at most 2,000, drawn with a fixed seed. Rows without text, or with one half of a pair
+    empty, are left out. Classes are numbered as a Hub dataset names them, else in their order: integers, texts, and
+    false before true. Decimal numbers make it a regression, unless `kind` says otherwise; lists of classes, or of a 0
+    or 1 for each, multi-label.
 
     Args:
         source: None: the movie reviews of `kdfast.data`; a task of GLUE, such as "sst2"; a .csv, .tsv, .json, .jsonl or
-            .parquet file; a folder with such files, their names beginning with train, test, validation or dev; or another
-            dataset on the Hub: "imdb", "org/name", "org/name:config".
+            .parquet file; a folder with such files, their names beginning with train, test, validation or dev; or
+            another dataset on the Hub: "imdb", "org/name", "org/name:config".
         text_columns: one, or two for pairs; None: the first there is of `TEXT_COLUMNS`.
         label_column: None: the first there is of `LABEL_COLUMNS`.
-        kind: "classification", also of decimal numbers that are whole; "regression", also of integers, among which -1 is one like
-            others then; "multi_label"; None: by the labels.
+        kind: "classification", also of decimal numbers that are whole; "regression", also of integers, among which -1
+            is one like others then; "multi_label"; None: by the labels.
         train_rows, test_rows: use no more, drawn with a fixed seed.
 
     Raises:
-        TaskError: no such file or dataset, no network, missing columns, labels that are missing, -1 (which means the same),
-            of one class only, not of the kind, or others for test than for training.
+        TaskError: no such file or dataset, no network, missing columns, labels that are missing, -1 (which means the
+            same), of one class only, not of the kind, or others for test than for training.
         kdfast.data.demo.AssetError: the movie reviews cannot be fetched.
     """
     name = "movie_reviews" if source is None else str(source)
@@ -167,7 +168,8 @@ def fingerprint(rows: Any) -> str:
 
 
 def tokenize(task: Task, tokenizer: Any, max_length: int) -> tuple[Any, Any]:
-    """Training and test rows with input_ids (and token_type_ids, where the tokenizer makes them) and labels, not padded.
+    """Training and test rows with input_ids (and token_type_ids, where the tokenizer makes them) and labels,
+    not padded.
 
     Both are a `datasets.Dataset`. Longer rows are cut to `max_length` tokens, of a pair the longer text first.
     """

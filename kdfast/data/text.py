@@ -1,7 +1,7 @@
 """Rows for causal language models: packed text, or prompts with their completions; and their batches.
 
-A row has `input_ids` and `labels` of one length: the labels are the ids themselves where a token counts and -100 where it
-does not (prompts). Nothing is shifted here; objectives and models do that.
+A row has `input_ids` and `labels` of one length: the labels are the ids themselves where a token counts and -100 where
+it does not (prompts). Nothing is shifted here; objectives and models do that.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def read_completions(path: Path, tokenizer: Any, length: int) -> list[Row]:
     The two are joined as they are: separators, chat templates and the like belong to the prompt.
 
     Raises:
-        ValueError: a line that is not such an object, or whose completion is empty; file and line are named. The file is not
-            text in UTF-8, or the tokenizer has no end-of-text token.
+        ValueError: a line that is not such an object, or whose completion is empty; file and line are named. The file
+            is not text in UTF-8, or the tokenizer has no end-of-text token.
     """
     end = _end(tokenizer)
     rows = []

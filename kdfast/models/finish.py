@@ -1,7 +1,7 @@
 """What a model does to the logits of its output embeddings before it returns them: a scale, a bias, a soft-cap.
 
-It is seen from outside: for one call numbers of our own take the place of the head's, and what comes of them tells. Cohere
-and Granite scale, BART adds a bias, Gemma soft-caps; no list of them is needed.
+It is seen from outside: for one call numbers of our own take the place of the head's, and what comes of them tells.
+Cohere and Granite scale, BART adds a bias, Gemma soft-caps; no list of them is needed.
 """
 
 from __future__ import annotations

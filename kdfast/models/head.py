@@ -1,5 +1,5 @@
-"""Output embeddings: products in float32, and heads that are no plain product hidden · weightᵀ + bias, such as adapters,
-quantised weights, a forward of their own."""
+"""Output embeddings: products in float32, and heads that are no plain product hidden · weightᵀ + bias, such as
+adapters, quantised weights, a forward of their own."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def _ordinary(x: Any) -> bool:
 
 
 def product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """hidden [..., H] · weight [V, H]ᵀ + bias [V] as `F.linear` has it, under autocast of operands in its dtype, but of 16-bit
-    operands in float32. Where their dtypes differ, the weight's counts."""
+    """hidden [..., H] · weight [V, H]ᵀ + bias [V] as `F.linear` has it, under autocast of operands in its dtype, but of
+    16-bit operands in float32. Where their dtypes differ, the weight's counts."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         weight = weight.to(torch.get_autocast_dtype(device))
@@ -69,9 +69,9 @@ class _Product(torch.autograd.Function):
 
 
 class OwnHead:
-    """Logits [..., V] as `head` makes them of hidden states [..., H], with the model's scale and bias, under the autocast that
-    it had in the model. Products that make logits are not rounded to 16 bits, but for those of weights with an arithmetic of
-    their own, such as quantised ones.
+    """Logits [..., V] as `head` makes them of hidden states [..., H], with the model's scale and bias, under the
+    autocast that it had in the model. Products that make logits are not rounded to 16 bits, but for those of weights
+    with an arithmetic of their own, such as quantised ones.
 
     Raises:
         ValueError: its parameters are sharded (FSDP2): outside of the forward they cannot be put together for it.

@@ -32,7 +32,8 @@ def model_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def teacher_inputs(teacher: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch as the teacher reads it: a column `teacher_x` takes the place of x, where x is an argument of its forward.
+    """A batch as the teacher reads it: a column `teacher_x` takes the place of x,
+    where x is an argument of its forward.
 
     With `teacher_input_ids` the student's columns of tokens, [B, L] like its own `input_ids`, are left out: another tokenizer
     made them. A forward with `**kwargs` takes those of a tokenizer, named or not.

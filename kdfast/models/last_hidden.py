@@ -18,17 +18,18 @@ from kdfast.ops._shards import is_dtensor
 
 
 class LastHidden(NamedTuple):
-    """What a model's logits are made of: softcap · tanh((hidden weightᵀ + bias) / softcap), without softcap if it is None.
+    """What a model's logits are made of: softcap · tanh((hidden weightᵀ + bias) / softcap),
+    without softcap if it is None.
 
-    hidden: [B, L, H], times the scale of the logits where the model has one (Cohere, Granite). weight: [V, H], bias: [V] or
-    None: the model's parameters, DTensors where FSDP2 has them sharded. All in the dtype that the model multiplies them in,
-    under autocast that of autocast.
+    hidden: [B, L, H], times the scale of the logits where the model has one (Cohere, Granite). weight: [V, H], bias:
+    [V] or None: the model's parameters, DTensors where FSDP2 has them sharded. All in the dtype that the model
+    multiplies them in, under autocast that of autocast.
 
-    head: in place of weight and bias, where the output embeddings are no plain product (an adapter, a quantised weight, a
-    forward of their own): makes float32 logits of hidden states.
+    head: in place of weight and bias, where the output embeddings are no plain product (an adapter, a quantised weight,
+    a forward of their own): makes float32 logits of hidden states.
 
-    router_loss: of a mixture of experts, weighted as in its own loss; None where it computes none. aligned: whether logits
-    are those of the same place's label (encoder-decoders) and not of the next token's.
+    router_loss: of a mixture of experts, weighted as in its own loss; None where it computes none. aligned: whether
+    logits are those of the same place's label (encoder-decoders) and not of the next token's.
     """
 
     hidden: Tensor
@@ -97,14 +98,14 @@ def last_hidden(model: nn.Module, **inputs: Any) -> LastHidden:
     what it returns: DDP looks there for parameters that the loss does not reach, FSDP2 for where the backward begins.
 
     Args:
-        model: one with output embeddings, plain or wrapped by DistributedDataParallel or `fully_shard`, with adapters of
-            peft or without.
+        model: one with output embeddings, plain or wrapped by DistributedDataParallel or `fully_shard`, with adapters
+            of peft or without.
         **inputs: arguments of its forward; no labels, which would make it compute a loss of its own.
 
     Raises:
         TypeError: the model has no output embeddings.
-        ValueError: it does more to its logits than a scale, a constant bias and a soft-cap; or its output embeddings are no
-            plain product, and sharded.
+        ValueError: it does more to its logits than a scale, a constant bias and a soft-cap; or its output embeddings
+            are no plain product, and sharded.
     """
     inner = language_model(model)
     call = _Call(inner, inner.get_output_embeddings())
@@ -142,8 +143,9 @@ class _Call:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         head = self.head
-        # FSDP2's own hooks run between those that are prepended and those that are not, and look for tensors in outputs:
-        # it gathers parameters again when the gradient of one arrives. Other hooks change what they like: between ours.
+        # FSDP2's own hooks run between those that are prepended and those that are not, and look for tensors in
+        # outputs: it gathers parameters again when the gradient of one arrives. Other hooks change what they like:
+        # between ours.
         handles = [head.register_forward_pre_hook(self.one_row, prepend=not self.sharded)]
         if self.sharded:
             handles.append(head.register_forward_hook(lambda _, __, row: (row, self.hidden[-1]), prepend=True))

@@ -9,8 +9,8 @@ from typing import Any
 def check_tokens(named: str, tokenizer: Any, teachers: Any) -> None:
     """A student, or its base, reads the teacher's tokens: each must be of the same number in its own tokenizer.
 
-    Vocabularies of equal size may have nothing in common. Truncation, padding and the order of rules are not compared: rows are
-    made by the teacher's tokenizer alone, which is saved with the student.
+    Vocabularies of equal size may have nothing in common. Truncation, padding and the order of rules are not compared:
+    rows are made by the teacher's tokenizer alone, which is saved with the student.
 
     Args:
         named: what messages call the model that `tokenizer` is of.
@@ -41,7 +41,8 @@ def positions(model: Any) -> int | None:
 
 
 def _counted_from_padding(model: Any) -> Any:
-    """The position embeddings of RoBERTa and its relatives, who begin behind the number of their padding; None of others."""
+    """The position embeddings of RoBERTa and its relatives, who begin behind the number of their padding;
+    None of others."""
     for name, part in model.base_model.named_modules():
         if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
             return part
@@ -61,8 +62,8 @@ def check_length(named: str, model: Any, max_length: int) -> None:
 def pad_alike(named: str, model: Any, tokenizer: Any) -> None:
     """Gives the model's config the padding token of the tokenizer that batches are padded with.
 
-    Classifiers of decoders read the last token that is not the config's padding: without one they take single rows only, with
-    another one they read padding.
+    Classifiers of decoders read the last token that is not the config's padding: without one they take single rows
+    only, with another one they read padding.
 
     Raises:
         ValueError: the tokenizer has none, or one that the model has no embedding of.
@@ -110,7 +111,8 @@ def check_names(named: str, config: Any, names: Sequence[str]) -> None:
 
 
 def matched_by_number(named: str, config: Any, names: Sequence[str]) -> str | None:
-    """What to tell of a model whose classes have other names than the data's, so that nothing shows whether they are the same.
+    """What to tell of a model whose classes have other names than the data's,
+    so that nothing shows whether they are the same.
 
     None where they have the same, or either has mere numbers that agree.
     """

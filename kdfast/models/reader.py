@@ -5,9 +5,9 @@
     loss = kdfast.qk_attention_mse(s.q, s.k, t.q[1::2], t.k[1::2], key_mask=s.mask, query_mask=s.mask)
     loss = loss + kdfast.hidden_mse(s.hidden, t.hidden[::2])
 
-Most models call their attention through transformers' `AttentionInterface`: a function registered there sees queries, keys
-and values and calls the SDPA or flash attention that the model uses, bit for bit the same. Eager attention is each model's
-own and out of reach: such a model uses SDPA while it is read. MPNet and XLNet, which do not, are read by hooks.
+Most models call their attention through transformers' `AttentionInterface`: a function registered there sees queries,
+keys and values and calls the SDPA or flash attention that the model uses, bit for bit the same. Eager attention is each
+model's own and out of reach: such a model uses SDPA while it is read. MPNet and XLNet, which do not, are read by hooks.
 `ADAPTERS` says how each architecture is read; `register` adds one.
 """
 
@@ -33,11 +33,12 @@ __all__ = ["ADAPTERS", "Adapter", "Features", "Reader", "read_hidden", "record",
 class Features:
     """What a forward pass of a model left, layer by layer: N entries of q, k and v, N + 1 of hidden.
 
-    outputs: the model's own. hidden: [B, L, D], the embeddings' output and every layer's. q, k, v: [B, H, L, d]; grouped
-    keys and values have fewer heads; queries and keys as their product takes them, rotary embeddings applied. scale: of
-    that product. bias: what relative positions add to the scaled product, [B or 1, H, L, L], where the model has it and the
-    `Reader` was asked for it. mask: [B, L], True where a token counts; None where the call had no attention_mask. cls_index:
-    the token that stands for a sequence, a number or [B]. causal: whether tokens see only those before them.
+    outputs: the model's own. hidden: [B, L, D], the embeddings' output and every layer's. q, k, v: [B, H, L, d];
+    grouped keys and values have fewer heads; queries and keys as their product takes them, rotary embeddings applied.
+    scale: of that product. bias: what relative positions add to the scaled product, [B or 1, H, L, L], where the model
+    has it and the `Reader` was asked for it. mask: [B, L], True where a token counts; None where the call had no
+    attention_mask. cls_index: the token that stands for a sequence, a number or [B]. causal:
+    whether tokens see only those before them.
     """
 
     outputs: Any
@@ -61,8 +62,8 @@ class Features:
 
     @property
     def scores(self) -> list[Tensor]:
-        """Every layer's scores before mask and softmax, [B, H, L, L]: scale · q kᵀ, and the bias where there is one. Made
-        on demand; `kdfast.qk_attention_mse` and `kdfast.qk_relation_kl` need none."""
+        """Every layer's scores before mask and softmax, [B, H, L, L]: scale · q kᵀ, and the bias where there is one.
+        Made on demand; `kdfast.qk_attention_mse` and `kdfast.qk_relation_kl` need none."""
         made = []
         for i, (q, k) in enumerate(zip(self.q, self.k, strict=True)):
             product = self.scale * q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT

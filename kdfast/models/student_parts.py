@@ -122,7 +122,8 @@ def renamed(path: str | None, layers: Sequence[int]) -> Callable[[str], str]:
 
 
 def new_model(teacher: Any, kind: Any, config: Any) -> Any:
-    """A model of the given class, on the teacher's device, without the parts that the teacher was made or left without."""
+    """A model of the given class, on the teacher's device,
+    without the parts that the teacher was made or left without."""
     with torch.device(teacher.device):
         student = kind(config)
     student.tie_weights()  # left undone where the weights are not initialised
@@ -146,8 +147,8 @@ def _leave_out(student: nn.Module, teacher: nn.Module) -> None:
 def copy_weights(
     teacher: Any, student: Any, name_of: Callable[[str], str], dtype: torch.dtype | None
 ) -> tuple[list[str], list[str]]:
-    """Copies the teacher's parameters and buffers where they are of the same shape or are rows of the vocabulary. Returns the
-    student's names of those that are copied, at least in part, and of the others."""
+    """Copies the teacher's parameters and buffers where they are of the same shape or are rows of the vocabulary.
+    Returns the student's names of those that are copied, at least in part, and of the others."""
     theirs = teacher.state_dict()
     student.config.dtype = dtype or teacher.dtype
     of_vocabulary = [getattr(model.config, "vocab_size", None) for model in (teacher, student)]

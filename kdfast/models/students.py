@@ -4,9 +4,9 @@
     student, copied, fresh = students.narrower(teacher, hidden_size=312, intermediate_size=1200, num_hidden_layers=4)
     student = students.distilbert(teacher)                                                # Sanh et al., 2019
 
-Every student is a new model: all its parameters are trained, whatever is frozen in the teacher, on the teacher's device;
-in evaluation mode, as after `from_pretrained`. No hook or `kdfast.hf.Reader` of the teacher comes along. Its weights are
-float32, whatever the teacher's are (`dtype`): of small steps, weights of 16 bits lose most.
+Every student is a new model: all its parameters are trained, whatever is frozen in the teacher, on the teacher's
+device; in evaluation mode, as after `from_pretrained`. No hook or `kdfast.hf.Reader` of the teacher comes along. Its
+weights are float32, whatever the teacher's are (`dtype`): of small steps, weights of 16 bits lose most.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ def spread(teacher_layers: int, student_layers: int) -> list[int]:
 def from_layers(
     teacher: Any, layers: Sequence[int], *, dropout: float | None = None, dtype: Dtype = torch.float32
 ) -> Any:
-    """A new model of the teacher's class with copies of the given layers and of all that is no layer: embeddings, pooler,
-    head. Tied weights stay tied.
+    """A new model of the teacher's class with copies of the given layers and of all that is no layer: embeddings,
+    pooler, head. Tied weights stay tied.
 
-    ModernBERT has no attn_norm in its first layer: a layer that becomes the first loses its own, and the teacher's first
-    gets a new one (weight 1) in any other place. Which layers attend locally comes along. ALBERT's layers share their
-    weights: only their number counts.
+    ModernBERT has no attn_norm in its first layer: a layer that becomes the first loses its own, and the teacher's
+    first gets a new one (weight 1) in any other place. Which layers attend locally comes along. ALBERT's layers share
+    their weights: only their number counts.
 
     Args:
         teacher: of transformers, with one list of layers.
         layers: numbers from 0, in the student's order; one may be there more than once, in copies of its own.
-        dropout: every probability of dropout; None: as the teacher's. With 0 the student matches the same function, as the
-            teacher's targets are made without; on the CPU, random numbers take a fifth of a step.
+        dropout: every probability of dropout; None: as the teacher's. With 0 the student matches the same function, as
+            the teacher's targets are made without; on the CPU, random numbers take a fifth of a step.
         dtype: of the student's floating-point weights; None: as in the teacher, one by one.
 
     Raises:
@@ -95,8 +95,8 @@ def from_layers(
 
 
 class Narrowed(NamedTuple):
-    """model: the student. copied: names of its parameters that are the teacher's, of a vocabulary at least the common rows.
-    fresh: of those that are initialised."""
+    """model: the student. copied: names of its parameters that are the teacher's, of a vocabulary at least the common
+    rows. fresh: of those that are initialised."""
 
     model: Any
     copied: list[str]
@@ -151,7 +151,8 @@ def narrower(
 
 
 # ---- DistilBERT ----
-# class of the teacher: that of the student, and the student's parts beyond the base model by name, each with the teacher's
+# class of the teacher: that of the student, and the student's parts beyond the base model by name, each with the
+# teacher's
 _HEADS: dict[str, tuple[str, dict[str, str]]] = {
     "BertModel": ("DistilBertModel", {}),
     "BertForMaskedLM": ("DistilBertForMaskedLM", {"vocab_projector": "cls.predictions.decoder"}),
@@ -185,12 +186,13 @@ def distilbert(
     dropout: float | None = None,
     dtype: Dtype = torch.float32,
 ) -> Any:
-    """The student of DistilBERT (Sanh et al., 2019, arXiv:1910.01108) as its released code makes it: a DistilBERT of BERT's
-    sizes with half of its layers, without token types and pooler. For BERT-base 66.36 million parameters without a head.
+    """The student of DistilBERT (Sanh et al., 2019, arXiv:1910.01108) as its released code makes it: a DistilBERT of
+    BERT's sizes with half of its layers, without token types and pooler.
+    For BERT-base 66.36 million parameters without a head.
 
-    Copied are word and position embeddings, their LayerNorm, the layers, and the output's weight, which is tied, and bias;
-    not the embedding of token type 0, which BERT adds to every word. Of a sequence classifier, whose head reads the pooler,
-    the head is new.
+    Copied are word and position embeddings, their LayerNorm, the layers, and the output's weight, which is tied, and
+    bias; not the embedding of token type 0, which BERT adds to every word. Of a sequence classifier, whose head reads
+    the pooler, the head is new.
 
     Args:
         teacher: BertForMaskedLM, BertForPreTraining, BertModel or a BERT for sequences, tokens or questions.

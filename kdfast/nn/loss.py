@@ -14,12 +14,13 @@ from kdfast.ops._layers import ON_HOST
 
 
 class Loss(nn.Module):
-    """`function(*tensors, **settings)` as a module: `Loss("js_div", beta=0.3, temperature=2.0)(student, teacher, mask=mask)`.
+    """`function(*tensors, **settings)` as a module:
+    `Loss("js_div", beta=0.3, temperature=2.0)(student, teacher, mask=mask)`.
 
     Args:
         function: of kdfast, or its name.
-        **settings: some of its keyword arguments. Tensors among them (a temperature or a weight per row, a mask) are buffers,
-            which move with the module; they are not in its state.
+        **settings: some of its keyword arguments. Tensors among them (a temperature or a weight per row, a mask) are
+            buffers, which move with the module; they are not in its state.
 
     A call takes the function's tensors and more of its keyword arguments, which go before the settings.
 

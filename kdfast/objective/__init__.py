@@ -1,7 +1,8 @@
 """What a distilled student is trained on: callables that return the weighted terms of its loss.
 
-`Terms` puts an objective together from terms: `Logits`, `Spans`, `Labels`, `Hidden`, `Embedding`, `Cosine`, `CLS`, `Attention`
-and `Relations`, each with a weight that is constant or follows a schedule. `LanguageModel` is for language models.
+`Terms` puts an objective together from terms: `Logits`, `Spans`, `Labels`, `Hidden`, `Embedding`, `Cosine`, `CLS`,
+`Attention` and `Relations`, each with a weight that is constant or follows a schedule.
+`LanguageModel` is for language models.
 """
 
 from kdfast.models.inputs import model_inputs

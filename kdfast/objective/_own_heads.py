@@ -1,5 +1,5 @@
-"""The loss of `kdfast.objective.LanguageModel` where a head is no plain product: from logits as it makes them, some rows at a
-time, and once more in the backward instead of being kept."""
+"""The loss of `kdfast.objective.LanguageModel` where a head is no plain product: from logits as it makes them, some
+rows at a time, and once more in the backward instead of being kept."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def of_own_heads(
 ) -> KDLossComponents:
     """As `kdfast.linear_kd_loss` and, where there is no teacher, `kdfast.linear_topk_kd_loss`.
 
-    columns: of the rows that count, N of them: `student` [N, H], `teacher` [N, Ht] or `topk_logprobs` and `topk_indices` [N, k],
-    `labels` [N] where there are any. settings: of `kdfast.kd_loss`, `num_items` among them, and `tail`. budget: bytes, 0: a
-    tenth of the device's memory.
+    columns: of the rows that count, N of them: `student` [N, H], `teacher` [N, Ht] or `topk_logprobs` and
+    `topk_indices` [N, k], `labels` [N] where there are any. settings: of `kdfast.kd_loss`, `num_items` among them, and
+    `tail`. budget: bytes, 0: a tenth of the device's memory.
 
     Raises:
         ValueError: the budget does not hold a row.

@@ -30,13 +30,13 @@ class Objective(Protocol):
     `run(model, inputs)` calls the student or the teacher; what it returns is then the objective's student_outputs or
     teacher_outputs. Without it the trainer calls either with `model_inputs`.
 
-    `num_items(inputs)` counts what a term is a mean of, as a tensor: a scalar, or a number for each of `terms` (its names).
-    The trainer adds up the counts of a step's micro-batches, averages over processes, and the objective finds the result as
-    `inputs["num_items"]`, to divide by that instead of its own count: exact for micro-batches that are not equal. The means
-    of an evaluation are weighted by it.
+    `num_items(inputs)` counts what a term is a mean of, as a tensor: a scalar, or a number for each of `terms` (its
+    names). The trainer adds up the counts of a step's micro-batches, averages over processes, and the objective finds
+    the result as `inputs["num_items"]`, to divide by that instead of its own count: exact for micro-batches that are
+    not equal. The means of an evaluation are weighted by it.
 
-    `possible(student_outputs, teacher_outputs, inputs)`, for evaluations: the terms that have what they need, and a `Missing`
-    for each of the others. Without it there are no terms where the objective raises one.
+    `possible(student_outputs, teacher_outputs, inputs)`, for evaluations: the terms that have what they need, and a
+    `Missing` for each of the others. Without it there are no terms where the objective raises one.
 
     `logits(student_outputs)`: predictions, where the outputs have none; asked for in evaluations that want them.
 
@@ -44,7 +44,8 @@ class Objective(Protocol):
 
     `progress`: an attribute, the share of the training that is done, from 0 to 1; the trainer sets it.
 
-    An objective that is a module may have parameters (projections): they are trained, saved and resumed with the student.
+    An objective that is a module may have parameters (projections): they are trained,
+    saved and resumed with the student.
     """
 
     def __call__(self, student_outputs: Any, teacher_outputs: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]: ...

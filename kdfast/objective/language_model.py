@@ -1,4 +1,5 @@
-"""The objective of language models that predict the next token, causal ones and encoder-decoders; it makes no logits."""
+"""The objective of language models that predict the next token, causal ones and encoder-decoders;
+it makes no logits."""
 
 from __future__ import annotations
 
@@ -29,22 +30,22 @@ class LanguageModel:
 
         loss = alpha · T² · D(student, teacher) + (1 - alpha) · CE(student, next token) [+ aux]
 
-    A teacher is run beside the student, or was run before: rows of `kdfast.teacher_cache` bring its top-k, of which D is
-    `kdfast.topk_kl_div`, `kl_div` alone. `kdfast.linear_kd_loss` goes from the last hidden states to the loss in chunks; the
-    logits are never there as a whole, and the hidden states of other tokens are dropped before.
+    A teacher is run beside the student, or was run before: rows of `kdfast.teacher_cache` bring its top-k, of which D
+    is `kdfast.topk_kl_div`, `kl_div` alone. `kdfast.linear_kd_loss` goes from the last hidden states to the loss in
+    chunks; the logits are never there as a whole, and the hidden states of other tokens are dropped before.
 
-    Of causal models the labels are the inputs as they are: the shift is made here. A token counts where neither it nor the
-    one before it, which predicts it, is padding (`attention_mask`), and where there are labels, its own is not -100
-    (completions only, where the collator leaves the prompts out). Of encoder-decoders (T5, BART) nothing is shifted; their
-    `decoder_input_ids` are made of the labels where a batch has none, and a token counts whose label is not -100, without
-    labels every one of `decoder_attention_mask`. The mean is over the tokens that count.
+    Of causal models the labels are the inputs as they are: the shift is made here. A token counts where neither it nor
+    the one before it, which predicts it, is padding (`attention_mask`), and where there are labels, its own is not -100
+    (completions only, where the collator leaves the prompts out). Of encoder-decoders (T5, BART) nothing is shifted;
+    their `decoder_input_ids` are made of the labels where a batch has none, and a token counts whose label is not -100,
+    without labels every one of `decoder_attention_mask`. The mean is over the tokens that count.
 
-    Output embeddings with an adapter (LoRA), quantised or with a forward of their own are used as they are, of student and
-    teacher: the gradient reaches all that they are made of. Their logits are made some rows at a time, and twice.
+    Output embeddings with an adapter (LoRA), quantised or with a forward of their own are used as they are, of student
+    and teacher: the gradient reaches all that they are made of. Their logits are made some rows at a time, and twice.
 
-    D is a divergence of kdfast: `kl_div` is KL(teacher ‖ student), as Hinton et al. have it; `reverse_kl_div`, as in MiniLLM
-    (arXiv:2306.08543); `js_div` with `beta`, of GKD (Agarwal et al., 2024, arXiv:2306.13649; beta = 0 and 1 are `kl_div` and
-    `reverse_kl_div`); the skewed ones of DistiLLM (arXiv:2402.03898) with `skew`.
+    D is a divergence of kdfast: `kl_div` is KL(teacher ‖ student), as Hinton et al. have it; `reverse_kl_div`, as in
+    MiniLLM (arXiv:2306.08543); `js_div` with `beta`, of GKD (Agarwal et al., 2024, arXiv:2306.13649; beta = 0 and 1 are
+    `kl_div` and `reverse_kl_div`); the skewed ones of DistiLLM (arXiv:2402.03898) with `skew`.
 
     Args:
         alpha: weight of the teacher; the labels get 1 - alpha.
@@ -58,8 +59,8 @@ class LanguageModel:
 
     Raises:
         TypeError: an argument of another type; where it is run, a model that is no language model.
-        ValueError: an argument out of range; a masked language model; a batch without a teacher or, with alpha < 1, without
-            labels; hidden states of other tokens than the batch's; and where the loss is computed, whatever
+        ValueError: an argument out of range; a masked language model; a batch without a teacher or, with alpha < 1,
+            without labels; hidden states of other tokens than the batch's; and where the loss is computed, whatever
             `kdfast.linear_kd_loss` raises.
     """
 

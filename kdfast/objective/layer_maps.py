@@ -17,8 +17,8 @@ def layer_map(layers: LayerMap, student_layers: int, teacher_layers: int, who: s
     """The map of states of a student of M layers to those of a teacher of N.
 
     Args:
-        layers: "uniform": j to j·N/M, for all M layers (TinyBERT); "skip": the same without the student's last layer, and
-            "last": j to N - M + j, without it too (Patient-KD, whose last layer learns from the logits); or a dict.
+        layers: "uniform": j to j·N/M, for all M layers (TinyBERT); "skip": the same without the student's last layer,
+            and "last": j to N - M + j, without it too (Patient-KD, whose last layer learns from the logits); or a dict.
             Where N is no multiple of M, j·N/M is rounded.
         student_layers: M.
         teacher_layers: N.

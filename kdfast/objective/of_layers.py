@@ -81,9 +81,9 @@ class Hidden(_OfLayers):
 
     Args:
         layers: which state of the student learns from which of the teacher's (`kdfast.objective.layer_map`).
-        projection: an `nn.Linear` of the student's width to the teacher's, shared by all layers (TinyBERT's code), or one
-            per layer; several terms may share one too. None where the widths are equal. It is trained with the student
-            and is no part of it.
+        projection: an `nn.Linear` of the student's width to the teacher's, shared by all layers (TinyBERT's code), or
+            one per layer; several terms may share one too. None where the widths are equal. It is trained with the
+            student and is no part of it.
         weight: a number or a schedule.
         masked: leave out padding; False counts it, as the code of TinyBERT and DynaBERT does.
         mean_over_layers: divide by the number of layers.
@@ -170,7 +170,8 @@ class Cosine(_OfLayers):
 
 
 class CLS(_OfLayers):
-    """Mean over rows, layers and width of (h_s/‖h_s‖ − h_t/‖h_t‖)², h the token that stands for the sequence: Patient-KD.
+    """Mean over rows, layers and width of (h_s/‖h_s‖ − h_t/‖h_t‖)², h the token that stands for the sequence:
+    Patient-KD.
 
     Args:
         layers: "skip", "last" or another map. Equal widths.
@@ -222,7 +223,8 @@ class _OfHeads(_OfLayers):
 
 
 class Attention(_OfHeads):
-    """Σ_layers mean (Q_s K_sᵀ/√d_s − Q_t K_tᵀ/√d_t)² over heads and pairs of tokens: TinyBERT (`kdfast.qk_attention_mse`).
+    """Σ_layers mean (Q_s K_sᵀ/√d_s − Q_t K_tᵀ/√d_t)² over heads and pairs of tokens:
+    TinyBERT (`kdfast.qk_attention_mse`).
 
     Padding is left out, queries and keys alike (TinyBERT's code counts the queries, and everything in the divisor).
 
@@ -281,13 +283,14 @@ class Attention(_OfHeads):
 
 
 class Relations(_OfHeads):
-    """Σ_relations mean over heads and tokens of KL(softmax(A_t B_tᵀ/√d) ‖ softmax(A_s B_sᵀ/√d)): MiniLM (`qk_relation_kl`).
+    """Σ_relations mean over heads and tokens of KL(softmax(A_t B_tᵀ/√d) ‖ softmax(A_s B_sᵀ/√d)):
+    MiniLM (`qk_relation_kl`).
 
     Args:
         layers: another map than last to last.
         relations: pairs of "q", "k" and "v": ("qk", "vv") is MiniLM, ("qq", "kk", "vv") MiniLMv2.
-        relation_heads: into how many heads queries, keys and values are split anew (MiniLMv2: 48 for base-size teachers);
-            needed where the numbers of heads differ.
+        relation_heads: into how many heads queries, keys and values are split anew (MiniLMv2: 48 for base-size
+            teachers); needed where the numbers of heads differ.
         weight: a number or a schedule.
         mean_over_layers: divide by the number of layers.
 

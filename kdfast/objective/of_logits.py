@@ -70,16 +70,18 @@ class Logits(_Soft):
         temperature: T. A column `sample_temperature` [B] of the batch takes its place row by row.
         t_squared: multiply by T², which keeps the gradient's size when T changes (Hinton et al., 2015; TinyBERT's and
             TextBrewer's code do not).
-        per_class: divide by the number of classes too, as torch's `KLDivLoss(reduction="mean")` in Patient-KD's code and
-            the prediction loss of TinyBERT's do.
-        tokens: None for logits [B, C]; "all" for tokens that are no padding, "labels" for those whose label is not -100.
+        per_class: divide by the number of classes too, as torch's `KLDivLoss(reduction="mean")` in Patient-KD's code
+            and the prediction loss of TinyBERT's do.
+        tokens: None for logits [B, C]; "all" for tokens that are no padding,
+            "labels" for those whose label is not -100.
         **settings: of the divergence: `vocab_size`, of `js_div` also `beta`, of the skewed ones `skew`.
 
     A column `sample_weight` [B] of the batch multiplies every row's loss; it stays out of the divisor.
 
     Raises:
         TypeError: an argument that neither this class nor the divergence has.
-        ValueError: a setting out of range, a batch without a teacher's logits, or logits of another form than `tokens` says.
+        ValueError: a setting out of range, a batch without a teacher's logits,
+            or logits of another form than `tokens` says.
     """
 
     def __init__(
@@ -129,7 +131,8 @@ class Logits(_Soft):
 
 
 class Spans(_Soft):
-    """T² · (D(start) + D(end)) / 2: a divergence of kdfast between the softened start and end logits [B, L] of question answering.
+    """T² · (D(start) + D(end)) / 2: a divergence of kdfast between the softened start and end logits
+    [B, L] of question answering.
 
     Padding, by the batch's `attention_mask`, is no position.
 
@@ -137,8 +140,8 @@ class Spans(_Soft):
         divergence, weight, temperature, t_squared: as of `Logits`, without "logit_mse".
         **settings: `beta` of `js_div`, `skew` of the skewed ones.
 
-    The columns `sample_weight` and `sample_temperature` are as of `Logits`; `teacher_start_logits` and `teacher_end_logits`
-    [B, L] stand for a teacher. The labels are the task "spans" of `Labels`.
+    The columns `sample_weight` and `sample_temperature` are as of `Logits`; `teacher_start_logits` and
+    `teacher_end_logits` [B, L] stand for a teacher. The labels are the task "spans" of `Labels`.
 
     Raises:
         TypeError, ValueError: as `Logits`; a teacher whose tokens are not the student's.
@@ -176,23 +179,23 @@ class Labels(Term):
     """The loss of the student against the labels of the batch.
 
     Args:
-        task: "classification": cross-entropy of logits [B, C] with class numbers [B]; "multi_label": binary cross-entropy
-            with labels [B, C], mean over classes; "regression": squared error of logits [B] or [B, 1] with numbers [B], or
-            of logits and labels [B, C], mean over C; "tokens": cross-entropy of logits [B, L, V] with labels [B, L], of masked language models: nothing is shifted;
-            "spans": of question answering, mean cross-entropy of the start and end logits [B, L] with `start_positions` and
-            `end_positions` [B]; as transformers has it, those beyond L do not count, negative ones are 0, and padding is
-            among the positions.
+        task: "classification": cross-entropy of logits [B, C] with class numbers [B]; "multi_label": binary
+            cross-entropy with labels [B, C], mean over classes; "regression": squared error of logits [B] or [B, 1]
+            with numbers [B], or of logits and labels [B, C], mean over C; "tokens": cross-entropy of logits [B, L, V]
+            with labels [B, L], of masked language models: nothing is shifted; "spans": of question answering, mean
+            cross-entropy of the start and end logits [B, L] with `start_positions` and `end_positions` [B]; as
+            transformers has it, those beyond L do not count, negative ones are 0, and padding is among the positions.
         weight: a number or a schedule.
         label_smoothing: of the cross-entropies.
 
-    Rows or tokens with the label -100 do not count. A column `sample_weight` [B] of the batch multiplies every row's loss; it
-    stays out of the divisor.
+    Rows or tokens with the label -100 do not count. A column `sample_weight` [B] of the batch multiplies every row's
+    loss; it stays out of the divisor.
 
     Raises:
         TypeError: class numbers that are not int64.
-        ValueError: a setting out of range, a batch without labels, logits or labels of another form than `task` says, or
-            class numbers out of range (seen on the CPU only: on a device, where that would wait, torch's cross-entropy
-            stops the program).
+        ValueError: a setting out of range, a batch without labels, logits or labels of another form than `task` says,
+            or class numbers out of range (seen on the CPU only: on a device, where that would wait, torch's
+            cross-entropy stops the program).
     """
 
     def __init__(self, task: str = "classification", *, weight: Weight = 1.0, label_smoothing: float = 0.0) -> None:

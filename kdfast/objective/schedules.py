@@ -66,7 +66,8 @@ class StageSchedule:
     """A weight per stage: `{0.0: 1.0, 0.6: 0.0}` is 1 for the first 60 % of the training, then 0.
 
     Raises:
-        TypeError, ValueError: stages that do not begin at 0, or begin outside [0, 1); a weight that is no number, or negative.
+        TypeError, ValueError: stages that do not begin at 0, or begin outside [0,
+            1); a weight that is no number, or negative.
     """
 
     stages: Mapping[float, float]

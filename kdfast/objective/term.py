@@ -16,8 +16,8 @@ Inputs = Mapping[str, Any]
 
 
 class Stored:
-    """A teacher of which only columns of the batch are there: `teacher_logits`, `teacher_cls_<state>`, `teacher_hidden_<state>`,
-    as `kdfast.teacher_cache` stores them; or what a model without hidden states returned."""
+    """A teacher of which only columns of the batch are there: `teacher_logits`, `teacher_cls_<state>`,
+    `teacher_hidden_<state>`, as `kdfast.teacher_cache` stores them; or what a model without hidden states returned."""
 
     def __init__(self, outputs: Any, inputs: Inputs) -> None:
         self.outputs, self._inputs = outputs, inputs
@@ -41,7 +41,8 @@ class Term(nn.Module):
     """One weighted term of `kdfast.objective.Terms`.
 
     A subclass gives `forward(student, teacher, inputs)`, the mean over what `count(inputs)` counts, without the weight;
-    `student` and `teacher` have `.logits`, and what `needs` asks for. A column `sample_weight` is the subclass's to read.
+    `student` and `teacher` have `.logits`, and what `needs` asks for.
+    A column `sample_weight` is the subclass's to read.
 
     Args:
         weight: a number, or a schedule: a function of the share of the training that is done.
@@ -72,7 +73,8 @@ class Term(nn.Module):
         return torch.tensor(rows_of(inputs))
 
     def output(self, side: Any, name: str, *, teacher: bool = False, instead: str = "") -> Tensor:
-        """What a model returned by this name, such as "logits". `instead`: what to use where a model has no such output."""
+        """What a model returned by this name, such as "logits". `instead`:
+        what to use where a model has no such output."""
         found = side.output(name) if isinstance(side, Stored) else getattr(side, name, None)
         holder = getattr(side, "outputs", side)
         found = getattr(holder, name, None) if found is None else found
@@ -120,7 +122,8 @@ def check_per_row(who: str, inputs: Inputs) -> None:
 
 
 def check_aligned(who: str, inputs: Inputs) -> None:
-    """That a teacher with a tokenizer of its own read as many tokens of every row, as what is compared token by token needs.
+    """That a teacher with a tokenizer of its own read as many tokens of every row,
+    as what is compared token by token needs.
 
     Masks on a device, where it would wait, are not compared.
     """

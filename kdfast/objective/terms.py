@@ -28,16 +28,16 @@ class Terms(nn.Module):
 
         Terms(kl=Logits(temperature=10, weight=0.7), ce=Labels(weight=0.3), pt=CLS("skip", weight=500))
 
-    Terms of weight 0 are left out, and need neither teacher nor labels then. The trainer sets `progress`, the share of the
-    training that is done, which schedules of weights go by.
+    Terms of weight 0 are left out, and need neither teacher nor labels then. The trainer sets `progress`, the share of
+    the training that is done, which schedules of weights go by.
 
-    Gradient accumulation and several processes give what one large batch would, whatever the sizes of the micro-batches:
-    each term's mean is taken over all that it counts (rows or tokens) in all of them (`num_items`).
+    Gradient accumulation and several processes give what one large batch would, whatever the sizes of the
+    micro-batches: each term's mean is taken over all that it counts (rows or tokens) in all of them (`num_items`).
 
-    A teacher that was run before is read from columns of the batch: `teacher_logits`, `teacher_cls_3`, `teacher_hidden_3` (of
-    hidden state 3), as `kdfast.teacher_cache` gives them. The columns `sample_weight` and `sample_temperature`, both [B], weigh
-    rows and give them temperatures of their own. None of these goes into a model. Negative ones are refused on the CPU; on
-    a device, where that would wait, they are not seen.
+    A teacher that was run before is read from columns of the batch: `teacher_logits`, `teacher_cls_3`,
+    `teacher_hidden_3` (of hidden state 3), as `kdfast.teacher_cache` gives them. The columns `sample_weight` and
+    `sample_temperature`, both [B], weigh rows and give them temperatures of their own. None of these goes into a model.
+    Negative ones are refused on the CPU; on a device, where that would wait, they are not seen.
 
     Raises:
         TypeError: a term without a name, or something that is no `Term`.

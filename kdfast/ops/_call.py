@@ -44,8 +44,8 @@ class Numbers(NamedTuple):
 
 
 class Call(NamedTuple):
-    """All that follows student and teacher. The result is over `divisor`: one number or, of divergence and cross-entropy,
-    [2]; where it is 0 nothing counts."""
+    """All that follows student and teacher. The result is over `divisor`: one number or, of divergence and
+    cross-entropy, [2]; where it is 0 nothing counts."""
 
     rows: RowValues
     divisor: Tensor | None

@@ -136,8 +136,8 @@ def check_labels(
     op: str, labels: Tensor, mask: Tensor | None, logits: Tensor, vocabulary: int, ignore_index: int
 ) -> Tensor | None:
     """The rows that count, of class indices for every row: those of the mask; without one all that have a label (None:
-    every row). Values of CPU tensors are checked; on a device, where that would wait, a row with a label that is not in the
-    vocabulary gives NaN."""
+    every row). Values of CPU tensors are checked; on a device, where that would wait, a row with a label that is not in
+    the vocabulary gives NaN."""
     if not isinstance(labels, Tensor):
         wrong_type(op, "labels", "a tensor", kind(labels))
     if labels.dtype != torch.int64:

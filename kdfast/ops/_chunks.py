@@ -37,8 +37,8 @@ class Plan:
 
 
 def plan(rows: int, fits: int, tail: int, on_gpu: bool, several: bool) -> Plan:
-    """The budget holds the gradients of `fits` rows, 1 + `tail` or more; a row's logits beside its gradient take as much
-    as `tail` rows of these. `several`: chunks of a slab."""
+    """The budget holds the gradients of `fits` rows, 1 + `tail` or more; a row's logits beside its gradient take as
+    much as `tail` rows of these. `several`: chunks of a slab."""
     most = min(rows, SATURATED[on_gpu])
     least = min(most, fits // (1 + tail), LEAST_CHUNK if several else most)
     slab = min(most, fits - tail * least) if several else least

@@ -148,8 +148,8 @@ def call_of(
 def _of_mean(
     like: Tensor, num_items: float | Tensor | None, mask: Tensor | None, labels: Labels | None
 ) -> tuple[float, Tensor | None]:
-    """Scale and divisor of a mean over the rows of `mask`, and of the cross-entropy over those of them that have a label
-    (None: the same). What is counted stays on the device."""
+    """Scale and divisor of a mean over the rows of `mask`, and of the cross-entropy over those of them that have a
+    label (None: the same). What is counted stays on the device."""
     if isinstance(num_items, Tensor):
         return 1.0, num_items
     if num_items is not None:
@@ -194,8 +194,8 @@ def state_of(group: ProcessGroup, student: Tensor, teacher: Tensor, call: Call) 
 class _Divergence(torch.autograd.Function):
     """The gradient for an upstream factor of 1 is made in the forward, where the logits are in cache.
 
-    Two cases recompute it in the backward from the rows' states instead: `none`, whose upstream is a factor per row, and
-    float16, where a gradient divided by the number of rows underflows before a GradScaler's factor can save it.
+    Two cases recompute it in the backward from the rows' states instead: `none`, whose upstream is a factor per row,
+    and float16, where a gradient divided by the number of rows underflows before a GradScaler's factor can save it.
     """
 
     @staticmethod
@@ -227,7 +227,8 @@ class _Divergence(torch.autograd.Function):
 
 
 def refuse_double_backward(op: str) -> None:
-    """Gradients are made without a graph of their own; asking for one (create_graph=True) must not give silent zeros."""
+    """Gradients are made without a graph of their own; asking for one (create_graph=True) must not give silent
+    zeros."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         _transforms.no_double_backward(op)
 

@@ -181,8 +181,8 @@ def run(
     elements: bool,
     floor: float | None = None,
 ) -> Tensor:
-    """The reduced loss; for `none` that of every row, [layers, B, H, R]. `elements`: a mean divides by elements, else by
-    rows."""
+    """The reduced loss; for `none` that of every row, [layers, B, H, R]. `elements`: a mean divides by elements, else
+    by rows."""
     static, divisor = denominator(masks, student[0].shape[0], reduction, elements, student[0])
     numbers = LayerNumbers(
         kind=DISTANCES.index(distance),

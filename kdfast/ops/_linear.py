@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 class Inputs(NamedTuple):
-    """What the raw operator takes, flat rows [N, ...]. The teacher is a head, or what is given of it [..., D]: logits, or
-    log-probabilities of the columns `call.rows.indices`."""
+    """What the raw operator takes, flat rows [N, ...]. The teacher is a head, or what is given of it [..., D]: logits,
+    or log-probabilities of the columns `call.rows.indices`."""
 
     op: str
     student: Head
@@ -51,8 +51,8 @@ FLAT = 2 + 2 * len(Head._fields) + 2 + ARGUMENTS
 
 
 class Slab(NamedTuple):
-    """Some rows' memory [n, width] for the gradients of their logits. A chunk's own logits, float32, lie where gradients
-    are not written yet, and in the tail: kdfast/ops/_chunks.py has the picture."""
+    """Some rows' memory [n, width] for the gradients of their logits. A chunk's own logits, float32, lie where
+    gradients are not written yet, and in the tail: kdfast/ops/_chunks.py has the picture."""
 
     memory: Tensor
     rows: slice  # of the loop

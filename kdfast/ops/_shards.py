@@ -104,7 +104,8 @@ def _of_dtensors(op: str, student: Tensor, teacher: Tensor, vocab_size: int | No
 
 
 def split_of(op: str, argument: str, x: DTensor, dim: int, expected: str) -> tuple[ProcessGroup, int]:
-    """The ranks that dimension `dim` of `x`, and nothing else of it, is split over, and where this rank's part begins."""
+    """The ranks that dimension `dim` of `x`, and nothing else of it, is split over,
+    and where this rank's part begins."""
     from torch.distributed.tensor import Shard as Split
 
     mesh, split = x.device_mesh, [p in (Split(dim), Split(dim - x.dim())) for p in x.placements]
@@ -118,8 +119,8 @@ def split_of(op: str, argument: str, x: DTensor, dim: int, expected: str) -> tup
 def merged(state: Tensor, kind: int, row_temperature: Tensor | None, temperature: float, group: ProcessGroup) -> Tensor:
     """The rows' states `[..., 9]` of the whole vocabulary from those of this rank's columns.
 
-    Two all-reduces, of 8 and of 28 bytes a row: over P ranks each moves 72·(P - 1)/P bytes a row, 36 over 2 ranks, 63 over 8 and
-    71 over 64. Gathering all states would be one collective, of 36·(P - 1): 36, 252 and 2268.
+    Two all-reduces, of 8 and of 28 bytes a row: over P ranks each moves 72·(P - 1)/P bytes a row, 36 over 2 ranks, 63
+    over 8 and 71 over 64. Gathering all states would be one collective, of 36·(P - 1): 36, 252 and 2268.
     """
     maxima = torch.stack((state[..., 0], state[..., 2]))
     dist.all_reduce(maxima, dist.ReduceOp.MAX, group=group)

@@ -1,9 +1,9 @@
 """Operators inside the transforms of `torch.func`, and in forward mode.
 
-Outside of these an operator makes its gradients in the forward and scales them in place, which no transform could follow.
-Inside, it is a Function whose forward is the operator on plain tensors, and whose backward is the operator's backward, for
-which it looks at the tensors again. Both have first derivatives in reverse mode and refuse others; `vmap` takes the batch
-one by one.
+Outside of these an operator makes its gradients in the forward and scales them in place, which no transform could
+follow. Inside, it is a Function whose forward is the operator on plain tensors, and whose backward is the operator's
+backward, for which it looks at the tensors again. Both have first derivatives in reverse mode and refuse others; `vmap`
+takes the batch one by one.
 """
 
 from __future__ import annotations

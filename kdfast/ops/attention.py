@@ -30,18 +30,20 @@ def attention_mse(
     grows with the square of the length: `qk_attention_mse` gives the same value from queries and keys.
 
     Args:
-        student_scores: [B, H, L, L], or a sequence of such layers; float32, bfloat16, float16 or float64, each its own, any strides.
+        student_scores: [B, H, L, L], or a sequence of such layers; float32, bfloat16, float16 or float64, each its own,
+            any strides.
         teacher_scores: as many layers, [B, H_t, L, L]; no gradient flows into them.
         key_mask, query_mask: bool, broadcast to [B, L], True where a token counts. Other scores are not read, have no
             gradient and leave the divisor. TinyBERT's code instead zeroes masked keys by `floor` and counts all.
         head_map: the teacher's head of every student head, [H] or one per layer; -1 skips a head, which leaves the
             divisor too. Needed where the head counts differ.
-        head_weight: a weight per head, [H] or per layer. layer_weight: a weight per layer. Numbers; they stay out of the
-            divisor.
+        head_weight: a weight per head, [H] or per layer. layer_weight: a weight per layer. Numbers; they stay out of
+            the divisor.
         floor: scores at or below it count as 0 on their side, have no gradient, and stay in the divisor; -100 is
             TinyBERT's rule (its masks add -10000).
-        reduction: `"mean"` divides a layer's sum by its counted elements, `"batchmean"` by B, `"sum"` by nothing; layers
-            add up. `"none"` gives the mean of every head, [B, H], with a leading dimension for a sequence of layers.
+        reduction: `"mean"` divides a layer's sum by its counted elements, `"batchmean"` by B, `"sum"` by nothing;
+            layers add up. `"none"` gives the mean of every head, [B, H],
+            with a leading dimension for a sequence of layers.
 
     Returns:
         The loss: float32, or float64 for float64 inputs. 0 where nothing counts.
@@ -74,11 +76,11 @@ def attention_kl(
     The softmax is over the counted keys. For probabilities pass their logarithm.
 
     Args:
-        student_scores, teacher_scores, key_mask, query_mask, head_map, layer_weight: as in `attention_mse`. Scores of -inf
-            (a mask that was added) are keys of probability 0. A sequence without a key counts nothing.
+        student_scores, teacher_scores, key_mask, query_mask, head_map, layer_weight: as in `attention_mse`. Scores of
+            -inf (a mask that was added) are keys of probability 0. A sequence without a key counts nothing.
         reduction: `"mean"` divides by the counted query rows (of the heads that are not skipped), `"batchmean"` by B,
-            `"sum"` by nothing; layers add up. `"none"` gives the mean of every head, [B, H], with a leading dimension for
-            a sequence of layers.
+            `"sum"` by nothing; layers add up. `"none"` gives the mean of every head, [B, H], with a leading dimension
+            for a sequence of layers.
 
     Returns:
         The loss: float32, or float64 for float64 inputs. 0 where nothing counts.

@@ -51,8 +51,9 @@ def kl_div(student_logits: Tensor, teacher_logits: Tensor, **options: Unpack[Div
 
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape, device, reduction or range.
-        RuntimeError: a second derivative or forward mode is asked for. `torch.func.grad`, `vjp`, `jacrev` and `vmap` work on
-        all of kdfast's operators; they look at the logits once more in the backward, and `vmap` takes its batch one by one.
+        RuntimeError: a second derivative or forward mode is asked for. `torch.func.grad`, `vjp`, `jacrev` and
+        `vmap` work on all of kdfast's operators; they look at the logits once more in the backward, and `vmap` takes
+        its batch one by one.
     """
     return _divergence.of("kl_div", student_logits, teacher_logits, options)
 
@@ -82,11 +83,12 @@ def symmetric_kl_div(student_logits: Tensor, teacher_logits: Tensor, **options: 
 def js_div(
     student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, **options: Unpack[DivergenceOptions]
 ) -> Tensor:
-    """Generalised Jensen-Shannon divergence, beta · KL(t ‖ m) + (1 − beta) · KL(s ‖ m), m = beta · p_t + (1 − beta) · p_s.
+    """Generalised Jensen-Shannon divergence, beta · KL(t ‖ m) + (1 − beta) · KL(s ‖ m),
+    m = beta · p_t + (1 − beta) · p_s.
 
     Agarwal et al., 2023 (GKD, arXiv:2306.13649). beta in [0, 1]; as there, 0 is *defined* as `kl_div` and 1 as
-    `reverse_kl_div` (between them the divergence itself goes to 0 at both ends). Always finite. TRL's GKD trainer sums it
-    over the vocabulary like this; its beta is this one.
+    `reverse_kl_div` (between them the divergence itself goes to 0 at both ends). Always finite. TRL's GKD trainer sums
+    it over the vocabulary like this; its beta is this one.
 
     Other arguments, reductions, dtypes, shards and errors as in `kl_div`.
     """
@@ -101,8 +103,8 @@ def skew_kl_div(
 ) -> Tensor:
     """KL(t ‖ m) with m = skew · p_t + (1 − skew) · p_s, skew in [0, 1); 0 is `kl_div`.
 
-    Ko et al., 2024 (DistiLLM, arXiv:2402.03898). At most −log skew. Other arguments, reductions, dtypes, shards and errors
-    as in `kl_div`.
+    Ko et al., 2024 (DistiLLM, arXiv:2402.03898). At most −log skew. Other arguments, reductions, dtypes, shards and
+    errors as in `kl_div`.
     """
     _checks.check_fraction("skew_kl_div", "skew", skew, below_one=True)
     return _divergence.of("skew_kl_div", student_logits, teacher_logits, options, skew=skew)
@@ -115,8 +117,8 @@ def skew_reverse_kl_div(
 ) -> Tensor:
     """KL(s ‖ m) with m = skew · p_s + (1 − skew) · p_t, skew in [0, 1); 0 is `reverse_kl_div`.
 
-    Ko et al., 2024 (DistiLLM, arXiv:2402.03898). At most −log skew. Other arguments, reductions, dtypes, shards and errors
-    as in `kl_div`.
+    Ko et al., 2024 (DistiLLM, arXiv:2402.03898). At most −log skew. Other arguments, reductions, dtypes, shards and
+    errors as in `kl_div`.
     """
     _checks.check_fraction("skew_reverse_kl_div", "skew", skew, below_one=True)
     return _divergence.of("skew_reverse_kl_div", student_logits, teacher_logits, options, skew=skew)
@@ -127,7 +129,8 @@ def skew_reverse_kl_div(
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, **options: Unpack[DivergenceOptions]) -> Tensor:
     """Total variation distance ½ Σ_v |p_s − p_t|, in [0, 1] (Wen et al., 2023, arXiv:2307.15190).
 
-    Where p_s = p_t the gradient of the column's term is 0. Arguments, reductions, dtypes, shards and errors as in `kl_div`.
+    Where p_s = p_t the gradient of the column's term is 0. Arguments, reductions, dtypes,
+    shards and errors as in `kl_div`.
     """
     return _divergence.of("total_variation", student_logits, teacher_logits, options)
 
@@ -137,7 +140,8 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, **options: U
 def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, **options: Unpack[DivergenceOptions]) -> Tensor:
     """Cross-entropy with soft targets, −Σ_v p_t · log p_s: `kl_div` plus the teacher's entropy, with the same gradient.
 
-    As TinyBERT and DynaBERT write their prediction loss. Arguments, reductions, dtypes, shards and errors as in `kl_div`.
+    As TinyBERT and DynaBERT write their prediction loss. Arguments, reductions, dtypes,
+    shards and errors as in `kl_div`.
     """
     return _divergence.of("soft_cross_entropy", student_logits, teacher_logits, options)
 

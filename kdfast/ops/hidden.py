@@ -25,13 +25,15 @@ def hidden_mse(
     layer_weight: Any = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Σ_layers mean (H_s Wᵀ + b − H_t)² between hidden states (TinyBERT: Jiao et al., 2020; DynaBERT: Hou et al., 2020).
+    """Σ_layers mean (H_s Wᵀ + b − H_t)² between hidden states (TinyBERT: Jiao et al., 2020; DynaBERT: Hou et al.,
+    2020).
 
     The matrix product is the vendor library's; the difference, the loss and the gradient are one pass, for all layers
     together.
 
     Args:
-        student_hidden: [B, L, D], or a sequence of such layers; float32, bfloat16, float16 or float64, each its own, any strides.
+        student_hidden: [B, L, D], or a sequence of such layers; float32, bfloat16, float16 or float64, each its own,
+            any strides.
         teacher_hidden: as many layers, [B, L, D_t]; no gradient flows into them.
         projection: W, [D_t, D], trained, one for all layers or one for each; needed where D and D_t differ. TinyBERT's
             code has one W and b for all layers, its paper separate ones without b. Where its dtype is not the student's
@@ -41,8 +43,8 @@ def hidden_mse(
         mask: bool, broadcast to [B, L], True where a token counts. TinyBERT counts the padding too.
         layer_weight: a weight per layer; it stays out of the divisor.
         reduction: `"mean"` divides a layer's sum by D_t · its counted tokens, `"batchmean"` by B, `"sum"` by nothing;
-            layers add up. `"none"` gives the mean over D_t of every token, [B, L], with a leading dimension for a sequence
-            of layers.
+            layers add up. `"none"` gives the mean over D_t of every token, [B, L], with a leading dimension for a
+            sequence of layers.
 
     Returns:
         The loss: float32, or float64 for float64 inputs. 0 where nothing counts.
@@ -110,8 +112,8 @@ def cls_distance(
         normalize: False leaves the norms: a mean squared error. A vector shorter than 10⁻¹² counts as
             `torch.nn.functional.normalize` has it, and has no gradient.
         layer_weight: a weight per layer; it stays out of the divisor.
-        reduction: `"mean"` divides a layer's sum by B · D, `"batchmean"` by B, `"sum"` by nothing; layers add up. `"none"`
-            gives the mean over D of every sequence, [B], with a leading dimension for a sequence of layers.
+        reduction: `"mean"` divides a layer's sum by B · D, `"batchmean"` by B, `"sum"` by nothing; layers add up.
+            `"none"` gives the mean over D of every sequence, [B], with a leading dimension for a sequence of layers.
 
     Returns:
         The loss: float32, or float64 for float64 inputs. 0 where nothing counts.

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class KDLossComponents(NamedTuple):
-    """What `kd_loss(..., return_components=True)` returns: the parts include T² and not alpha, and carry no gradient."""
+    """What `kd_loss(..., return_components=True)` returns: the parts include T² and not alpha,
+    and carry no gradient."""
 
     loss: Tensor
     divergence: Tensor
@@ -53,10 +54,10 @@ def kd_loss(
 ) -> Tensor | KDLossComponents:
     """alpha · T² · D(student, teacher) + (1 − alpha) · cross-entropy with the labels (Hinton et al., 2015).
 
-    With reduction `"mean"`: alpha · Σ w·T²·D / N_D + (1 − alpha) · Σ w·CE / N_CE with the row's T and weight w; N_D counts
-    the rows of the divergence, N_CE those of them whose label is not `ignore_index`; `num_items` replaces both. **T² is
-    included here**, as nowhere among the divergences: the soft gradient then keeps its size when T changes. alpha weighs
-    the **soft** term; some implementations weigh the hard one with it.
+    With reduction `"mean"`: alpha · Σ w·T²·D / N_D + (1 − alpha) · Σ w·CE / N_CE with the row's T and weight w; N_D
+    counts the rows of the divergence, N_CE those of them whose label is not `ignore_index`; `num_items` replaces both.
+    **T² is included here**, as nowhere among the divergences: the soft gradient then keeps its size when T changes.
+    alpha weighs the **soft** term; some implementations weigh the hard one with it.
 
     Args:
         labels: int64 class indices, the logits' leading dimensions. Without a mask a row whose label is `ignore_index`

@@ -1,5 +1,5 @@
-"""The distances between layers in plain torch, in the inputs' precision: what tests, benchmarks and readers compare with.
-The arguments are those of the functions."""
+"""The distances between layers in plain torch, in the inputs' precision: what tests, benchmarks and readers compare
+with. The arguments are those of the functions."""
 
 from __future__ import annotations
 

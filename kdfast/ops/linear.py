@@ -84,8 +84,8 @@ def linear_kd_loss(
         student_weight: `[V, H]`, the output embeddings (`model.get_output_embeddings().weight`), of the hidden states'
             dtype; under autocast both are cast. Tied embeddings get the sum of their gradients, as everywhere.
         teacher_hidden, teacher_weight: `[..., Ht]`, `[V, Ht]`; their size and dtype may differ from the student's.
-        labels: `[...]`, int64, or None with alpha = 1. Rows whose label is `ignore_index`, prompts and padding, are dropped;
-            where a mask is given it decides instead, as in `kd_loss`.
+        labels: `[...]`, int64, or None with alpha = 1. Rows whose label is `ignore_index`, prompts and padding, are
+            dropped; where a mask is given it decides instead, as in `kd_loss`.
         student_bias, teacher_bias: `[V]`.
         teacher_logits: `[..., V]`, instead of hidden states and weight (before no soft-cap: as they are).
         student_softcap, teacher_softcap: cap of z (Gemma: `config.final_logit_softcapping`); None: none.
@@ -96,16 +96,16 @@ def linear_kd_loss(
         divergence, beta, skew, alpha, temperature, label_smoothing, ignore_index, return_components: as in `kd_loss`.
         mask: as in `kd_loss`. weight, temperature, reduction, num_items: as in `kl_div`, over the leading dimensions.
         vocab_size: the first `vocab_size` rows of both weights count; the gradient of others is 0.
-        process_group, vocab_start: of a vocabulary that is split over ranks: weights, biases and teacher_logits are this
-            rank's rows, hidden states, labels and the like are whole on every rank. The gradient of the hidden states
-            is summed over the ranks here. Two small all-reduces per chunk (three for mixtures), one at the end.
+        process_group, vocab_start: of a vocabulary that is split over ranks: weights, biases and teacher_logits are
+            this rank's rows, hidden states, labels and the like are whole on every rank. The gradient of the hidden
+            states is summed over the ranks here. Two small all-reduces per chunk (three for mixtures), one at the end.
 
     Returns:
         As `kd_loss`.
 
     Raises:
-        TypeError: a wrong dtype or type. ValueError: a wrong shape, device, reduction or range, or a `memory_budget` that
-        does not hold a row. RuntimeError: a second derivative or forward mode is asked for.
+        TypeError: a wrong dtype or type. ValueError: a wrong shape, device, reduction or range, or
+        a `memory_budget` that does not hold a row. RuntimeError: a second derivative or forward mode is asked for.
     """
     op = "linear_kd_loss"
     of = Distillation.of(op, options)
@@ -173,8 +173,8 @@ def linear_topk_kd_loss(
     """`linear_kd_loss` with `topk_kl_div` as its divergence: the student's logits are never made, the teacher's are the
     top-k that `kdfast.teacher_cache` has stored.
 
-    alpha · Σ w·T²·KL / N_D + (1 − alpha) · Σ w·CE / N_CE. **T² is included.** Mind the temperature, which is 2 by default
-    as in `kd_loss`: the log-probabilities must be of that temperature.
+    alpha · Σ w·T²·KL / N_D + (1 − alpha) · Σ w·CE / N_CE. **T² is included.** Mind the temperature, which is 2 by
+    default as in `kd_loss`: the log-probabilities must be of that temperature.
 
     Arguments, results and errors as in these.
     """

@@ -32,17 +32,18 @@ def qk_attention_mse(
 ) -> Tensor:
     """Σ_layers mean (a·Q_s K_sᵀ − b·Q_t K_tᵀ)²: `attention_mse` in time and memory linear in the length L.
 
-    With X = [a·Q_s − b·Q_t, b·Q_t] and Y = [K_s, K_s − K_t] the sum is ⟨XᵀX, YᵀY⟩: two d × d Gram matrices per head stand
-    for the L × L scores, exactly, and as precisely the closer the student is. Short sequences take the scores, 48 rows at
-    a time. Models keep their fused attention: `kdfast.hf` reads queries and keys out of them.
+    With X = [a·Q_s − b·Q_t, b·Q_t] and Y = [K_s, K_s − K_t] the sum is ⟨XᵀX, YᵀY⟩: two d × d Gram matrices per head
+    stand for the L × L scores, exactly, and as precisely the closer the student is. Short sequences take the scores, 48
+    rows at a time. Models keep their fused attention: `kdfast.hf` reads queries and keys out of them.
 
     Args:
-        student_q, student_k: [B, H, L, d] and [B, heads, L, d], or sequences of such layers; keys may be shared by groups
-            of query heads (their count divides H). float32, bfloat16, float16 or float64, each its own, any strides.
+        student_q, student_k: [B, H, L, d] and [B, heads, L, d], or sequences of such layers; keys may be shared by
+            groups of query heads (their count divides H). float32, bfloat16, float16 or float64, each its own,
+            any strides.
         teacher_q, teacher_k: as many layers, of their own H and d; no gradient flows into them.
         student_scale, teacher_scale: a and b; None is 1/√d of each.
-        key_mask, query_mask: bool, broadcast to [B, L], True where a token counts. Others are not read, have no gradient
-            and leave the divisor.
+        key_mask, query_mask: bool, broadcast to [B, L], True where a token counts. Others are not read, have no
+            gradient and leave the divisor.
         is_causal: only keys at or before their query count.
         head_map: the teacher's head of every student head, [H] or one per layer; -1 skips a head, which leaves the
             divisor too. Needed where the head counts differ.
@@ -78,7 +79,8 @@ def qk_relation_kl(
     layer_weight: Any = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Σ_layers mean over rows of KL(softmax(A_t B_tᵀ/√d_r) ‖ softmax(A_s B_sᵀ/√d_r)) (MiniLM, MiniLMv2: Wang et al., 2020).
+    """Σ_layers mean over rows of KL(softmax(A_t B_tᵀ/√d_r) ‖ softmax(A_s B_sᵀ/√d_r)) (MiniLM, MiniLMv2: Wang et al.,
+    2020).
 
     MiniLM: queries with keys, and values with values, of the last layer. MiniLMv2: queries, keys and values each with
     themselves. The scores are made in tiles and not kept; the gradients make them again.
@@ -89,12 +91,13 @@ def qk_relation_kl(
         teacher_a, teacher_b: as many layers, of their own H and d; no gradient flows into them.
         relation_heads: r: the heads of a token are joined and split anew into r of H·d/r numbers each (48 for base-size
             teachers of MiniLMv2); None keeps the heads, whose counts must then be equal.
-        key_mask, query_mask: bool, broadcast to [B, L], True where a token counts: the softmax is over counted keys, the
-            mean over counted queries. Others are not read and have no gradient. A sequence without a key counts nothing.
+        key_mask, query_mask: bool, broadcast to [B, L], True where a token counts: the softmax is over counted keys,
+            the mean over counted queries. Others are not read and have no gradient.
+            A sequence without a key counts nothing.
         layer_weight: a weight per layer; it stays out of the divisor.
         reduction: `"mean"` divides a layer's sum by its counted rows, heads · queries, `"batchmean"` by B, `"sum"` by
-            nothing; layers add up. `"none"` gives the mean of every head, [B, H], with a leading dimension for a sequence
-            of layers.
+            nothing; layers add up. `"none"` gives the mean of every head, [B, H], with a leading dimension for a
+            sequence of layers.
 
     Returns:
         The loss: float32, or float64 for float64 inputs. 0 where nothing counts.

@@ -29,8 +29,9 @@ def topk_kl_div(
 
     What becomes of the rest of the teacher's probability, q = 1 − Σ_K t, is `tail`:
 
-    - `"bucket"`: all other columns are one: Σ_K t · (log t − log s) + q · (log q − log Σ_{not K} s). Never negative, and
-      0 where student and teacher agree in K. Where the student has no other column (-inf, or k = V), q counts nothing.
+    - `"bucket"`: all other columns are one: Σ_K t · (log t − log s) + q · (log q − log Σ_{not K} s). Never negative,
+      and 0 where student and teacher agree in K. Where the student has no other column (-inf, or k = V),
+      q counts nothing.
     - `"renormalize"`: Σ_K t' · (log t' − log s), t' = t / Σ_K t: the student is drawn away from all other columns.
     - `"drop"`: Σ_K t · (log t − log s): the rest counts nothing (can be negative).
 
@@ -41,9 +42,9 @@ def topk_kl_div(
         teacher_topk_logprobs: `[..., k]`, float32, bfloat16, float16, or float64 on the CPU: log softmax(z_t / T) **at
             the temperature given here**, over the whole vocabulary, not renormalised. Any order. -inf: no column, as
             where rows have fewer than k.
-        teacher_topk_indices: `[..., k]`, int64 or int32, of the vocabulary, none twice in a row. On the CPU another index, or one
-            that comes twice, is an error; on a device, where that would wait, it makes its row NaN, and in compiled code one
-            that comes twice does. Indices of masked rows, and beside -inf, are not looked at.
+        teacher_topk_indices: `[..., k]`, int64 or int32, of the vocabulary, none twice in a row. On the CPU another
+            index, or one that comes twice, is an error; on a device, where that would wait, it makes its row NaN, and
+            in compiled code one that comes twice does. Indices of masked rows, and beside -inf, are not looked at.
         tail: see above.
         process_group: of a split vocabulary; every rank passes all k columns and takes those that it has.
 

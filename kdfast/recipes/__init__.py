@@ -1,5 +1,5 @@
-"""Published distillation systems, each a short file of settings and stages. How they are run is another room: kdfast/runs.
-May import: objective, data."""
+"""Published distillation systems, each a short file of settings and stages. How they are run is another room:
+kdfast/runs. May import: objective, models, data, ops."""
 
 from kdfast.recipes import causal_lm, distilbert, hinton, minilm, patient_kd
 from kdfast.recipes.base import Recipe

@@ -71,7 +71,8 @@ class Recipe:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     def as_dict(self) -> dict[str, Any]:
-        """As YAML and JSON have it: the recipe's name first, lists for tuples, files and folders that are there as absolute paths."""
+        """As YAML and JSON have it: the recipe's name first, lists for tuples,
+        files and folders that are there as absolute paths."""
         values = {k: list(v) if isinstance(v, tuple) else absolute(k, v) for k, v in dataclasses.asdict(self).items()}
         return {"recipe": self.name, **values}
 
@@ -81,7 +82,8 @@ class Recipe:
 
     @classmethod
     def read_yaml(cls, path: Path) -> dict[str, Any]:
-        """The settings in a file, such as config.yaml of a run's folder. Paths are where they are now, if the run was moved.
+        """The settings in a file, such as config.yaml of a run's folder. Paths are where they are now,
+        if the run was moved.
 
         Raises:
             ValueError: no such file, no settings in it, another recipe's, or names that this one does not have.

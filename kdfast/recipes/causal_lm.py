@@ -2,9 +2,9 @@
 
 1. The student is made of the teacher's layers that the settings name; embeddings, which are tied to the output, and the
    last norm are copied.
-2. It is trained on alpha · T² · D(student, teacher) + (1 - alpha) · CE over the tokens that count: all of a packed text, or
-   the completions of rows with prompts. With probability `on_policy`, a batch's completions are samples of the student
-   (GKD, Agarwal et al., 2024, arXiv:2306.13649).
+2. It is trained on alpha · T² · D(student, teacher) + (1 - alpha) · CE over the tokens that count: all of a packed
+   text, or the completions of rows with prompts. With probability `on_policy`, a batch's completions are samples of the
+   student (GKD, Agarwal et al., 2024, arXiv:2306.13649).
 3. Teacher and student, before and after, are measured on held-out rows.
 
 Logits of the whole vocabulary are never there for more than a chunk of tokens (`kdfast.linear_kd_loss`).
@@ -24,8 +24,8 @@ from kdfast.recipes.base import setting
 class Recipe(base.Recipe):
     """A causal language model into some of its layers, on text: alpha · T² · D(student, teacher) + (1 - alpha) · CE.
 
-    Logits of the whole vocabulary are only made for a chunk of tokens at a time. With on-policy 1 and js_div this is GKD
-    (Agarwal et al. 2024): the student is trained on what it samples itself, by what the teacher makes of it.
+    Logits of the whole vocabulary are only made for a chunk of tokens at a time. With on-policy 1 and js_div this is
+    GKD (Agarwal et al. 2024): the student is trained on what it samples itself, by what the teacher makes of it.
     """
 
     name = "causal-lm"

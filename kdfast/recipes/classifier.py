@@ -136,7 +136,8 @@ def labels_only(kind: str) -> Terms:
 
 
 def soft_targets(kind: str, alpha: float, temperature: float, per_class: bool = False) -> Terms:
-    """alpha of the teacher's logits, 1 - alpha of the labels: KL of softened classes; of other kinds, squared differences."""
+    """alpha of the teacher's logits, 1 - alpha of the labels: KL of softened classes; of other kinds,
+    squared differences."""
     if kind == "classification" and not per_class:
         return Hinton(alpha, temperature)
     divergence = "kl_div" if kind == "classification" else "logit_mse"

@@ -1,9 +1,11 @@
-"""DistilBERT (Sanh et al., 2019, arXiv:1910.01108): a masked language model into half of its layers, on text without labels.
+"""DistilBERT (Sanh et al., 2019, arXiv:1910.01108): a masked language model into half of its layers,
+on text without labels.
 
 1. The student has half of the teacher's layers, its word and position embeddings and its output, which is tied to the
    words. For a BERT that is a DistilBERT, without token types and pooler; others stay what they are (DistilRoBERTa).
-2. Of each batch, 15 % of the tokens are to be predicted, drawn anew every epoch with probability ∝ count^-0.7: rare words more
-   often. 80 % of them are masked, 10 % stay, 10 % are any token. Teacher and student get the same masked text.
+2. Of each batch, 15 % of the tokens are to be predicted, drawn anew every epoch with probability ∝ count^-0.7: rare
+   words more often. 80 % of them are masked, 10 % stay, 10 % are any token.
+   Teacher and student get the same masked text.
 3. The student is trained on
 
        5 · T² · KL(softmax(z_t/T) ‖ softmax(z_s/T))     tokens that are no padding        (`ce`)
@@ -11,16 +13,17 @@
      + 1 · (1 - cos(h_s, h_t))                          last states, no padding           (`cos`)
 
    with AdamW (0.9, 0.98, eps 1e-6), no weight decay, 5 % warm-up and linear decay, gradients clipped at 5.
-4. Teacher and student, before and after, are measured on held-out rows with fixed masks, for which all tokens are alike, as
-   BERT's own are.
+4. Teacher and student, before and after, are measured on held-out rows with fixed masks, for which all tokens are
+   alike, as BERT's own are.
 
 Where the paper and its code disagree or leave a choice, the default is the released code's:
 
 - The weights 5, 2, 1 are those of one README command; .33 each of the other; the paper has none, nor T.
-- Paper and articles print the first loss as Σ t · log s, which would be maximised. Here it is KL, with the same gradient as
-  the cross-entropy -Σ t · log s.
+- Paper and articles print the first loss as Σ t · log s, which would be maximised. Here it is KL, with the same
+  gradient as the cross-entropy -Σ t · log s.
 - `restrict_ce_to_mask`: the first loss of the tokens to be predicted alone; the code's default is all tokens.
-- `mse_weight`: (z_s - z_t)² summed over the vocabulary, mean over the first loss's tokens; off in the code and not in the paper.
+- `mse_weight`: (z_s - z_t)² summed over the vocabulary, mean over the first loss's tokens;
+  off in the code and not in the paper.
 - "One layer out of two" is 0, 2, 4, 7, 9, 11 of 12 in the code: evenly apart, the first and the last among them.
 - `vocab_transform`: the output's transformation is new unless it is asked for.
 - `freeze_positions`: the code trains with sinusoidal positions, which are not updated, and exports the teacher's.
@@ -40,8 +43,8 @@ from kdfast.recipes.base import setting
 class Recipe(base.Recipe):
     """A masked language model into half of its layers, on text without labels: DistilBERT (Sanh et al. 2019).
 
-    5 · T² · KL(teacher ‖ student) of all tokens + 2 · CE(student, masked tokens) + 1 · (1 - cos) of the last hidden states,
-    with dynamic masking that prefers rare words. The student is to be fine-tuned like any pre-trained model.
+    5 · T² · KL(teacher ‖ student) of all tokens + 2 · CE(student, masked tokens) + 1 · (1 - cos) of the last hidden
+    states, with dynamic masking that prefers rare words. The student is to be fine-tuned like any pre-trained model.
 
     Without a teacher of yours, a small encoder first becomes a masked language model on the same text.
     """

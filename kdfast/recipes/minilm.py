@@ -1,7 +1,7 @@
 """MiniLM (Wang et al., 2020, arXiv:2002.10957) and MiniLMv2 (Wang et al., 2021, arXiv:2012.15828).
 
-1. On text without labels, a student of the pre-trained encoder learns the self-attention of its last layer from the teacher's
-   last layer, and nothing else:
+1. On text without labels, a student of the pre-trained encoder learns the self-attention of its last layer from the
+   teacher's last layer, and nothing else:
 
        loss = 1/(h·n) Σ_heads Σ_rows KL(A_t ‖ A_s) + 1/(h·n) Σ_heads Σ_rows KL(VR_t ‖ VR_s)
 
@@ -10,8 +10,8 @@
    base-size teacher), and an upper-middle layer of large teachers (`teacher_layer`, 21 of 24).
 2. The student is fine-tuned on the labels like any pre-trained model.
 
-Attention maps are never kept: `kdfast.qk_relation_kl` makes them in tiles. A teacher assistant, where a student is at most
-half as deep and half as wide, is a run of this recipe whose student becomes the next one's `base`.
+Attention maps are never kept: `kdfast.qk_relation_kl` makes them in tiles. A teacher assistant, where a student is at
+most half as deep and half as wide, is a run of this recipe whose student becomes the next one's `base`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from kdfast.recipes.classifier import ClassifierRecipe, Stage, labels_only
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(ClassifierRecipe):
-    """The last layer's self-attention, on text without labels, then fine-tuning: MiniLM and MiniLMv2 (Wang et al. 2020, 2021).
+    """The last layer's self-attention, on text without labels, then fine-tuning:
+    MiniLM and MiniLMv2 (Wang et al. 2020, 2021).
 
-    KL between the teacher's and the student's relations of queries with keys and of values with values, from the pre-trained
-    teacher's last layer to the student's; then the student is fine-tuned on the labels.
+    KL between the teacher's and the student's relations of queries with keys and of values with values, from the
+    pre-trained teacher's last layer to the student's; then the student is fine-tuned on the labels.
     """
 
     name = "minilm"

@@ -25,10 +25,12 @@ def absolute(name: str, value: Any) -> Any:
 
 
 def located(name: str, value: Any, folder: Path) -> Any:
-    """A setting of the run in `folder`: files and folders as absolute paths, where they are now; anything else as it is.
+    """A setting of the run in `folder`: files and folders as absolute paths, where they are now;
+    anything else as it is.
 
-    Looked for are the path itself, then, as a run may have been moved with what it was made of, the same path, or its end of two
-    names or more, from one of the folders around the run. A model of a run that has no weights any more is where that run is.
+    Looked for are the path itself, then, as a run may have been moved with what it was made of, the same path, or its
+    end of two names or more, from one of the folders around the run.
+    A model of a run that has no weights any more is where that run is.
     """
     if name not in PATHS or not isinstance(value, str) or _is_task(name, value):
         return value
@@ -41,7 +43,8 @@ def located(name: str, value: Any, folder: Path) -> Any:
 
 
 def moved(settings: Mapping[str, Any], folder: Path) -> list[str]:
-    """What to tell of the settings of the run in `folder`: which files and folders are not where they were, but elsewhere."""
+    """What to tell of the settings of the run in `folder`: which files and folders are not where they were,
+    but elsewhere."""
     return [
         f"{name}: {value} is not there; {found} is read"
         for name, value in settings.items()

@@ -10,8 +10,8 @@ from every student layer but the last, which learns by the logits, to the teache
 last ones ("last"). The teacher runs once, in eval mode, and is stored.
 
 Paper and code disagree; the code is followed where its published settings depend on it:
-* PT and the soft term are sums in the paper, means in the code, the soft term over the C classes too: beta of 10 to 1000
-  makes sense with the means only. The paper's sum of PT is rows · layers · width times the code's.
+* PT and the soft term are sums in the paper, means in the code, the soft term over the C classes too: beta of 10 to
+  1000 makes sense with the means only. The paper's sum of PT is rows · layers · width times the code's.
 * The paper always normalises; the code's selected runs for MNLI, QNLI, QQP, RACE and 3-layer RTE do not: `normalize`.
 * Its beta goes from 10 to 1000; selected runs have 0.1, 1 and 8 too: `GLUE`.
 * The code rounds PT to float16, never shuffles, and multiplies the rate under gradient accumulation: not done here.
@@ -47,8 +47,9 @@ GLUE: dict[tuple[str, int], dict[str, Any]] = {
 class Recipe(ClassifierRecipe):
     """The teacher's layers, patiently: Patient-KD (Sun et al. 2019).
 
-    (1 - alpha) · CE + alpha · T²/C · KL(teacher ‖ student) + beta · the distance of the first token's normalised states between
-    layers, all but the student's last. The student starts as the pre-trained encoder's first layers, and is as wide.
+    (1 - alpha) · CE + alpha · T²/C · KL(teacher ‖ student) + beta · the distance of the first token's normalised states
+    between layers, all but the student's last. The student starts as the pre-trained encoder's first layers,
+    and is as wide.
     """
 
     name = "patient-kd"

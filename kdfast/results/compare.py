@@ -183,8 +183,8 @@ def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:
         metric: None: the task's.
 
     Raises:
-        ValueError: something is no finished run; runs of different tasks, test rows or tokenizers; two with the same settings and seed; a
-            metric that no model has.
+        ValueError: something is no finished run; runs of different tasks, test rows or tokenizers; two with the same
+            settings and seed; a metric that no model has.
     """
     runs = [Run.read(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
     _check_alike(runs)
@@ -258,7 +258,8 @@ def _check_alike(runs: list[Run]) -> None:
 
 
 def _check_tokenizers(runs: list[Run]) -> None:
-    """Perplexities are per token, and of fewer where the tokens are longer. Of earlier runs the tokenizer is not known."""
+    """Perplexities are per token, and of fewer where the tokens are longer.
+    Of earlier runs the tokenizer is not known."""
     known = [run for run in runs if run.tokenizer is not None]
     for run in known[1:]:
         if run.tokenizer != known[0].tokenizer:
@@ -284,8 +285,8 @@ def _but_for_the_seed(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _names(groups: list[list[Run]]) -> list[str]:
-    """What groups are called: what their folders' names begin with, or, where that does not tell them apart, the recipe with
-    the settings that differ."""
+    """What groups are called: what their folders' names begin with, or, where that does not tell them apart, the recipe
+    with the settings that differ."""
     names = [_common([run.folder.resolve().name for run in group]) for group in groups]
     settings = [group[0].but_for_the_seed for group in groups]
     made = []

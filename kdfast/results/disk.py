@@ -16,7 +16,8 @@ FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, 
 
 @contextmanager
 def saving(place: Path) -> Iterator[None]:
-    """In its block, `place` is written, by Python, safetensors or torch. What is no failure of a disk goes on untouched.
+    """In its block, `place` is written, by Python, safetensors or torch.
+    What is no failure of a disk goes on untouched.
 
     Raises:
         OSError: it could not be, with the number of the reason and the place, where the library names no other.
@@ -43,7 +44,8 @@ def failure(error: BaseException | None, place: Path) -> int | None:
 
 
 def of_the_user(error: OSError, arguments: Sequence[str]) -> bool:
-    """Whether an error is a disk's, or of a path among a command's `arguments` or around one: what one line says all of.
+    """Whether an error is a disk's, or of a path among a command's `arguments` or around one:
+    what one line says all of.
 
     Any other may be a bug, whose traceback is needed.
     """

@@ -79,8 +79,8 @@ def evaluate(
         tell: gets what a user should know: classes that are matched by their numbers, as their names are others.
 
     Raises:
-        ValueError: a model that cannot be loaded, has no head, tokenizer or padding token, other classes or another order of them,
-            or fewer positions.
+        ValueError: a model that cannot be loaded, has no head, tokenizer or padding token, other classes or another
+            order of them, or fewer positions.
     """
     test_alone = replace(task, train=task.train.select(()))
     candidates = {}
@@ -103,8 +103,9 @@ def evaluate(
 def measure(
     candidates: Mapping[str, Candidate], task: tasks.Task, teacher: str | None = None, batch_size: int = BATCH
 ) -> dict[str, Metrics]:
-    """By the candidates' names: what `kdfast.data.metrics` gives, parameters, megabytes, and milliseconds of a forward pass of 1
-    and of 32 rows, the median, fastest and slowest. Beside a candidate named `teacher` also `kdfast.distances.to_teacher`."""
+    """By the candidates' names: what `kdfast.data.metrics` gives, parameters, megabytes, and milliseconds of a forward
+    pass of 1 and of 32 rows, the median, fastest and slowest.
+    Beside a candidate named `teacher` also `kdfast.data.distances.to_teacher`."""
     logits = {name: _logits(of, batch_size) for name, of in candidates.items()}
     results = {}
     for name, of in candidates.items():
@@ -154,7 +155,7 @@ Metrics = dict[str, float]
 
 
 def against_teacher(logits: Tensor, teacher_logits: Tensor, kind: str = "classification") -> Metrics:
-    """`kdfast.distances.to_teacher` in numbers."""
+    """`kdfast.data.distances.to_teacher` in numbers."""
     found = to_teacher(logits, teacher_logits, kind)
     return {name: found[name].item() for name in ("kl_to_teacher", "mse_to_teacher", "agreement") if name in found}
 

@@ -30,7 +30,8 @@ def _save(plt: Any, figure: Any, path: Path) -> None:
 
 
 def plot_losses(path: Path, history: Sequence[Mapping[str, float]], terms: Mapping[str, str]) -> None:
-    """The loss of training, its terms by name with what they are, and the loss on held-out rows, over the steps; an image."""
+    """The loss of training, its terms by name with what they are, and the loss on held-out rows, over the steps;
+    an image."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     dashes = ("--", ":", "-.", (0, (1, 3)))

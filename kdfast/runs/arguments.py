@@ -26,8 +26,8 @@ def training(recipe: Any, folder: Path, **own: Any) -> TrainingArguments:
 
 
 def chosen(precision: str) -> str:
-    """float32, bfloat16 or float16. `auto` is bfloat16 where the processor, or the GPU, multiplies matrices of it natively;
-    emulated, it is slower than float32.
+    """float32, bfloat16 or float16. `auto` is bfloat16 where the processor, or the GPU, multiplies matrices of it
+    natively; emulated, it is slower than float32.
 
     Raises:
         ValueError: float16 without a GPU, where transformers' Trainer has none.

@@ -40,8 +40,8 @@ def cache_teacher(
         max_length: None: `MAX_LENGTH`, or as many tokens as the model takes.
 
     Raises:
-        CacheError, OSError, ImportError: as `write` and `text_rows`; the model cannot be loaded, lacks its head, or takes fewer
-            tokens than `max_length`.
+        CacheError, OSError, ImportError: as `write` and `text_rows`; the model cannot be loaded, lacks its head, or
+            takes fewer tokens than `max_length`.
     """
     _quiet()
     if model.startswith(("/", ".", "~")) and not Path(model).is_dir():

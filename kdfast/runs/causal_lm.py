@@ -27,7 +27,8 @@ CURVE_ROWS = 8  # of the held-out rows, for the points of the learning curve; th
 
 @torch.inference_mode()
 def quality(models: Mapping[str, Any], rows: Sequence[text.Row], collate: text.Collator) -> dict[str, measure.Metrics]:
-    """Perplexity of the tokens that count, and mean KL(teacher ‖ model) at temperature 1 in nats, of each of the models.
+    """Perplexity of the tokens that count, and mean KL(teacher ‖ model) at temperature 1 in nats,
+    of each of the models.
 
     One of them is named "teacher".
     """
@@ -52,7 +53,8 @@ def quality(models: Mapping[str, Any], rows: Sequence[text.Row], collate: text.C
 
 @torch.inference_mode()
 def check_causal(teacher: Any, source: str | Path) -> None:
-    """That predictions do not depend on later tokens: those of an encoder do, which may be loaded as a language model too.
+    """That predictions do not depend on later tokens: those of an encoder do,
+    which may be loaded as a language model too.
 
     Raises:
         ValueError: they do, or they are made in a way that `kdfast.linear_kd_loss` does not know.

@@ -1,4 +1,5 @@
-"""Runs a `ClassifierRecipe` in its folder: teacher, its stored outputs, students, measurements. What is finished is not repeated."""
+"""Runs a `ClassifierRecipe` in its folder: teacher, its stored outputs, students, measurements.
+What is finished is not repeated."""
 
 from __future__ import annotations
 
@@ -47,8 +48,8 @@ def _shortcut(model: Any, objective: Any) -> Any:
 class ClassifierRun:
     """One run in its folder. `execute` does what is not done yet.
 
-    The folder has a folder for `from_pretrained` per model (`teacher/`, `student/`, and what else the recipe's stages name),
-    `teacher_outputs/`, `config.yaml`, `metrics.json` and `learning_curves.png`.
+    The folder has a folder for `from_pretrained` per model (`teacher/`, `student/`, and what else the recipe's stages
+    name), `teacher_outputs/`, `config.yaml`, `metrics.json` and `learning_curves.png`.
     """
 
     def __init__(self, recipe: ClassifierRecipe, folder: Path, console: Console) -> None:
@@ -117,7 +118,8 @@ class ClassifierRun:
                 pairing.check_tokens(named(name, source), load_tokenizer(name, source), self.tokenizer)
 
     def _check(self, source: str | Path) -> None:
-        """Tries every stage on two rows, with models that are like the later ones, before the first is trained for long."""
+        """Tries every stage on two rows, with models that are like the later ones,
+        before the first is trained for long."""
         r = self.recipe
         teacher = self._load("base", source) if r.teacher is None else self._given_teacher(r.teacher)
         base = self._load("base", r.base) if r.teacher and r.base else teacher
@@ -146,7 +148,8 @@ class ClassifierRun:
 
     # ---- models ----
     def _load(self, argument: str, source: str | Path) -> Any:
-        """A classifier of the task. PyTorch's fused attention has no dropout on the CPU; the rest of the dropout stays."""
+        """A classifier of the task. PyTorch's fused attention has no dropout on the CPU;
+        the rest of the dropout stays."""
         config = pretrained(AutoConfig, argument, source)
         options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True} | self.task.head
         options["dtype"] = torch.float32  # however it is stored: small steps are lost on weights of 16 bits

@@ -59,7 +59,8 @@ class MaskedTokens:
 
 @torch.inference_mode()
 def quality(models: Mapping[str, Any], rows: Rows, collate: masking.RareWordMasking) -> dict[str, measure.Metrics]:
-    """Perplexity and accuracy of the masked tokens, and mean KL(teacher ‖ model) at temperature 1 in nats over all tokens.
+    """Perplexity and accuracy of the masked tokens, and mean KL(teacher ‖ model) at temperature 1 in nats over all
+    tokens.
 
     Padding aside. One of the models is named "teacher".
     """

@@ -36,7 +36,8 @@ class PeakMemory(TrainerCallback):  # type: ignore[misc]
 
 
 class LanguageRun:
-    """One run in its folder: a teacher, and a student that is measured before and after. `execute` does what is not done yet.
+    """One run in its folder: a teacher, and a student that is measured before and after.
+    `execute` does what is not done yet.
 
     The folder has `student/` for `from_pretrained`, `config.yaml`, `metrics.json` and `learning_curve.png`.
 

@@ -81,7 +81,8 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
 
 class StageProgress(ProgressCallback):  # type: ignore[misc]
-    """One titled progress bar per stage, with the time left and the loss and its terms, instead of a line per log event."""
+    """One titled progress bar per stage, with the time left and the loss and its terms,
+    instead of a line per log event."""
 
     def __init__(self, title: str) -> None:
         super().__init__()
@@ -228,8 +229,8 @@ def trained_in(folder: Path) -> str | None:
 
 
 def train_stage(trainer: Trainer, folder: Path, title: str, dtype: str = "float32") -> History:
-    """Trains until done, from the checkpoint in `trainer.args.output_dir` if there is one; the model goes to `folder`, its
-    weights in `dtype`.
+    """Trains until done, from the checkpoint in `trainer.args.output_dir` if there is one; the model goes to `folder`,
+    its weights in `dtype`.
 
     Raises:
         StageInterrupted: stopped by Ctrl-C or SIGTERM; a checkpoint was saved.

@@ -25,12 +25,12 @@
         )
 
 In `kdfast.DistillationTrainer` dataset and collator are the same two, without a teacher; the objective
-`kdfast.objective.LanguageModel(temperature=2.0)` takes the top-k from the rows, at the cache's temperature. With alpha < 1 it
-needs labels: `cache.collator(DataCollatorForLanguageModeling(tokenizer, mlm=False))`. `transformers.Trainer` itself would drop
-the teacher's columns: `remove_unused_columns=False`.
+`kdfast.objective.LanguageModel(temperature=2.0)` takes the top-k from the rows, at the cache's temperature. With alpha
+< 1 it needs labels: `cache.collator(DataCollatorForLanguageModeling(tokenizer, mlm=False))`. `transformers.Trainer`
+itself would drop the teacher's columns: `remove_unused_columns=False`.
 
-A classifier's cache for Patient-KD, `write(..., outputs=("logits", "cls"), layers=(2, 4))`, gives batches teacher_logits [B, C],
-teacher_cls_2 and teacher_cls_4 [B, D].
+A classifier's cache for Patient-KD, `write(..., outputs=("logits", "cls"), layers=(2, 4))`, gives batches
+teacher_logits [B, C], teacher_cls_2 and teacher_cls_4 [B, D].
 
 A cache is a folder: `shard-00000.safetensors` and so on, with the rows packed one after another in the dataset's order,
 and `manifest.json`, which says what they hold, of which teacher and tokenizer. It is rewritten after each shard, so a

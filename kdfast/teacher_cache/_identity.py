@@ -31,8 +31,8 @@ USAGE = {
 def tokenizer_sha256(tokenizer: Any) -> str:
     """Hash of all that turns text into numbers: vocabulary, rules and special tokens.
 
-    Truncation and padding are left out, and the padding token with them: transformers changes them from call to call, and
-    what the teacher makes of a row does not depend on them.
+    Truncation and padding are left out, and the padding token with them: transformers changes them from call to call,
+    and what the teacher makes of a row does not depend on them.
     """
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -59,8 +59,9 @@ def config_sha256(model: nn.Module) -> str | None:
 def weights_sha256(model: nn.Module) -> str:
     """Hash of name, shape, dtype and up to 256 evenly spaced values of every parameter and stored buffer.
 
-    Of the model in memory, as it computes: a model fine-tuned or cast after loading is another teacher. Training changes
-    all values of a matrix, so samples tell; an edit of single values may go unseen. Milliseconds for most models.
+    Of the model in memory, as it computes: a model fine-tuned or cast after loading is another teacher. Training
+    changes all values of a matrix, so samples tell; an edit of single values may go unseen.
+    Milliseconds for most models.
     """
     digest = hashlib.sha256()
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}

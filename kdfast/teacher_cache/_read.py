@@ -24,21 +24,23 @@ class TeacherCache(Dataset[dict[str, Tensor]]):
 
     A row is a dict of the outputs that were stored, in the stored dtype, n being the row's stored tokens:
 
-        topk_logprobs [n, k], topk_indices [n, k] int32     by falling probability, at `temperature`
-        hidden_3 [n, D]                                     for every stored layer, here the fourth of `hidden_states`
-        logits [C]                                          of the whole row
-        cls_3 [D], or cls [D]                               first token's state of every stored layer, or the last layer's
-        positions [n] int32, length [] int64                with outputs per token: where these stand, in how many input_ids
+        topk_logprobs [n, k], topk_indices [n, k] int32  by falling probability, at `temperature`
+        hidden_3 [n, D]                                  for every stored layer, here the fourth of `hidden_states`
+        logits [C]                                       of the whole row
+        cls_3 [D], or cls [D]                            first token's state of every stored layer, or the last layer's
+        positions [n] int32, length [] int64             of outputs per token: where they stand, in how many input_ids
 
     Only the bytes of a row are read. The cache can be pickled; files are opened by the process that reads them.
 
     Args:
         folder: where `write` put it.
         tokenizer: the one to train with, compared with the one that it was written with.
-        teacher: the teacher itself, of which config and weights are compared, or the name or path that it was loaded from.
+        teacher: the teacher itself, of which config and weights are compared,
+            or the name or path that it was loaded from.
         k: keep the k most probable entries; at most as many as are stored, which is the default.
         temperature: the one to train with, compared with the stored one.
-        verify: compare the sha256 of the shards too, which reads all of them. Their sizes and headers are always compared.
+        verify: compare the sha256 of the shards too, which reads all of them.
+            Their sizes and headers are always compared.
 
     Raises:
         CacheError: something differs, a file is missing or cut short, or the cache is not complete.
@@ -132,8 +134,9 @@ class TeacherCache(Dataset[dict[str, Tensor]]):
 
         Returns:
             topk_logprobs [B, L, k] (-inf where nothing is stored) and topk_indices [B, L, k] int64 (0 there), as
-            `kdfast.topk_kl_div` takes them; hidden_3 [B, L, D] (0 there), logits [B, C], cls_3 or cls [B, D]; token_mask
-            [B, L] bool, True where outputs per token are stored. Dtypes but that of the indices are the stored ones.
+            `kdfast.topk_kl_div` takes them; hidden_3 [B, L, D] (0 there), logits [B, C], cls_3 or cls [B, D];
+            token_mask [B, L] bool, True where outputs per token are stored.
+            Dtypes but that of the indices are the stored ones.
 
         Raises:
             CacheError: a row is longer than `length`.

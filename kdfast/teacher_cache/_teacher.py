@@ -13,8 +13,8 @@ from kdfast.data.text import OFF, as_list
 from kdfast.teacher_cache._identity import token_ids
 from kdfast.teacher_cache._manifest import Settings, mismatch
 
-# Logits that are worked on at a time: about what the processor caches (twice as fast as 128 MB at a width of 32,000), and
-# on a GPU enough rows for the matrix product; 16 and 256 MB in float32.
+# Logits that are worked on at a time: about what the processor caches (twice as fast as 128 MB at a width of 32,000),
+# and on a GPU enough rows for the matrix product; 16 and 256 MB in float32.
 SLICE, GPU_SLICE = 1 << 22, 1 << 26
 COLUMNS = ("attention_mask", "token_type_ids", "labels", "completion_mask")
 
@@ -79,8 +79,8 @@ class Teacher:
     def _plain_head(self) -> Any:
         """The model's output embeddings, where its logits are theirs of the last hidden state, bit for bit.
 
-        They can then be made for the kept tokens alone, a slice at a time. A head with a transform before it or a softcap
-        behind does not pass, and the model's own logits are used.
+        They can then be made for the kept tokens alone, a slice at a time. A head with a transform before it or a
+        softcap behind does not pass, and the model's own logits are used.
         """
         model: Any = self.model
         head = getattr(model, "get_output_embeddings", lambda: None)()

@@ -24,8 +24,8 @@ def text_rows(
     `kdfast cache-teacher` reads its rows with it: the same call gives the dataset to train on beside the cache.
 
     Args:
-        data: a .txt (one row per line), .jsonl, .json, .csv, .tsv (without quotation marks) or .parquet file, a folder or a
-            name on the Hub (their split "train"; "org/name:config" names a configuration).
+        data: a .txt (one row per line), .jsonl, .json, .csv, .tsv (without quotation marks) or .parquet file, a folder
+            or a name on the Hub (their split "train"; "org/name:config" names a configuration).
         tokenizer: of transformers.
         text_column: where the text is ("text" in a .txt file). Rows without any text are left out.
         max_length: longer rows are cut to as many tokens.

@@ -45,24 +45,25 @@ def write(
     """Runs the teacher over the rows, in their order, and stores its outputs. See `kdfast.teacher_cache`.
 
     Args:
-        model: the teacher, an encoder or decoder of transformers, or a module called and answering like one. Put into eval
-            mode, in place.
-        rows: a dataset or anything that gives the same rows at every pass; dicts with `input_ids` (a list or a tensor [L])
-            and, where there are any, `attention_mask`, `token_type_ids`, `labels` or `completion_mask` of the same length.
-            Padding and the rest of what the attention mask leaves out is not stored.
+        model: the teacher, an encoder or decoder of transformers, or a module called and answering like one. Put into
+            eval mode, in place.
+        rows: a dataset or anything that gives the same rows at every pass; dicts with `input_ids` (a list or a tensor
+            [L]) and, where there are any, `attention_mask`, `token_type_ids`, `labels` or `completion_mask` of the same
+            length. Padding and the rest of what the attention mask leaves out is not stored.
         folder: a new or empty one, or one with a write to go on with.
         tokenizer: the rows' one; its hash is stored, and batches are padded with its padding token.
         k: entries per token, of logits [B, L, V]; at most V.
         temperature: that the logits are divided by before the log-softmax, in float32.
-        outputs: any of "topk", "hidden" (states of `layers`, per token), "logits" [B, C] of a classifier, and "cls", the
-            states of `layers` of a row's first token alone (Patient-KD) or, without layers, the last one.
+        outputs: any of "topk", "hidden" (states of `layers`, per token), "logits" [B, C] of a classifier, and "cls",
+            the states of `layers` of a row's first token alone (Patient-KD) or, without layers, the last one.
         layers: for "hidden" and "cls": 0 is the embeddings, N what the last of N layers gives.
-        positions: which tokens' outputs are stored: "all"; "labels", those whose label is not -100 (masked language models);
-            "next_labels", those before such a label (causal ones, whose logits are of the next token). Rows without labels
-            may have a `completion_mask` (1 = counts) for it.
+        positions: which tokens' outputs are stored: "all"; "labels", those whose label is not -100 (masked language
+            models); "next_labels", those before such a label (causal ones, whose logits are of the next token). Rows
+            without labels may have a `completion_mask` (1 = counts) for it.
         batch_size: rows per forward pass. Padding changes results by a rounding, so an interrupted write gives the same
             bytes as an uninterrupted one where it goes on with the same size.
-        shard_bytes: a shard is finished before it grows beyond. Until then it is kept in memory, and half as much again while it is written.
+        shard_bytes: a shard is finished before it grows beyond. Until then it is kept in memory,
+            and half as much again while it is written.
         dtype: torch.float32, float16 or bfloat16, or its name, of all but the indices.
         device: moves the model there; None: where it is.
         resume: go on after the last complete shard in the folder; False: remove what is there and start over.
@@ -72,8 +73,8 @@ def write(
         The cache, opened.
 
     Raises:
-        CacheError: an argument is out of range, the folder holds a cache of something else, a row or the model's output is
-            not as described.
+        CacheError: an argument is out of range, the folder holds a cache of something else, a row or the model's output
+            is not as described.
         OSError: a file could not be written; finished shards stay, and the same call goes on after them.
     """
     dtype = str(dtype).removeprefix("torch.")

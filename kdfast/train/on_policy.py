@@ -18,11 +18,11 @@ from kdfast.train.trainer import DistillationTrainer
 class OnPolicyTrainer(DistillationTrainer):
     """Generalized knowledge distillation (Agarwal et al., 2024, arXiv:2306.13649, algorithm 1).
 
-    With probability `on_policy` a batch's completions are replaced by samples of the student, from its whole distribution
-    at temperature 1, before student and teacher are run on it; no gradient goes through the sampling. Whether and what is
-    sampled depends on the weights, the batch, the seed, the step, the micro-batch and the process alone, so that a
-    resumed run repeats what the uninterrupted one would have done. The labels of a batch tell prompts (-100) from
-    completions; where completions are sampled, the labels are the samples.
+    With probability `on_policy` a batch's completions are replaced by samples of the student, from its whole
+    distribution at temperature 1, before student and teacher are run on it; no gradient goes through the sampling.
+    Whether and what is sampled depends on the weights, the batch, the seed, the step, the micro-batch and the process
+    alone, so that a resumed run repeats what the uninterrupted one would have done. The labels of a batch tell prompts
+    (-100) from completions; where completions are sampled, the labels are the samples.
 
     Args:
         on_policy: lambda of the paper: 0 uses the rows as they are, 1 samples always.
@@ -71,8 +71,8 @@ def sample_completions(model: Any, batch: dict[str, Tensor], max_new_tokens: int
 
     Args:
         model: a causal language model of transformers.
-        batch: `input_ids`, `labels` and, where there is padding, on whichever side, `attention_mask`, [B, L]. A row's prompt
-            is what comes before its first label, padding aside; all of it where it has no label.
+        batch: `input_ids`, `labels` and, where there is padding, on whichever side, `attention_mask`, [B, L]. A row's
+            prompt is what comes before its first label, padding aside; all of it where it has no label.
         max_new_tokens: where samples end that do not end by themselves, with the model's end-of-text token.
         seed: of the samples. The random state of the process stays as it is.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.data.distances import PROBLEMS, kind_of, to_teacher
+from kdfast.data.distances import PROBLEM_TYPES, kind_of, to_teacher
 from kdfast.objective import Labels, Logits, Terms
 
 
@@ -97,7 +97,7 @@ def kind_between(objective: Any, config: Any, width: int) -> str:
     each other, or numbers.
     """
     terms = [term for term in objective.terms.values() if term.weight] if isinstance(objective, Terms) else []
-    tasks = [term.task for term in terms if isinstance(term, Labels) and term.task in PROBLEMS.values()]
+    tasks = [term.task for term in terms if isinstance(term, Labels) and term.task in PROBLEM_TYPES]
     of_classes = any(isinstance(term, Logits) and term.divergence != "logit_mse" for term in terms)
     return tasks[0] if tasks else kind_of(config, width, "classification" if of_classes else "")
 

@@ -62,13 +62,15 @@ def _identity(parameter: Tensor) -> tuple[str, int]:
 
 
 def stays(teacher: nn.Module) -> bool:
-    """Whether a teacher is left where it is: dispatched over devices by accelerate, or quantised, which `.to` may refuse."""
+    """Whether a teacher is left where it is: dispatched over devices by accelerate, or quantised,
+    which `.to` may refuse."""
     inner = unwrapped(teacher)
     return getattr(inner, "hf_device_map", None) is not None or bool(getattr(inner, "is_quantized", False))
 
 
 def has_float32(teacher: nn.Module) -> bool:
-    """Whether mixed precision is for it. One that is stored in 16 bits has its own, which another's autocast may not take."""
+    """Whether mixed precision is for it. One that is stored in 16 bits has its own,
+    which another's autocast may not take."""
     return any(parameter.dtype == torch.float32 for parameter in teacher.parameters())
 
 

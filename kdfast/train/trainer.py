@@ -41,13 +41,15 @@ class DistillationTrainer(ObjectiveTrainer):
             `kdfast.data.sampler.LengthGroupedSampler`, whose order survives a resume within an epoch.
         teacher: a module that is run on every batch, without gradient. It is frozen, put into eval mode and moved to
             the student's device, in place; one that is dispatched (`device_map`) or quantised stays where it is. Mixed
-            precision is for those in float32. A column `teacher_input_ids`, or of another argument of its forward, takes
-            the place of the student's (`kdfast.data.sampler.TeacherCollator` pads them). With None, rows may carry its outputs as
-            columns whose names begin with `teacher_`, as those of `kdfast.teacher_cache` do; neither model gets them.
-        objective: a `kdfast.objective.Objective`. Its terms are averaged between two log events and logged by name. Where it
-            is a module, its parameters are trained too; checkpoints keep them in a file of their own, the student has none.
-        **kwargs: as for `transformers.Trainer`, except `compute_loss_func`: the objective is the loss. With `model_init`, an
-            objective's parameters start anew as the model does.
+            precision is for those in float32. A column `teacher_input_ids`, or of another argument of its forward,
+            takes the place of the student's (`kdfast.data.sampler.TeacherCollator` pads them). With None, rows may
+            carry its outputs as columns whose names begin with `teacher_`, as those of `kdfast.teacher_cache` do;
+            neither model gets them.
+        objective: a `kdfast.objective.Objective`. Its terms are averaged between two log events and logged by name.
+            Where it is a module, its parameters are trained too; checkpoints keep them in a file of their own,
+            the student has none.
+        **kwargs: as for `transformers.Trainer`, except `compute_loss_func`: the objective is the loss. With
+            `model_init`, an objective's parameters start anew as the model does.
 
     Evaluation reports the mean of every term (`eval_kl`) over all that it counts, whatever the batches, and their sum
     (`eval_loss`); and of classifiers whose teacher's logits are there, how often the two agree and how far they are apart:
@@ -62,8 +64,8 @@ class DistillationTrainer(ObjectiveTrainer):
 
     Raises:
         TypeError: the objective is a class, or a term on its own, outside `Terms`; the teacher is no module.
-        ValueError: teacher and student share parameters, name the same classes in another order, or a setting that the objective replaces
-            (`compute_loss_func`, `label_smoothing_factor`) is given.
+        ValueError: teacher and student share parameters, name the same classes in another order, or a setting that the
+            objective replaces (`compute_loss_func`, `label_smoothing_factor`) is given.
     """
 
     def __init__(
@@ -107,7 +109,8 @@ class DistillationTrainer(ObjectiveTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The sum of the objective's terms for one micro-batch; with `return_outputs`, also what the student returned."""
+        """The sum of the objective's terms for one micro-batch; with `return_outputs`,
+        also what the student returned."""
         if num_items_in_batch is not None:
             inputs = {**inputs, "num_items": num_items_in_batch}
         teacher_outputs, outputs = self._teacher_outputs(inputs), None

@@ -1,5 +1,5 @@
-"""What rounding does to a result at least, where eager PyTorch happens to be exact: absolute errors that are allowed, of a value
-(per result) and of a gradient's norm."""
+"""What rounding does to a result at least, where eager PyTorch happens to be exact: absolute errors that are allowed,
+of a value (per result) and of a gradient's norm."""
 
 from __future__ import annotations
 

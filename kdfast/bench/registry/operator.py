@@ -35,12 +35,12 @@ class Sample:
 class Operator:
     """A public function, its reference, how exact it must be, and the work that bounds its speed.
 
-    `floors`: of the errors that are allowed whatever eager makes (kdfast/bench/registry/floors.py); `exact`: of float64, beside.
-    `native`: the raw operators behind it (`torch.ops.kdfast.<name>`). `eager`: the code people write without kdfast.
-    `make(shape, options)`: student and teacher of a benchmark, by `torch.randn(..., **options)`; `arguments(student)`: what
-    both need beside them. `cpu_shapes`, `cuda_shapes`: shapes and dtypes of the benchmarks; `sweep_shapes`: of the sweep
-    over widths. `flops(student, gradient)`: of operators that arithmetic bounds; the others are bound by what they must
-    read and write.
+    `floors`: of the errors that are allowed whatever eager makes (kdfast/bench/registry/floors.py); `exact`: of
+    float64, beside. `native`: the raw operators behind it (`torch.ops.kdfast.<name>`). `eager`: the code people write
+    without kdfast. `make(shape, options)`: student and teacher of a benchmark, by `torch.randn(..., **options)`;
+    `arguments(student)`: what both need beside them. `cpu_shapes`, `cuda_shapes`: shapes and dtypes of the benchmarks;
+    `sweep_shapes`: of the sweep over widths. `flops(student, gradient)`: of operators that arithmetic bounds; the
+    others are bound by what they must read and write.
     """
 
     name: str
