@@ -264,3 +264,23 @@ def test_a_weight_of_one_product() -> None:
     with torch.no_grad():
         logits = student(input_ids=IDS).logits
         torch.testing.assert_close(last_hidden(student, input_ids=IDS).make_logits(), logits, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["wrapped", "in place"])
+def test_compiled_models(way: str) -> None:
+    """The numbers are those of the model inside."""
+    model = of("cohere", 0)
+    if way == "in place":
+        model.compile(backend="eager")
+    compiled = model if way == "in place" else torch.compile(model, backend="eager")
+
+    def check() -> torch.Tensor:
+        logits = model(input_ids=IDS).logits
+        for _ in range(2):
+            torch.testing.assert_close(last_hidden(compiled, input_ids=IDS).make_logits(), logits, rtol=1e-4, atol=1e-5)
+        return logits
+
+    first = check()
+    model.logit_scale = 0.5
+    torch.testing.assert_close(check(), first * (0.5 / 0.3))

@@ -66,7 +66,8 @@ _seen: WeakKeyDictionary[nn.Module, tuple[Any, Finish, bool]] = WeakKeyDictionar
 def _state(inner: Any, head: nn.Module) -> tuple[Any, ...]:
     """While it is the same, what was seen holds: hooks, and the numbers and tensors that the model and its config hold
     themselves. load_state_dict changes tensors too. Nothing waits for the device."""
-    modules = [inner, *([inner.get_base_model()] if hasattr(inner, "get_base_model") else [])]
+    within = [inner.get_base_model()] if hasattr(inner, "get_base_model") else []
+    modules = [inner, *within, *([inner._orig_mod] if hasattr(inner, "_orig_mod") else [])]  # of torch.compile
     config = getattr(inner, "config", None)
     configs = [config, *(x for x in _own(config).values() if hasattr(x, "get_text_config"))]
     numbers = [
@@ -190,6 +191,7 @@ class _Call:
         self.passed = self.row.detach() if self.checked else probes(self.row)
         return self.passed.clone()  # the model may write to it
 
+    @torch.compiler.disable  # it asks for values
     def is_product(self, maker: Any) -> bool:
         """Hooks may have written where versions do not tell (inference mode, `.data`), or put another weight in for the time
         of the product. Of shards that cannot be asked."""
@@ -206,17 +208,21 @@ class _Call:
             got = f"{type(outputs).__name__} without them" if self.hidden else "no call of these"
             raise ValueError(f"kdfast: {self.name}: expected logits of its output embeddings, got {got}")
         if not self.checked:
-            finish = seen(self.passed, outputs.logits)
-            if finish is None:
-                raise ValueError(
-                    f"kdfast: {self.name}: expected logits that are those of its output embeddings but for a scale, a constant "
-                    "bias and a soft-cap, got others"
-                )
-            self.finish = finish
-            _seen[self.inner] = self.state, finish, self.disguised
+            self.look(outputs.logits)
         router = router_loss(self.inner, outputs)
         # The row, for parameters that only the loss reaches.
         return {"hidden": self.hidden[0], "row": self.row} | ({} if router is None else {"router_loss": router})
+
+    @torch.compiler.disable
+    def look(self, logits: Tensor) -> None:
+        finish = seen(self.passed, logits)
+        if finish is None:
+            raise ValueError(
+                f"kdfast: {self.name}: expected logits that are those of its output embeddings but for a scale, a constant "
+                "bias and a soft-cap, got others"
+            )
+        self.finish = finish
+        _seen[self.inner] = self.state, finish, self.disguised
 
     def result(self, hidden: Tensor, router: Tensor | None) -> LastHidden:
         """Only after the forward: FSDP2 may then have put shards in place of the parameters that it used."""
