@@ -1,4 +1,4 @@
-"""Two processes on gloo evaluate and predict sets that do not divide among them to what one process does, and train on."""
+"""Two processes on gloo evaluate and predict uneven sets to what one process does, and train after it."""
 
 from __future__ import annotations
 

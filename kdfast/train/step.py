@@ -1,4 +1,4 @@
-"""What `DistillationTrainer` does around a step: a model that DDP wraps, the loss inside its forward, and means of what is logged."""
+"""Steps of `DistillationTrainer`: a model that DDP wraps, the loss inside its forward, and means of what is logged."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def without(model: nn.Module, name: str) -> Iterator[None]:
 
 
 def kind_between(objective: Any, config: Any, width: int) -> str:
-    """What the outputs [B, width] of a student are: what its labels say, its config's `problem_type`, or the teacher's part.
+    """What the outputs [B, width] of a student are, by the task of its labels, else by its config, else by its teacher.
 
     A softmax between the two is of classes. "" where nothing tells: several outputs might be labels that do not exclude
     each other, or numbers.
@@ -103,8 +103,10 @@ def kind_between(objective: Any, config: Any, width: int) -> str:
 
 
 def agreement(student: Any, teacher: Any, objective: Any, config: Any) -> dict[str, Tensor]:
-    """`to_teacher` of the logits [B, C] of a classifier or regressor and its teacher; nothing of other outputs, nor of ones
-    that nothing tells the kind of."""
+    """`to_teacher` of the logits [B, C] of a classifier or regressor and its teacher.
+
+    Nothing of other outputs, nor where nothing tells what they are.
+    """
     if student is None or teacher is None or student.dim() != 2 or student.shape != teacher.shape:
         return {}
     kind = kind_between(objective, config, student.shape[-1])
