@@ -43,9 +43,10 @@ def forget_evaluation(trainer: Any) -> None:
     """
     model = trainer.model
     alone = trainer.accelerator.num_processes == 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if alone or isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel):
+    wrapped = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)  # what torch.compile compiled
+    if alone or isinstance(wrapped, nn.parallel.DistributedDataParallel):
         return
-    trainer.model_wrapped = model  # not in torch.compile
+    trainer.model_wrapped = model
     model._is_accelerate_prepared = False
     if "_original_forward" in vars(model):  # under mixed precision, which would be put around it once more
         model.forward = vars(model).pop("_original_forward")
