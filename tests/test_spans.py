@@ -71,8 +71,9 @@ def answers(count: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("aligned", [True, False], ids=["as many starts as ends", "an end cut off"])
 def test_labels_of_spans_are_those_of_transformers(aligned: bool) -> None:
-    """Its mean of both means, where as many starts as ends count; else the mean of all that count."""
+    """Without padding: its mean of both means, where as many starts as ends count; else the mean of all that count."""
     model, inputs = qa(0), batch(input_ids=torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) % 40)
+    inputs["attention_mask"] = torch.ones(BATCH, LENGTH, dtype=torch.long)
     labels = {"start_positions": STARTS.clone(), "end_positions": ENDS.clone()}
     if aligned:
         labels["start_positions"][1] = LENGTH
@@ -90,17 +91,29 @@ def test_labels_of_spans_are_those_of_transformers(aligned: bool) -> None:
     compare(Labels("spans")(outputs, None, inputs | labels), by_hand, [outputs.start_logits, outputs.end_logits], 2e-5)
 
 
-def test_weights_and_smoothing_of_spans() -> None:
-    student, inputs = side(0), batch(True, start_positions=STARTS, end_positions=ENDS)
-    total, counted = torch.zeros((), dtype=torch.float64), 0
-    for name, labels in zip(NAMES, (STARTS.clamp(min=0), ENDS), strict=True):
-        for b, x in enumerate(labels.tolist()):
-            if x < LENGTH:
-                log = getattr(student, name)[b].log_softmax(-1)
-                total = total - inputs["sample_weight"][b] * (0.9 * log[x] + 0.1 * log.mean())
-                counted += 1
-    value = Labels("spans", label_smoothing=0.1)(student, None, inputs)
-    compare(value, total / counted, [student.start_logits, student.end_logits], 1e-6)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("left", [False, True], ids=["", "padded on the left"])
+def test_labels_of_spans_row_by_row(smoothing: float, left: bool) -> None:
+    """Of rows of 6, 3, 1 and 5 tokens, without their padding; with weights. Labels on padding do not count."""
+    labels = {"start_positions": STARTS, "end_positions": ENDS} if not left else {
+        "start_positions": torch.tensor([0, 2, 5, -1]), "end_positions": torch.tensor([5, 4, 4, 3])
+    }  # fmt: skip
+    student, inputs = side(0), batch(True, **labels)
+    inputs["sample_weight"][2] = 0.75
+    inputs["attention_mask"] = MASK.flip(1).long() if left else MASK.long()
+    total, counted = torch.zeros((), dtype=torch.float64), []
+    for name, of in zip(NAMES, labels.values(), strict=True):
+        for b, (x, n) in enumerate(zip(of.clamp(min=0).tolist(), LENGTHS.tolist(), strict=True)):
+            first = LENGTH - n if left else 0
+            if first <= x < first + n:
+                log = getattr(student, name)[b, first : first + n].log_softmax(-1)
+                total -= inputs["sample_weight"][b] * ((1 - smoothing) * log[x - first] + smoothing * log.mean())
+                counted.append((name[0], b))
+    starts, ends = ([0, 2], [0, 1, 3]) if left else ([0, 1, 2, 3], [0, 2])
+    assert counted == [("s", b) for b in starts] + [("e", b) for b in ends]
+    term = Labels("spans", label_smoothing=smoothing)
+    assert term.count(inputs) == len(counted)
+    compare(term(student, None, inputs), total / len(counted), [student.start_logits, student.end_logits], 1e-6)
 
 
 def objective() -> Terms:
@@ -122,7 +135,8 @@ def by_hand(student: Any, teacher: Any, inputs: Any) -> Tensor:
         torch.cat([s.start_logits, s.end_logits]),
         torch.cat([inputs["start_positions"], inputs["end_positions"]]),
     )
-    ends = torch.where(ends < logs.shape[1], ends, -100)
+    logs = logs.masked_fill(~on.repeat(2, 1), -1e4)
+    ends = torch.where(ends < on.sum(-1).repeat(2), ends, -100)
     total = total + 0.3 * nn.functional.cross_entropy(logs, ends)
     for i in (1, 2):
         a, b = (nn.functional.normalize(x.hidden_states[i][:, 0], dim=-1) for x in (s, t))
@@ -152,7 +166,7 @@ def test_training_follows_a_plain_loop_and_evaluation_gives_both_logits(tmp_path
         options = {"per_device_eval_batch_size": size, "eval_dataset": given, "compute_metrics": metrics}
         it = trainer(tmp_path, student, None, objective(), teacher=teacher, **options)
         found.append(it.evaluate())
-    for name in ("kl", "cls", "hidden"):  # not ce: in transformers the padding of a batch is among the positions
+    for name in ("kl", "ce", "cls", "hidden"):
         assert found[0][f"eval_{name}"] == pytest.approx(found[1][f"eval_{name}"], rel=1e-5)
         assert found[0][f"eval_{name}"] > 1e-3
     assert found[1]["eval_shape"] == 2 * 24 * 12

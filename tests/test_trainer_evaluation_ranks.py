@@ -1,4 +1,4 @@
-"""Two processes on gloo evaluate and predict sets that do not divide among them to what one process does, and train on."""
+"""Two processes on gloo evaluate and predict uneven sets to what one process does, and train after it."""
 
 from __future__ import annotations
 
@@ -70,17 +70,17 @@ def test_uneven_sets_on_two_processes(tmp_path: Path) -> None:
     spawn(check, RANKS, tmp_path, tmp_path)
 
 
-def check_training(rank: int, folder: Path, half: bool) -> None:
+def check_training(rank: int, folder: Path, options: dict[str, Any]) -> None:
     given, student = rows(16), bert(1)
     it = trainer(
         folder / str(rank), student, given, Terms(kl=Logits(), ce=Labels()), teacher=bert(0), eval_dataset=given[:7],
-        per_device_train_batch_size=BATCH, max_steps=3, optim="sgd", learning_rate=0.5, ddp_backend="gloo", bf16=half,
+        per_device_train_batch_size=BATCH, max_steps=3, optim="sgd", learning_rate=0.5, ddp_backend="gloo", **options,
     )  # fmt: skip
     seen: list[type] = []
     step = it.compute_loss
 
     def compute_loss(model: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(type(model))
+        seen.append(type(getattr(model, "_orig_mod", model)))
         return step(model, *args, **kwargs)
 
     it.compute_loss = compute_loss
@@ -98,7 +98,12 @@ def check_training(rank: int, folder: Path, half: bool) -> None:
     assert seen == [nn.parallel.DistributedDataParallel] * 6
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["", "bf16"])
-def test_training_after_an_evaluation(tmp_path: Path, half: bool) -> None:
+MODES: dict[str, dict[str, Any]] = {
+    "": {}, "bf16": {"bf16": True}, "compiled": {"torch_compile": True, "torch_compile_backend": "eager"}
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_after_an_evaluation(tmp_path: Path, mode: str) -> None:
     """The model that trains is DDP's, and its weights are the same in both processes."""
-    spawn(check_training, RANKS, tmp_path, tmp_path, half)
+    spawn(check_training, RANKS, tmp_path, tmp_path, MODES[mode])

@@ -16,9 +16,8 @@ TOKENS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "pos
 def model_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of a batch that go into a model: not the labels, nor what belongs to the objective.
 
-    A student without token types gets none where its teacher has them; one whose forward names no tokens at all, but takes
-    `**kwargs`, gets what there is. A model that is set to return tuples is asked for
-    outputs with names.
+    A student without token types gets none where its teacher has them; one whose forward names no `input_ids`, but
+    takes `**kwargs`, gets what there is. A model that is set to return tuples is asked for outputs with names.
     """
     parameters, own = parameters_of(model), {}
     for name, value in inputs.items():

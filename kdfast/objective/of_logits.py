@@ -183,8 +183,10 @@ class Labels(Term):
             cross-entropy with labels [B, C], mean over classes; "regression": squared error of logits [B] or [B, 1]
             with numbers [B], or of logits and labels [B, C], mean over C; "tokens": cross-entropy of logits [B, L, V]
             with labels [B, L], of masked language models: nothing is shifted; "spans": of question answering, mean
-            cross-entropy of the start and end logits [B, L] with `start_positions` and `end_positions` [B]; as
-            transformers has it, those beyond L do not count, negative ones are 0, and padding is among the positions.
+            cross-entropy of the start and end logits [B, L] with `start_positions` and `end_positions` [B], over
+            positions that are no padding, as of `Spans` (transformers' own loss has padding among them, and so
+            depends on the batch). Labels beyond a row's own positions do not count; negative ones are 0, as in
+            transformers.
         weight: a number or a schedule.
         label_smoothing: of the cross-entropies.
 
@@ -207,8 +209,7 @@ class Labels(Term):
 
     def count(self, inputs: Inputs) -> Tensor:
         if self.task == "spans" and all(name in inputs for name in POSITIONS):
-            length = tokens_of_rows(inputs, masked=False)
-            return torch.stack([inputs[name].flatten() < length for name in POSITIONS]).sum()
+            return (_positions(inputs, token_mask(inputs)) != OFF).sum()
         if self.task in ("classification", "tokens") and "labels" in inputs:
             counted: Tensor = (inputs["labels"] != OFF).sum()
             return counted
@@ -227,9 +228,11 @@ class Labels(Term):
             if weight is not None:
                 weight = weight.view(-1, *[1] * (labels.dim() - 1)).expand_as(labels)[counted]
             # Of the logits of a vocabulary, only the rows that count.
-            losses = F.cross_entropy(
-                logits[counted].to(dtype), labels[counted], reduction="none", label_smoothing=self.label_smoothing
-            )
+            logits, labels = logits[counted].to(dtype), labels[counted]
+            smoothing, spans = self.label_smoothing, self.task == "spans"
+            losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.0 if spans else smoothing)
+            if spans and smoothing:
+                losses = (1 - smoothing) * losses + smoothing * _to_every_position(logits)
         elif self.task == "multi_label":
             losses = F.binary_cross_entropy_with_logits(logits.to(dtype), labels.to(dtype), reduction="none").mean(-1)
         else:
@@ -246,10 +249,10 @@ class Labels(Term):
         if self.task != "spans":
             return self.output(student, "logits", instead=SPANS), inputs["labels"], weight
         both = [self.output(student, name) for name in ("start_logits", "end_logits")]
+        on = token_mask(inputs, both[0].shape)
         logits = torch.cat([x.to(_checks.loss_dtype(x)) for x in both])  # before: autocast joins no float16 on a CPU
-        labels = torch.cat([inputs[name].flatten() for name in POSITIONS]).clamp(min=0)
-        labels = torch.where(labels < logits.shape[-1], labels, OFF)
-        return logits, labels, None if weight is None else weight.repeat(2)
+        logits = logits.masked_fill(~on.repeat(2, 1), -torch.inf)
+        return logits, _positions(inputs, on), None if weight is None else weight.repeat(2)
 
     def _check_shapes(self, logits: Tensor, labels: Tensor) -> None:
         shape = logits.shape
@@ -265,3 +268,17 @@ class Labels(Term):
         if not fits:
             of = f"shape {list(expected)} for task {self.task!r} with logits of shape {list(shape)}"
             self.refuse("labels", of, list(labels.shape))
+
+
+def _positions(inputs: Inputs, on: Tensor) -> Tensor:
+    """The labels of spans, [2B], starts before ends; -100 where they are none of the positions that are on, [B, L]."""
+    labels = torch.cat([inputs[name].flatten() for name in POSITIONS]).clamp(min=0)
+    length = on.shape[1]
+    there = on.repeat(2, 1).gather(1, labels.clamp(max=length - 1)[:, None])[:, 0]
+    return torch.where(there & (labels < length), labels, OFF)
+
+
+def _to_every_position(logits: Tensor) -> Tensor:
+    """Cross-entropies [N] of logits [N, L] with equal chances for all positions, but for padding, which is -inf."""
+    on = logits > -torch.inf
+    return -logits.log_softmax(-1).masked_fill(~on, 0.0).sum(-1) / on.sum(-1)

@@ -33,6 +33,7 @@ class Terms(nn.Module):
 
     Gradient accumulation and several processes give what one large batch would, whatever the sizes of the
     micro-batches: each term's mean is taken over all that it counts (rows or tokens) in all of them (`num_items`).
+    Terms with `masked=False` count padding too, of which batches of other sizes have another share.
 
     A teacher that was run before is read from columns of the batch: `teacher_logits`, `teacher_cls_3`,
     `teacher_hidden_3` (of hidden state 3), as `kdfast.teacher_cache` gives them. The columns `sample_weight` and

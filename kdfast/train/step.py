@@ -1,4 +1,4 @@
-"""What `DistillationTrainer` does around a step: a model that DDP wraps, the loss inside its forward, and means of what is logged."""
+"""Steps of `DistillationTrainer`: a model that DDP wraps, the loss inside its forward, and means of what is logged."""
 
 from __future__ import annotations
 
@@ -43,9 +43,10 @@ def forget_evaluation(trainer: Any) -> None:
     """
     model = trainer.model
     alone = trainer.accelerator.num_processes == 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if alone or isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel):
+    wrapped = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)  # what torch.compile compiled
+    if alone or isinstance(wrapped, nn.parallel.DistributedDataParallel):
         return
-    trainer.model_wrapped = model  # not in torch.compile
+    trainer.model_wrapped = model
     model._is_accelerate_prepared = False
     if "_original_forward" in vars(model):  # under mixed precision, which would be put around it once more
         model.forward = vars(model).pop("_original_forward")
@@ -91,7 +92,7 @@ def without(model: nn.Module, name: str) -> Iterator[None]:
 
 
 def kind_between(objective: Any, config: Any, width: int) -> str:
-    """What the outputs [B, width] of a student are: what its labels say, its config's `problem_type`, or the teacher's part.
+    """What the outputs [B, width] of a student are, by the task of its labels, else by its config, else by its teacher.
 
     A softmax between the two is of classes. "" where nothing tells: several outputs might be labels that do not exclude
     each other, or numbers.
@@ -103,8 +104,10 @@ def kind_between(objective: Any, config: Any, width: int) -> str:
 
 
 def agreement(student: Any, teacher: Any, objective: Any, config: Any) -> dict[str, Tensor]:
-    """`to_teacher` of the logits [B, C] of a classifier or regressor and its teacher; nothing of other outputs, nor of ones
-    that nothing tells the kind of."""
+    """`to_teacher` of the logits [B, C] of a classifier or regressor and its teacher.
+
+    Nothing of other outputs, nor where nothing tells what they are.
+    """
     if student is None or teacher is None or student.dim() != 2 or student.shape != teacher.shape:
         return {}
     kind = kind_between(objective, config, student.shape[-1])

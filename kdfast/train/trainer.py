@@ -52,15 +52,18 @@ class DistillationTrainer(ObjectiveTrainer):
             `model_init`, an objective's parameters start anew as the model does.
 
     Evaluation reports the mean of every term (`eval_kl`) over all that it counts, whatever the batches, and their sum
-    (`eval_loss`); and of classifiers whose teacher's logits are there, how often the two agree and how far they are apart:
-    `eval_agreement`, a share of rows, and `eval_kl_to_teacher`, KL(teacher ‖ student) at temperature 1 in nats, of several
-    labels at once both of each label alone; of regressors `eval_mse_to_teacher`. What the outputs are is told by `Labels` of the
-    objective, the student's `problem_type`, a softmax of `Logits`; where nothing tells, several outputs are not compared. A
-    term whose labels or stored teacher the rows lack is left out with a warning; without any term there is no `eval_loss`.
-    Predictions are the logits, of question answering those of starts and ends.
+    (`eval_loss`). Some do depend on the batches: `Hidden` and `Embedding` with `masked=False`, to which a
+    batch's padding counts, and a router's loss (`aux`), which is of a batch as a whole. There are also, of
+    classifiers whose teacher's logits are there, how often the two agree and how far they are apart:
+    `eval_agreement`, a share of rows, and `eval_kl_to_teacher`, KL(teacher ‖ student) at temperature 1 in nats, of
+    several labels at once both of each label alone; of regressors `eval_mse_to_teacher`. What the outputs are is told
+    by `Labels` of the objective, the student's `problem_type`, a softmax of `Logits`; where nothing tells, several
+    outputs are not compared. A term whose labels or stored teacher the rows lack is left out with a warning; without
+    any term there is no `eval_loss`. Predictions are the logits, of question answering those of starts and ends.
 
-    Gradient accumulation and several processes give what one large batch would where the objective counts its items, as
-    `Terms` and `LanguageModel` do. Others are averaged over micro-batches: exact where these are equally large.
+    Gradient accumulation and several processes give what one large batch would where the objective counts its items,
+    as `Terms` and `LanguageModel` do, but for those terms. Others are averaged over micro-batches: exact where
+    these are equally large.
 
     Raises:
         TypeError: the objective is a class, or a term on its own, outside `Terms`; the teacher is no module.
