@@ -24,7 +24,7 @@ from kdfast.runs import run
 
 EQUAL: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-4, "warmup": 0.06, "student_layers": (0, 2, 4)}
 
-# Of a seed and its teacher's folder. The first trains the teacher, and the student on the labels alone.
+# Recipes, by a seed and its teacher's folder. The first trains the teacher, and the student on the labels alone.
 CELLS: dict[str, Callable[[int, str], Recipe]] = {
     "hinton": lambda seed, teacher: hinton.Recipe(seed=seed, **EQUAL),
     "patient-kd": lambda seed, teacher: patient_kd.Recipe(seed=seed, teacher=teacher, student_start="teacher", **EQUAL),

@@ -30,7 +30,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 
 def width(shown: str) -> int:
-    """Of all lines but the last, which may have a long path."""
+    """Width of all lines but the last, which may have a long path."""
     return max(map(len, shown.splitlines()[:-1]))
 
 

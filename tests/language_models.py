@@ -45,7 +45,7 @@ def completion_rows(count: int) -> list[text.Row]:
 
 
 def divergence(student: Tensor, teacher: Tensor, name: str, beta: float) -> Tensor:
-    """Of logits at temperature 1, per row, from torch's own functions."""
+    """The divergences of logits at temperature 1, per row, from torch's own functions."""
     log_s, log_t = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
 
     def kl(log_p: Tensor, log_q: Tensor) -> Tensor:

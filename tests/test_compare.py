@@ -76,7 +76,7 @@ def test_difference_to_the_same_student_on_the_labels_alone(runs: list[Path]) ->
     rows = {row["name"]: row["difference_to_labels_only"] for row in compare(runs).as_dict()["rows"]}
     # 1, 2 and 6 %, seed by seed: sqrt((4 + 1 + 9) / 2) / sqrt(3) = 1.5275.
     assert rows["hinton/student"] == {"mean": pytest.approx(0.03), "standard_error": pytest.approx(0.015275252), "n": 3}
-    # Of another run, with the same teacher, start and training: 6, 5 and 7 %.
+    # Another run, with the same teacher, start and training: 6, 5 and 7 %.
     assert rows["patient/student"] == {"mean": pytest.approx(0.06), "standard_error": pytest.approx(0.0057735), "n": 3}
     assert rows["minilm/student"] is None  # starts from the base
     assert rows["teacher"] is None

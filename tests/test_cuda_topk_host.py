@@ -161,7 +161,7 @@ def test_shards(shim: ctypes.CDLL, tail: str, monkeypatch: pytest.MonkeyPatch) -
 def test_gradient_into_given_memory(
     shim: ctypes.CDLL, columns: int, width: int, offset: int, device: Device, kind: str, of_gradient: torch.dtype
 ) -> None:
-    """Of another dtype than the logits', padding cleared; what is before and after stays."""
+    """Gradients of another dtype than the logits', padding cleared; what is before and after stays."""
     assert kind in KINDS
     case = Case(shim, device)
     s, t = (logits(6, columns, torch.float32, width=width, offset=offset) for _ in range(2))

@@ -119,7 +119,7 @@ def test_trainer_evaluates_the_distance_of_the_kind(problem: str, classes: int, 
     ],
 )
 def test_kind_is_that_of_the_labels(objective: Any, problem: str | None, kind: str, tmp_path: Path) -> None:
-    """Of three outputs; first by the labels of the objective, then by the config, last by the divergence."""
+    """The kind for three outputs: first by the labels of the objective, then by the config, last by the divergence."""
     student, teacher = (bert(seed, num_labels=3, problem_type=problem) for seed in (0, 1))
     floats = kind in ("multi_label", "regression")
     rows = [{"input_ids": [3 + i, 5], "labels": [float(i % 2), 1.0, 0.0] if floats else i % 3} for i in range(6)]

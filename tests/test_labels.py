@@ -181,7 +181,7 @@ def test_opposite_classes_are_refused_in_python(tmp_path: Path, monkeypatch: pyt
         measure.evaluate(sources, tasks.load(data), max_length=16, teacher="teacher", tell=str)
     with pytest.raises(ValueError, match=f"^student {sources['student']}: {expected}$"):
         run(tmp_path / "run", hinton.Recipe(data=data, **sources, max_length=16))
-    # Of a base or a student that has no classifier of the data's, or one with its classes turned.
+    # A base or a student that has no classifier of the data's, or one with its classes turned.
     named = write_reviews(tmp_path / "named.csv", labels=("neg", "pos"))
     for argument in ("base", "student"):
         given = {argument: save(tmp_path / "turned", teacher, tokenizer())}

@@ -26,7 +26,7 @@ from kdfast.runs.distilbert import MaskedTokens
 BATCH = text.Collator(PAD)(completion_rows(6))
 OBJECTIVE = LanguageModel(alpha=0.6, temperature=2.0)
 SMALL: dict[str, Any] = {"vocab_size": 301, "hidden_size": 32, "num_attention_heads": 4, "pad_token_id": PAD}
-# Of the loss, and of a gradient's norm: some roundings of each number, through two or three layers.
+# Tolerances of the loss, and of a gradient's norm: some roundings of each number, through two or three layers.
 NEAR = {torch.bfloat16: (0.02, 0.08), torch.float16: (0.003, 0.01), torch.float32: (1e-5, 1e-4)}
 
 
@@ -214,7 +214,7 @@ def test_no_double_backward(model: str) -> None:
 
 
 def test_masked_tokens() -> None:
-    """Of the recipe of DistilBERT: the model is under autocast, its hidden states are in 16 bits, and the head is not."""
+    """As in the recipe of DistilBERT: the model is under autocast, its hidden states are in 16 bits, and the head is not."""
     config = transformers.BertConfig(num_hidden_layers=1, intermediate_size=48, max_position_embeddings=64, **SMALL)
     torch.manual_seed(0)
     model = initialised(transformers.BertForMaskedLM(config))

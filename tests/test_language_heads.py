@@ -212,7 +212,7 @@ def test_where_nothing_counts(stored: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "lora"])
 def test_less_than_one_token(kind: str) -> None:
-    """Of a process, on average: the sum is divided by that all the same, of masked tokens too."""
+    """Items of a process, on average: the sum is divided by that all the same, of masked tokens too."""
     student, teacher = HEADS[kind](llama(1, 2)), llama(0, 3)
     for objective in (OBJECTIVE, MaskedTokens()):
         outputs, of_teacher = objective.run(student, BATCH), OBJECTIVE.run(teacher, BATCH)

@@ -45,7 +45,7 @@ def check_ddp(rank: int, tied: bool, folder: Path) -> None:
 
 
 def check_ddp_of_adapters(rank: int, tied: bool, folder: Path) -> None:
-    """Of the output embeddings too, whose logits are made in chunks."""
+    """Adapters of the output embeddings too, whose logits are made in chunks."""
     train(adapted(llama(1, 2, tied)), llama(0, 3, tied), folder)
 
 

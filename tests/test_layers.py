@@ -267,7 +267,7 @@ def test_empty_input() -> None:
 
 
 def test_backward_twice_and_scaled() -> None:
-    """Of the loss as part of a larger one, kept or not."""
+    """Gradients of the loss as part of a larger one, kept or not."""
     (student,), teacher = with_gradient([torch.randn(2, 3, 8)]), torch.randn(2, 3, 8)
     (expected,) = torch.autograd.grad(torch.nn.functional.mse_loss(student, teacher), student)
     loss = kdfast.hidden_mse(student, teacher)

@@ -126,7 +126,7 @@ def test_fate_of_the_targets() -> None:
     count = len(after)
     assert count > 10_000
     other = (after != before) & (after != MASK)
-    # Of the random tokens, one in fifty is the mask and one the original.
+    # One in fifty of the random tokens is the mask and one the original.
     expected = {"mask": 0.8 + 0.1 / 50, "kept": 0.1 + 0.1 / 50, "other": 0.1 * 48 / 50}
     found = {"mask": after == MASK, "kept": after == before, "other": other}
     for name, fraction in expected.items():

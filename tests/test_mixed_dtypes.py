@@ -45,7 +45,7 @@ def test_any_two_dtypes(operator: Operator, sample: Sample, student: torch.dtype
 def test_autocast_changes_nothing(
     operator: Operator, sample: Sample, student: torch.dtype, teacher: torch.dtype
 ) -> None:
-    """Of what makes no matrix product of torch's: they read 16 bits as they are and add up in float32."""
+    """Operators without a matrix product of torch's read 16 bits as they are and add up in float32."""
     given = inputs(sample, 1.0, student, teacher)
 
     def under_autocast(*args: Any, **kwargs: Any) -> Tensor:

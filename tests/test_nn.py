@@ -38,7 +38,7 @@ def test_module_equals_function(operator: Operator) -> None:
 
 @pytest.mark.parametrize("operator", BY_OPERATOR)
 def test_a_misspelt_argument(operator: Operator) -> None:
-    """Of a function and of a module: the same operator, argument and known ones."""
+    """A function and a module name the same operator, argument and known ones."""
     student, teacher, _ = inputs(operator.samples[0], 1.0, torch.float32, torch.float32)
     with pytest.raises(TypeError, match=f"^{operator.name}: arguments: expected some of .*reduction.*, got reducton$"):
         kdfast.nn.Loss(operator.name, reducton="sum")

@@ -178,7 +178,7 @@ def moved(project: Path, tmp_path: Path) -> Path:
 
 
 def _lines(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
-    """Of the console, and the last one of the error."""
+    """What the console shows, and the last one of the error."""
     out, err = capsys.readouterr()
     return out, err.strip().splitlines()[-1] if err.strip() else ""
 

@@ -61,7 +61,7 @@ def qa(seed: int, **options: Any) -> Any:
 
 
 def answers(count: int) -> list[dict[str, Any]]:
-    """Of rows of 3 to 12 tokens; some answers lie beyond what is left of their texts."""
+    """Rows of 3 to 12 tokens; some answers lie beyond what is left of their texts."""
     given = [{"input_ids": row["input_ids"]} for row in rows(count)]
     for i, row in enumerate(given):
         row |= {"start_positions": i % 3, "end_positions": 40 if i % 4 == 3 else 2}
@@ -94,7 +94,7 @@ def test_labels_of_spans_are_those_of_transformers(aligned: bool) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("left", [False, True], ids=["", "padded on the left"])
 def test_labels_of_spans_row_by_row(smoothing: float, left: bool) -> None:
-    """Of rows of 6, 3, 1 and 5 tokens, without their padding; with weights. Labels on padding do not count."""
+    """Rows of 6, 3, 1 and 5 tokens, without their padding; with weights. Labels on padding do not count."""
     labels = {"start_positions": STARTS, "end_positions": ENDS} if not left else {
         "start_positions": torch.tensor([0, 2, 5, -1]), "end_positions": torch.tensor([5, 4, 4, 3])
     }  # fmt: skip

@@ -69,7 +69,7 @@ def output(model: Any) -> Tensor:
 
 
 def with_layers(teacher: Any, layers: tuple[int, ...]) -> Any:
-    """Of a copy of the teacher, all but these layers taken out by hand."""
+    """The student from a copy of the teacher, all but these layers taken out by hand."""
     model = copy.deepcopy(teacher)
     name = model.config.model_type
     if name != "albert":

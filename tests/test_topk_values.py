@@ -67,7 +67,7 @@ def test_a_column_that_comes_twice_is_named_with_its_row(name: str, loss_of: Los
 @TAILS
 @BOTH
 def test_padding_may_repeat_a_column(name: str, loss_of: Loss, tail: str) -> None:
-    """Of log-probability -inf, of any index; the same as a shorter row."""
+    """Entries of log-probability -inf, of any index: the same as a shorter row."""
     values, indices = teacher()
     values[..., 2:] = -torch.inf
     expected, _ = loss_of(values[..., :2], indices[..., :2], tail=tail)

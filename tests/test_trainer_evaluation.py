@@ -56,7 +56,7 @@ def whole(objective: Terms, student: Any, teacher: Any, given: Any) -> dict[str,
 
 @pytest.mark.parametrize("name", CASES)
 def test_means_do_not_depend_on_the_batches(tmp_path: Path, name: str) -> None:
-    """Of rows of 3 to 12 tokens, whose batches have unequal numbers of tokens, targets and pairs of tokens."""
+    """Rows of 3 to 12 tokens, whose batches have unequal numbers of tokens, targets and pairs of tokens."""
     make, kind = CASES[name]
     objective, student, teacher = make(), kind(1), kind(0)
     given = rows(11, tokens=name == "tokens")
@@ -87,7 +87,7 @@ def test_means_do_not_depend_on_the_batches(tmp_path: Path, name: str) -> None:
 
 
 def test_scores_of_causal_models_are_counted_as_such(tmp_path: Path) -> None:
-    """Of n tokens n(n + 1)/2: in evaluations, and in micro-batches of unequal lengths."""
+    """Pairs of n tokens, n(n + 1)/2: in evaluations, and in micro-batches of unequal lengths."""
     student, teacher, given = llama(5), llama(), [{"input_ids": row["input_ids"]} for row in rows(8)]
     losses = []
     for size in (2, 8):

@@ -241,7 +241,7 @@ def test_a_hessian_is_refused() -> None:
 
 
 def test_eager_beside_a_forward_mode_level() -> None:
-    """Of what has no tangent."""
+    """What has no tangent is as it is."""
     student, teacher = torch.randn(2, 4, 9)
     exact = in_eager(lambda s: kdfast.kl_div(s, teacher), student)
     with forward_ad.dual_level():
@@ -270,7 +270,7 @@ def test_an_empty_batch_is_refused() -> None:
 
 
 def test_names_and_signatures_stay() -> None:
-    """Of what is documented, inspected and pickled."""
+    """The wrapper shows what is documented, inspected and pickled."""
     import inspect
 
     for name, operator in OPERATORS.items():

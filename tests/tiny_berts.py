@@ -45,7 +45,7 @@ def masked_lm(seed: int, **options: Any) -> Any:
 
 
 def rows(count: int, tokens: bool = False) -> list[Row]:
-    """Of 3 to 12 tokens; with a class, or with token labels of which at least one counts."""
+    """Rows of 3 to 12 tokens; with a class, or with token labels of which at least one counts."""
     generator = torch.Generator().manual_seed(3)
     made: list[Row] = []
     for i in range(count):

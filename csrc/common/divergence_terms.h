@@ -42,15 +42,15 @@ enum class Divergence : int {
 // a second look know everything after the first.
 enum class Known : int { nothing, normalisers, everything };
 
-// Of a call: beta or skew, and 1 / the width of the whole vocabulary. Of a row, where terms ask for it (kOfRow): the
-// teacher's probability that is kept, and what is left of it over what is left of the student's.
+// Numbers of a call: beta or skew, and 1 / the width of the whole vocabulary; and of a row, where terms ask for them
+// (kOfRow): the teacher's probability that is kept, and what is left of it over what is left of the student's.
 template <class V>
 struct Settings {
   V mixing, per_vocabulary, kept{}, rest{};
 };
 
-// Of a top-k teacher, as it counts: probabilities below 1e-17 change no result, but would vanish among the columns that
-// the teacher does not have where they underflow.
+// A top-k teacher's log-probability, as it counts: probabilities below 1e-17 change no result, but would vanish among
+// the columns that the teacher does not have where they underflow.
 template <class Real>
 KDFAST_HD Real counted_log_probability(Real x) {
   return x < Real(-40) ? Real(-40) : x;
@@ -61,7 +61,7 @@ struct TermsBase {
   static constexpr bool kOfTeacher = false, kOfStudent = false;  // which moments the first look makes
   static constexpr bool kSecondLook = false;
   static constexpr bool kLogRatio = false;  // u asks for log_ratio
-  // Of logits, without a softmax: log_ratio = (z_s - z_t) * k, and moment_t = the sum of its squares.
+  // Whether it is of logits, without a softmax: log_ratio = (z_s - z_t) * k, and moment_t = the sum of its squares.
   static constexpr bool kDifference = false;
   static constexpr bool kTopk = false;   // the teacher is known in some columns, and -inf elsewhere
   static constexpr bool kOfRow = false;  // u asks for the row's `kept` and `rest`
@@ -166,7 +166,7 @@ struct SoftCrossEntropy : KlDiv<Math> {
   }
 };
 
-// Of the divergences that take a second look: its two sums. The bounded log_ratio would hide a row that is no
+// The divergences that take a second look, with its two sums. The bounded log_ratio would hide a row that is no
 // distribution.
 struct SecondLook : TermsBase {
   static constexpr bool kSecondLook = true, kLogRatio = true;

@@ -23,7 +23,7 @@ struct LayerCall {
 
   const char* op() const { return "layer_distance"; }
   int64_t layers() const { return int64_t(student.size()); }
-  // Of a dimension of [B, H, R, C].
+  // Size and stride of a dimension of [B, H, R, C].
   static int64_t size_of(const Tensor& t, int d) { return t.dim() == 4 ? t.size(d) : d == 1 ? 1 : t.size(d - (d > 1)); }
   static int64_t stride_of(const Tensor& t, int d) {
     return t.dim() == 4 ? t.stride(d) : d == 1 ? 0 : t.stride(d - (d > 1));

@@ -26,7 +26,7 @@ struct RowOffsets {
   }
 };
 
-// Of the first `leading` dimensions; false where more than kMax of them cannot be merged.
+// Offsets over the first `leading` dimensions; false where more than kMax of them cannot be merged.
 inline bool row_offsets(const int64_t* sizes, const int64_t* strides, int64_t leading, RowOffsets* to) {
   *to = {};
   for (int64_t d = leading - 1; d >= 0; --d) {

@@ -29,7 +29,7 @@ class QkHeads {
     scale_ = divisor > 0 ? upstream / divisor : 0;
   }
 
-  // Of every head its weight times its loss.
+  // Every head's weight times its loss.
   std::vector<double> run() const {
     std::vector<double> values(call_.all_heads());
     const int64_t groups = call_.layers() * call_.batch() * call_.key_heads();

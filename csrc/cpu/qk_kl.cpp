@@ -66,7 +66,7 @@ class Kl {
                  teacher_.q + i * t_);
     }
   }
-  // Of a tile; the transpose of each lies by itself.
+  // The keys of a tile; the transpose of each lies by itself.
   void read_keys(int64_t key, int64_t keys) {
     for (int64_t i = key; i < key + keys; ++i) {
       read_token(shape_.student, head_->student_k, head_->keys, i, shape_.student_size, 1, student_.k + i * s_);

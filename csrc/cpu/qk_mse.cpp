@@ -95,7 +95,8 @@ class Panels {
 
   // ---- scores ----
   void transpose_keys(int64_t n) { transpose(y_, widths_.all, n, widths_.all, y_transposed_, score_columns_); }
-  // Of the chunk at `begin` with `keys` keys from `first_key` on; above the diagonal zeros. Returns their squares' sum.
+  // Scores of the chunk at `begin` with `keys` keys from `first_key` on; zeros above the diagonal. Returns the sum of
+  // their squares.
   double make_scores(int64_t begin, int64_t n, int64_t first_key, int64_t keys) {
     multiply<Real>(n, padded<Real>(keys), widths_.all, {x_, widths_.all, 1}, y_transposed_, score_columns_, scores_,
                    score_columns_, false);

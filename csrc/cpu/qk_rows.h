@@ -27,7 +27,7 @@ struct QkHead {
   double value;                // a result
 };
 
-// Of one loss. Memory is given: the kernels have none of their own.
+// The kernels of one loss. Memory is given to them: they have none of their own.
 struct QkKernels {
   int64_t (*workspace)(const QkShape&);  // bytes
   int64_t (*key_sums)(const QkShape&);   // bytes of QkHead::student_dk

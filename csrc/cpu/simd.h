@@ -127,7 +127,7 @@ KDFAST_LOCAL V exp2(V x) {
 }
 
 // ---- log2(x) ----
-// Of normal numbers, below 1.5 ulp or 2^-24 of the exponent; 0 gives -inf, inf and NaN stay. Degree 8 minimax of
+// Error on normal numbers: below 1.5 ulp or 2^-24 of the exponent; 0 gives -inf, inf and NaN stay. Degree 8 minimax of
 // log2(1 + f) / f on [sqrt(1/2), sqrt(2)] - 1 (relative error 3e-8).
 KDFAST_LOCAL double log2(double x) { return __builtin_log2(x); }
 KDFAST_LOCAL Floats log2(Floats x) {

@@ -98,7 +98,7 @@ KDFAST_DEVICE uint32_t narrow_pair(Float16, float lo, float hi) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
   return pair;
 }
-// Of a NaN and a number, the number.
+// The larger of each; beside a NaN, the number.
 KDFAST_DEVICE uint32_t max_pair(BFloat16, uint32_t a, uint32_t b) {
   uint32_t most;
   asm("max.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));

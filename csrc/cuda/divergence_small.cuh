@@ -37,7 +37,7 @@ struct InLanes {
       }
     }
   }
-  // Of the lane's step-th vector (or single column).
+  // First column of the lane's step-th vector (or its only one).
   KDFAST_DEVICE int column(int step) const { return (step * lanes + lane) * kWidth; }
 
   template <class Terms>

@@ -11,7 +11,7 @@
 
 namespace kdfast::cuda {
 
-// Of our own: torch's STD_CUDA_CHECK needs a symbol that a CPU-only torch does not have.
+// A check of our own: torch's STD_CUDA_CHECK needs a symbol that a CPU-only torch does not have.
 inline void check_cuda(cudaError_t error, const char* op, const char* what) {
   if (error == cudaSuccess) return;
   throw std::runtime_error(std::string(op) + ": " + what + ": " + cudaGetErrorString(error));

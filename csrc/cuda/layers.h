@@ -13,7 +13,7 @@ namespace kdfast::cuda {
 // More are launched in turns: all of it has to fit the 32 KB that a kernel's parameters may take.
 constexpr int kMostLayers = 48, kMostHeads = 1024;
 
-// Of every layer and student head in turn.
+// The teacher's head and the weight of every layer and student head in turn.
 struct HeadTable {
   int16_t teacher[kMostHeads];  // -1: skipped
   float weight[kMostHeads];

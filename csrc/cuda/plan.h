@@ -44,8 +44,8 @@ struct RowPlan {
 // In whole vectors, or column by column: then more would be more code than they are worth.
 constexpr int64_t kRegisterColumns = 1024, kSingleColumns = 256;
 constexpr int kRegisterThreads = 128;
-// Of a block that has a row for itself, or a share of one. Two such blocks fit a multiprocessor with 80 registers per
-// thread: with 512 threads there would be 64, which are too few for most divergences.
+// Threads of a block that has a row for itself, or a share of one. Two such blocks fit a multiprocessor with 80
+// registers per thread: with 512 threads there would be 64, which are too few for most divergences.
 constexpr int kMaxRowThreads = 384;
 // Shared memory that the blocks and the warps of a row exchange, beside the row (cluster.cuh).
 constexpr int64_t exchange_bytes(int threads) { return 560 + threads; }

@@ -1,4 +1,4 @@
-// Of the losses of queries and keys (qk.cu): products as tiles of 64 x 64, 4 x 4 of a thread, from panels of 16 in
+// Products of the losses of queries and keys (qk.cu), as tiles of 64 x 64, 4 x 4 of a thread, from panels of 16 in
 // shared memory, whose operands are read through functions; and the tokens of a head as such functions.
 #pragma once
 #include "cuda/block.cuh"
@@ -17,7 +17,7 @@ KDFAST_DEVICE Shared& shared() { return *(Shared*)shared_memory(); }
 constexpr int64_t kShared = sizeof(Shared);
 static_assert(sizeof(Shared) >= kThreads * sizeof(double));
 
-// Of this thread: rows 4 y + i and columns 4 x + j of a tile.
+// Rows 4 y + i and columns 4 x + j of a tile are this thread's.
 KDFAST_DEVICE int row_of(int i) { return threadIdx.x / 16 * 4 + i; }
 KDFAST_DEVICE int column_of(int j) { return threadIdx.x % 16 * 4 + j; }
 
@@ -69,7 +69,7 @@ struct Tile {
   }
 };
 
-// Of a head: 0 where a token does not count.
+// The tokens of a head: 0 where one does not count.
 struct Tokens {
   const void* data;
   Element type;

@@ -23,7 +23,7 @@ Target target_of(const char* op, const torch::stable::Tensor& t);
 // KDFAST_CUDA_NO_CLUSTERS=1 in the environment makes any device look like one without clusters, for tests.
 DeviceLimits limits_of(const char* op, const Target& target);
 
-// Of float32, bfloat16 or float16.
+// The element of float32, bfloat16 or float16.
 inline Element element_of(torch::headeronly::ScalarType t) {
   if (t == torch::headeronly::ScalarType::BFloat16) return Element::bf16;
   return t == torch::headeronly::ScalarType::Half ? Element::f16 : Element::f32;

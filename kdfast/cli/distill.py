@@ -125,7 +125,7 @@ def _option(field: dataclasses.Field[Any]) -> Any:
 
 
 def _option_type(kind: Any) -> Any:
-    """Of the command line: lists are texts with commas, and None is what was not given."""
+    """A field's type on the command line: lists are texts with commas, and None is what was not given."""
     inner = next((part for part in typing.get_args(kind) if part is not types.NoneType), kind)
     if isinstance(kind, types.UnionType):
         kind = inner

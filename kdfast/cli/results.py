@@ -167,7 +167,7 @@ def _chosen(model: str, teacher: str | None) -> _Chosen:
 
 
 def _recipe_of(run: Path) -> ClassifierRecipe | None:
-    """Of a run of a classifier recipe; None of another."""
+    """The recipe of a run, if it is one of classifiers."""
     settings = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
     for recipe in RECIPES:
         if issubclass(recipe, ClassifierRecipe) and settings.get("recipe") == recipe.name:

@@ -160,7 +160,7 @@ def load(
 
 
 def fingerprint(rows: Any) -> str:
-    """Of a task's rows, whatever they were read from: their number and a digest of texts and labels."""
+    """What tells a task's rows, whatever they were read from: their number and a digest of texts and labels."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr(sorted(row.items())).encode())

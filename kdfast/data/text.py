@@ -86,7 +86,7 @@ def read_completions(path: Path, tokenizer: Any, length: int) -> list[Row]:
 
 
 def _content(path: Path) -> str:
-    """Of a file of text, without the byte order mark that some systems begin it with."""
+    """The content of a file of text, without the byte order mark that some systems begin it with."""
     try:
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -48,7 +48,7 @@ def product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 class _Product(torch.autograd.Function):
-    """Of 16-bit operands x [N, H] and weight [V, H], [N, V] in float32; the gradients are in the operands' dtype."""
+    """x @ weightᵀ, [N, V] in float32, of 16-bit x [N, H] and weight [V, H]; gradients are in the operands' dtype."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]

@@ -45,7 +45,7 @@ class LastHidden(NamedTuple):
         return self.weight.shape[0] if self.head is None else self.head.vocabulary  # type: ignore[union-attr]
 
     def make_logits(self, hidden: Tensor | None = None) -> Tensor:
-        """Of these hidden states [..., H], by default all: [..., V], float32 (float64 for float64)."""
+        """Logits [..., V] of these hidden states [..., H], by default all: float32 (float64 for float64)."""
         hidden = self.hidden if hidden is None else hidden
         if self.head is not None:
             return capped(self.head(hidden), self.softcap)
@@ -130,7 +130,7 @@ def language_model(model: nn.Module) -> Any:
 
 
 class _Call:
-    """Of a model's output embeddings, `head`, in one forward: of one row, while the hidden states go past."""
+    """Watches a model's output embeddings, `head`, in one forward of one row, while the hidden states go past."""
 
     def __init__(self, inner: Any, head: nn.Module) -> None:
         self.inner, self.head, self.sharded = inner, head, hasattr(head, "reshard")  # by FSDP2, in a group of its own

@@ -39,7 +39,7 @@ def classifier(task: tasks.Task, argument: str, source: str | Path) -> Any:
 
 
 def load_tokenizer(argument: str, source: str | Path) -> Any:
-    """Of a model. In a folder without one, transformers finds a tokenizer that knows no word.
+    """The tokenizer of a model. In a folder without one, transformers finds a tokenizer that knows no word.
 
     Raises:
         ValueError: it cannot be loaded, or is such a one.
@@ -86,7 +86,7 @@ def _check_not_quantised(config: Any) -> None:
 
 
 def _why_no_answer(who: str, source: str | Path) -> str | None:
-    """Of the Hub, where it is asked: not about what looks like a path."""
+    """Why the Hub gives nothing, of what may be a name there; what is only a path is refused."""
     if Path(source).is_file():
         raise ValueError(f"{who}: expected a folder or a name on the Hub, got a file")
     if str(source).startswith((os.sep, ".", "~")) or str(source).count(os.sep) > 1:

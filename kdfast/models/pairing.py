@@ -92,7 +92,7 @@ def check_ids(named: str, model: Any, rows: Iterable[Mapping[str, Any]]) -> None
 
 
 def _classes(config: Any) -> list[str]:
-    """Of a classifier in the order of their numbers, in lower case; transformers' LABEL_1, which says nothing, is 1."""
+    """Class names in the order of their numbers, in lower case; transformers' LABEL_1, which says nothing, is 1."""
     return [str(name).lower().removeprefix("label_") for _, name in sorted(config.id2label.items())]
 
 

@@ -57,7 +57,7 @@ class Features:
 
     @property
     def logits(self) -> Any:
-        """Of the model's own outputs, where it has any."""
+        """Logits of the model's own outputs, where it has any."""
         return getattr(self.outputs, "logits", None)
 
     @property
@@ -81,9 +81,9 @@ class _Record:
     wants_bias: bool = False
 
 
-# Of models that are read: a second Reader takes the first one's place.
+# Readers of the models that are read: a second Reader takes the first one's place.
 _readers: WeakKeyDictionary[nn.Module, Reader] = WeakKeyDictionary()
-# Of the forward pass that runs. Not while gradient checkpointing repeats one in the backward: a layer leaves one entry.
+# What the forward pass that runs leaves; not one that gradient checkpointing repeats: a layer leaves one entry.
 _record: _Record | None = None
 
 

@@ -26,7 +26,7 @@ def router_loss(model: nn.Module, outputs: Any) -> Tensor | None:
 
 
 def warn_of_router_loss(who: str, outputs: Any) -> None:
-    """Of outputs that have what such a loss is made of, with a gradient, where nothing trains on it.
+    """A warning where outputs have what such a loss is made of, with a gradient, and nothing trains on it.
     Python shows it once."""
     for name in ("aux_loss", "router_logits", "encoder_router_logits", "decoder_router_logits"):
         made = getattr(outputs, name, None)

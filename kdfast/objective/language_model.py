@@ -274,7 +274,7 @@ def _checked(side: str, model: nn.Module) -> Any:
     got = f"{name}, which also sees the tokens after a place"
     if name in {*masked.values()} - {*causal.values()}:
         _checks.wrong_value(who, side, f"a causal language model or an encoder-decoder ({others})", got)
-    # Of families of encoders: others need no such setting.
+    # Only families of encoders need such a setting.
     decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     if name in causal.values() and getattr(config, "model_type", None) in masked and not decodes:
         _checks.wrong_value(who, side, f"one with config.is_decoder=True ({others})", got)

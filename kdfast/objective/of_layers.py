@@ -43,7 +43,7 @@ class _OfLayers(Term):
         return layer_map(self.layers, count, max(self.layers.values()), name)
 
     def states(self, student: Any, teacher: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """Of every pair, in turn."""
+        """The states of every pair, in turn."""
         pairs = self.pairs(student, teacher)
         return [self._state(student, i) for i in pairs], [self._state(teacher, i) for i in pairs.values()]
 

@@ -227,7 +227,7 @@ class Labels(Term):
             counted = labels != OFF
             if weight is not None:
                 weight = weight.view(-1, *[1] * (labels.dim() - 1)).expand_as(labels)[counted]
-            # Of the logits of a vocabulary, only the rows that count.
+            # Only the rows that count: logits of a vocabulary are wide.
             logits, labels = logits[counted].to(dtype), labels[counted]
             smoothing, spans = self.label_smoothing, self.task == "spans"
             losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.0 if spans else smoothing)

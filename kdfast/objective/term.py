@@ -164,8 +164,8 @@ def token_mask(inputs: Inputs, shape: Sequence[int] | None = None) -> Tensor:
 
 
 def divisor(items: Tensor | float) -> Tensor:
-    """Of a sum over items, of which there may be less than one: the trainer averages their number over processes. Where there
-    are none, the sum is 0, and so is what is divided."""
+    """The divisor of a sum over items, of which there may be less than one: the trainer averages their number over
+    processes. Where there are none, the sum is 0, and so is what is divided."""
     return torch.as_tensor(items).clamp(min=1e-6)
 
 

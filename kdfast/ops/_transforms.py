@@ -63,7 +63,7 @@ class _Call:
 
 
 class _Once(torch.autograd.Function):
-    """Of a _Call and its tensors; without derivatives."""
+    """The operator of a _Call and its tensors; without derivatives."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -113,7 +113,7 @@ class _Value(_Once):
 
 
 class _Gradient(_Once):
-    """Of the tensors that are `wanted`: none of a teacher, zeros of which stand for it."""
+    """Gradients of the tensors that are `wanted`: none of a teacher, zeros of which stand for it."""
 
     @staticmethod
     def forward(  # type: ignore[override]

@@ -104,7 +104,7 @@ class Recipe(base.Recipe):
             raise ValueError("one of ce_weight, mlm_weight, cosine_weight, mse_weight must be positive")
 
     def objective(self, vocabulary: int) -> Terms:
-        """Of logits of so many tokens."""
+        """The objective, with logits of so many tokens."""
         tokens = "labels" if self.restrict_ce_to_mask else "all"
         terms = {
             "ce": Logits(tokens=tokens, temperature=self.temperature, weight=self.ce_weight),

@@ -66,7 +66,7 @@ def _places(path: Path, folder: Path) -> Iterator[Path]:
 
 
 def run_settings(run: Path) -> dict[str, Any] | None:
-    """Of the run in a folder; None where there is none."""
+    """The settings of the run in a folder; None where there is none."""
     if (run / CONFIG).is_file():
         settings = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
     elif (run / METRICS).is_file():

@@ -171,7 +171,7 @@ class Comparison:
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean: the standard deviation with n - 1, over √n. None of a single value."""
+    """The mean's: the standard deviation with n - 1, over √n. None of a single value."""
     return stdev(values) / sqrt(len(values)) if len(values) > 1 else None
 
 

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 
 def training(recipe: Any, folder: Path, **own: Any) -> TrainingArguments:
-    """Of a stage that trains a model into `folder`: what all recipes share, and a recipe's `own`."""
+    """Arguments of a stage that trains a model into `folder`: what all recipes share, and a recipe's `own`."""
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         **of_precision(recipe.precision),
@@ -42,7 +42,7 @@ def chosen(precision: str) -> str:
 
 
 def of_precision(precision: str) -> dict[str, Any]:
-    """Of `TrainingArguments`: the device and the precision of autocast; weights and optimizer states stay float32."""
+    """Device and precision of autocast for `TrainingArguments`; weights and optimizer states stay float32."""
     its = chosen(precision)
     return {"use_cpu": not torch.cuda.is_available(), "bf16": its == "bfloat16", "fp16": its == "float16"}
 

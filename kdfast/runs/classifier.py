@@ -315,7 +315,7 @@ class ClassifierRun:
         return results
 
     def _seconds(self, name: str, histories: dict[str, stages.History]) -> float:
-        """Of a model's training, and of the stages that it started from."""
+        """Seconds of a model's training, and of the stages that it started from."""
         before = self.starts.get(name)
         return stages.seconds(histories.get(name, [])) + (0.0 if before is None else self._seconds(before, histories))
 

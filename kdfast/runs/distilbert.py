@@ -244,7 +244,7 @@ class DistilBERTRun(LanguageRun):
         return quality(models, self.test, self.evenly)
 
     def timed_batch(self) -> Mapping[str, Tensor]:
-        """Of median length."""
+        """A batch of median length."""
         middle = sorted(self.test, key=_length)[len(self.test) // 2 :]
         return self.evenly(middle[:BATCH])
 

@@ -97,11 +97,11 @@ class LanguageRun:
         """Where the teacher is not ready, makes it, and the student's start anew."""
 
     def trainer(self, folder: Path) -> Trainer:
-        """Of the student, with its checkpoints in a folder `checkpoints` there."""
+        """The training of the student, with its checkpoints in a folder `checkpoints` there."""
         raise NotImplementedError
 
     def quality(self, models: Mapping[str, Any]) -> dict[str, measure.Metrics]:
-        """Of the models on the held-out rows."""
+        """Metrics of the models on the held-out rows."""
         raise NotImplementedError
 
     def timed_batch(self) -> Mapping[str, Tensor]:

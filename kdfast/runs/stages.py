@@ -111,7 +111,7 @@ class StageProgress(ProgressCallback):  # type: ignore[misc]
 
 
 def seconds(history: History) -> float:
-    """Of a stage's training, as `Seconds` left them; 0 where it did not."""
+    """Seconds of a stage's training, as `Seconds` left them; 0 where it did not."""
     return next((event["seconds"] for event in reversed(history) if "seconds" in event), 0.0)
 
 

@@ -16,7 +16,7 @@ from kdfast.teacher_cache._manifest import mismatch
 
 SAMPLES = 256  # values of each tensor that are hashed
 
-# Of a config: how a model is stored and called, not what it computes (its dtype is among the weights).
+# Entries of a config that say how a model is stored and called, not what it computes (its dtype is among the weights).
 USAGE = {
     "architectures",
     "dtype",

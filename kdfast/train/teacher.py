@@ -56,7 +56,7 @@ def check_apart(teacher: nn.Module | None, model: nn.Module) -> None:
 
 
 def _identity(parameter: Tensor) -> tuple[str, int]:
-    """Of a parameter's memory, where it has any of its own."""
+    """What tells a parameter: its memory, where it has any of its own."""
     plain = type(parameter) is nn.Parameter and parameter.device.type != "meta" and parameter.numel()
     return ("memory", parameter.data_ptr()) if plain else ("object", id(parameter))
 

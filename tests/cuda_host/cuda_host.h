@@ -51,7 +51,7 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs = 0;
 };
 namespace cuda_host {
-// Of the kernel that is launched next: a launch that needs an attribute must have set it.
+// What the next kernel was allowed: a launch that needs an attribute must have set it.
 inline int64_t allowed_shared = 48 << 10;
 inline bool allowed_large_cluster = false;
 }  // namespace cuda_host
