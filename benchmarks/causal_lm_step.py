@@ -1,10 +1,10 @@
 """20 steps of distilling SmolLM2 on real text: with all logits in plain torch, and with kdfast, which makes none.
 
-`python benchmarks/causal_lm_step.py [--output folder]`. Teacher: SmolLM2-135M-Instruct, float32; student: every third of
-its 30 layers, no dropout; rows of packed news, every token counts. Loss: alpha · T² · KL(teacher ‖ student) + (1 - alpha)
-· CE, AdamW. Both ways start from the same student and take turns, step by step, in one process; the largest difference of
-their losses, relative to the loss, is the first result. Memory is that of one step beyond models and optimizer: of a step
-in a process of its own.
+`python benchmarks/causal_lm_step.py [--output folder]`. Teacher: SmolLM2-135M-Instruct, float32; student: every third
+of its 30 layers, no dropout; rows of packed news, every token counts. Loss: alpha · T² · KL(teacher ‖ student)
++ (1 - alpha) · CE, AdamW. Both ways start from the same student and take turns, step by step, in one process; the largest
+difference of their losses, relative to the loss, is the first result. Memory is that of one step beyond models and
+optimizer: of a step in a process of its own.
 """
 
 from __future__ import annotations

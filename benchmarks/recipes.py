@@ -1,10 +1,12 @@
-"""Recipes on real data, over seeds: accuracy, KL to the teacher, latency and time of every one, on equal terms.
+r"""Recipes on real data, over seeds: accuracy, KL to the teacher, latency and time of every one, on equal terms.
 
-    python benchmarks/recipes.py [--seeds 0,1,2] [--only hinton,minilm] [--runs runs/recipes] [--output benchmarks/results]
+    python benchmarks/recipes.py [--seeds 0,1,2] [--only hinton,minilm] [--runs runs/recipes] \
+        [--output benchmarks/results]
 
-Ends with a table, and leaves it with its numbers and a plot in the output folder. Every cell is a run of `kdfast distill` in a folder of its own, and is finished, continued or skipped like one: interrupt this
-whenever you like and start it again. Of each seed there is one teacher. Every student is three layers, trained for three
-epochs at the same rate with batches in the same order; only the objective differs, and, where the name says so, the start.
+Ends with a table, and leaves it with its numbers and a plot in the output folder. Every cell is a run of
+`kdfast distill` in a folder of its own, and is finished, continued or skipped like one: interrupt this whenever you
+like and start it again. Of each seed there is one teacher. Every student is three layers, trained for three epochs at
+the same rate with batches in the same order; only the objective differs, and, where the name says so, the start.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 `python benchmarks/tinybert_step.py [--output folder]`. Teacher: all-MiniLM-L6-v2; student: layers 0, 2, 4 of it. Loss:
 Σ mse(scores), the student's layers to the teacher's second, fourth and sixth, and Σ mse(W h + b, h_t), four states.
-`published`: eager attention that returns its scores. `kdfast`: fused attention, `kdfast.hf.Reader`, no scores. Measured in turn in one process, once their gradients are seen to agree.
+`published`: eager attention that returns its scores. `kdfast`: fused attention, `kdfast.hf.Reader`, no scores. Measured
+in turn in one process, once their gradients are seen to agree.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ def capped(z: Tensor, softcap: float | None) -> Tensor:
 
 
 def probes(row: Tensor) -> Tensor:
-    """[1, n, V] float32 (float64) in place of one row of a head's logits [1, 1, V]: the row, and others of one number each."""
+    """[1, n, V] float32 (float64) in place of one row of a head's logits [1, 1, V]: the row,
+    and others of one number each."""
     row = row.detach().to(torch.promote_types(row.dtype, torch.float32))
     return torch.cat([row, *(torch.full_like(row, x) for x in _NUMBERS)], 1)
 

@@ -34,8 +34,8 @@ def teacher_inputs(teacher: nn.Module, inputs: Mapping[str, Any]) -> dict[str, A
     """A batch as the teacher reads it: a column `teacher_x` takes the place of x,
     where x is an argument of its forward.
 
-    With `teacher_input_ids` the student's columns of tokens, [B, L] like its own `input_ids`, are left out: another tokenizer
-    made them. A forward with `**kwargs` takes those of a tokenizer, named or not.
+    With `teacher_input_ids` the student's columns of tokens, [B, L] like its own `input_ids`, are left out: another
+    tokenizer made them. A forward with `**kwargs` takes those of a tokenizer, named or not.
 
     Raises:
         ValueError: `teacher_input_ids` for a teacher that takes none.

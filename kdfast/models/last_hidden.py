@@ -58,8 +58,8 @@ def _whole(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-# What models were seen to do to their logits, whether hooks keep their output embeddings from being a plain product, and in
-# which state.
+# What models were seen to do to their logits, whether hooks keep their output embeddings from being a plain product,
+# and in which state.
 _seen: WeakKeyDictionary[nn.Module, tuple[Any, Finish, bool]] = WeakKeyDictionary()
 
 
@@ -193,8 +193,8 @@ class _Call:
 
     @torch.compiler.disable  # it asks for values
     def is_product(self, maker: Any) -> bool:
-        """Hooks may have written where versions do not tell (inference mode, `.data`), or put another weight in for the time
-        of the product. Of shards that cannot be asked."""
+        """Hooks may have written where versions do not tell (inference mode, `.data`), or put another weight in for the
+        time of the product. Of shards that cannot be asked."""
         if is_dtensor(maker.weight):
             return True
         with torch.no_grad(), torch.autocast(**self.autocast):

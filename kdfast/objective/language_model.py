@@ -88,8 +88,8 @@ class LanguageModel:
                 _checks.wrong_value(who, "vocab_size", "1 or more, or None", self.vocab_size)
 
     def for_student(self, model: nn.Module) -> LanguageModel:
-        """The same objective, which knows before the student is run whether it is an encoder-decoder: tokens are counted
-        first, and a batch does not always tell."""
+        """The same objective, which knows before the student is run whether it is an encoder-decoder: tokens are
+        counted first, and a batch does not always tell."""
         return replace(self, _aligned=_is_encoder_decoder(_checked("student", model)))
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> LastHidden:

@@ -178,8 +178,8 @@ def check_run_folder(folder: Path, settings: Mapping[str, Any]) -> None:
 
 @contextmanager
 def anew(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Within the block the folder is empty. The run that it held is removed once the new one has written its settings; where
-    that is refused before, it is back.
+    """Within the block the folder is empty. The run that it held is removed once the new one has written its settings;
+    where that is refused before, it is back.
 
     Raises:
         ValueError: the new run is made of what lies in the folder.
