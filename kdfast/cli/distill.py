@@ -31,7 +31,7 @@ def add_recipes(app: typer.Typer) -> None:
 
 
 def _command(recipe: type[Recipe]) -> Callable[..., None]:
-    settings = dataclasses.fields(recipe)
+    settings, types_of = dataclasses.fields(recipe), typing.get_type_hints(recipe)
 
     def distill(
         output: Path | None, config: Path | None, print_config: bool, quick: bool, resume: bool, **given: Any
@@ -40,7 +40,7 @@ def _command(recipe: type[Recipe]) -> Callable[..., None]:
             values = {} if config is None else recipe.read_yaml(config)
             values |= recipe.quick if quick else {}
             values |= {name: value for name, value in given.items() if value is not None}
-            chosen = recipe(**{name: _parsed(settings, name, value) for name, value in values.items()})
+            chosen = recipe(**{name: _parsed(types_of[name], value) for name, value in values.items()})
         except (ValueError, TypeError) as error:
             raise typer.BadParameter(str(error)) from None
         if print_config:
@@ -62,7 +62,6 @@ def _command(recipe: type[Recipe]) -> Callable[..., None]:
             True,
         ),
     }
-    types_of = typing.get_type_hints(recipe)
     own = {
         field.name: (_option_type(types_of[field.name]), _option(field), None)
         for field in settings
@@ -126,17 +125,20 @@ def _option(field: dataclasses.Field[Any]) -> Any:
 
 def _option_type(kind: Any) -> Any:
     """A field's type on the command line: lists are texts with commas, and None is what was not given."""
-    inner = next((part for part in typing.get_args(kind) if part is not types.NoneType), kind)
-    if isinstance(kind, types.UnionType):
-        kind = inner
+    kind = _without_none(kind)
     return (str if typing.get_origin(kind) is tuple else kind) | None
 
 
-def _parsed(settings: tuple[dataclasses.Field[Any], ...], name: str, value: Any) -> Any:
-    kind = next(str(field.type) for field in settings if field.name == name)
-    if not isinstance(value, str) or "tuple" not in kind:
+def _parsed(kind: Any, value: Any) -> Any:
+    kind = _without_none(kind)
+    if not isinstance(value, str) or typing.get_origin(kind) is not tuple:
         return value
-    return layer_numbers(value) if "int" in kind else tuple(part.strip() for part in value.split(","))
+    return layer_numbers(value) if int in typing.get_args(kind) else tuple(part.strip() for part in value.split(","))
+
+
+def _without_none(kind: Any) -> Any:
+    parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return next(part for part in parts if part is not types.NoneType)
 
 
 def _listed(values: Any) -> str:
