@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -129,6 +129,12 @@ def language_model(model: nn.Module) -> Any:
     return inner
 
 
+def _outside_graphs(function: Callable[[Any], Any], of: Any) -> Any:
+    """`function(of)`, which asks for values. `torch.compiler.disable` as a decorator would import the compiler, which
+    takes a second, with kdfast."""
+    return torch.compiler.disable(function)(of) if torch.compiler.is_compiling() else function(of)
+
+
 class _Call:
     """Watches a model's output embeddings, `head`, in one forward of one row, while the hidden states go past."""
 
@@ -185,13 +191,12 @@ class _Call:
         found = [module for module, made, version in self.makers if made is self.row and _version(made) == version]
         self.maker: Any = found[0] if found else None
         if not self.checked:
-            self.disguised = self.maker is not None and not self.is_product(self.maker)
+            self.disguised = self.maker is not None and not _outside_graphs(self.is_product, self.maker)
         if self.disguised:
             self.maker = None
         self.passed = self.row.detach() if self.checked else probes(self.row)
         return self.passed.clone()  # the model may write to it
 
-    @torch.compiler.disable  # it asks for values
     def is_product(self, maker: Any) -> bool:
         """Hooks may have written where versions do not tell (inference mode, `.data`), or put another weight in for the
         time of the product. Of shards that cannot be asked."""
@@ -208,12 +213,11 @@ class _Call:
             got = f"{type(outputs).__name__} without them" if self.hidden else "no call of these"
             raise ValueError(f"kdfast: {self.name}: expected logits of its output embeddings, got {got}")
         if not self.checked:
-            self.look(outputs.logits)
+            _outside_graphs(self.look, outputs.logits)
         router = router_loss(self.inner, outputs)
         # The row, for parameters that only the loss reaches.
         return {"hidden": self.hidden[0], "row": self.row} | ({} if router is None else {"router_loss": router})
 
-    @torch.compiler.disable
     def look(self, logits: Tensor) -> None:
         finish = seen(self.passed, logits)
         if finish is None:
