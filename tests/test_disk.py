@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,11 @@ from kdfast.runs import stages
 LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes}, {bytes})); "
 
 
+def _hear_interrupts() -> None:
+    """What a shell runs in the background ignores Ctrl-C, and so would what a test starts there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
@@ -31,6 +37,7 @@ def _python(code: str, *arguments: object, **environment: str) -> subprocess.Com
         text=True,
         check=False,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", **environment},
+        preexec_fn=_hear_interrupts,
     )
 
 
@@ -216,6 +223,7 @@ def test_ctrl_c_while_importing(module: str, command: str, as_script: bool, tmp_
         check=False,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "fake"), here])},
+        preexec_fn=_hear_interrupts,
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "kdfast: stopped\n")
 
