@@ -7,7 +7,7 @@ the trainer in `kdfast.DistillationTrainer` (needs `pip install kdfast[train]`).
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -36,7 +36,10 @@ from kdfast.ops.qk import qk_attention_mse, qk_relation_kl  # noqa: E402
 from kdfast.ops.kd_loss import KDLossComponents, kd_loss  # noqa: E402
 from kdfast.ops.linear import linear_kd_loss, linear_topk_kd_loss  # noqa: E402
 from kdfast.ops.topk import topk_kl_div  # noqa: E402
-from kdfast import nn, objective  # noqa: E402
+from kdfast import nn  # noqa: E402
+
+if TYPE_CHECKING:
+    from kdfast import objective
 
 __all__ = [
     "DistillationTrainer",
@@ -67,7 +70,7 @@ __all__ = [
 ]
 
 
-_LATE = ("hf", "on_policy", "students", "teacher_cache")
+_LATE = ("hf", "objective", "on_policy", "students", "teacher_cache")
 
 
 def __getattr__(name: str) -> Any:
