@@ -88,23 +88,24 @@ def test_a_model_that_stays_the_same_is_looked_at_once(monkeypatch: pytest.Monke
     assert len(looks) == 2
 
 
+class Scaled(transformers.LlamaForCausalLM):
+    """With a scale that is trained."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = outputs.logits * self.scale
+        return outputs
+
+
 def test_what_is_neither_scale_nor_bias_nor_cap_is_refused() -> None:
     class Squared(transformers.LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             outputs = super().forward(*args, **kwargs)
             outputs.logits = outputs.logits**3
-            return outputs
-
-    class Scaled(transformers.LlamaForCausalLM):
-        """With a scale that is trained."""
-
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            self.scale = nn.Parameter(torch.ones(1))
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            outputs = super().forward(*args, **kwargs)
-            outputs.logits = outputs.logits * self.scale
             return outputs
 
     for kind in (Squared, Scaled):
@@ -192,17 +193,6 @@ def test_a_bias_that_changes_is_seen() -> None:
 @torch.no_grad()
 def test_a_parameter_of_the_model_that_changes_is_seen() -> None:
     """Where no gradient is wanted it is a scale like any other."""
-
-    class Scaled(transformers.LlamaForCausalLM):
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            self.scale = nn.Parameter(torch.ones(1))
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            outputs = super().forward(*args, **kwargs)
-            outputs.logits = outputs.logits * self.scale
-            return outputs
-
     model = Scaled(llama(0, 2).config).eval()
     for scale in (1.0, 2.5):
         model.scale.fill_(scale)
