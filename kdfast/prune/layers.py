@@ -1,0 +1,258 @@
+"""Where heads and neurons are in a transformer's layers: which rows and columns of which of its linear maps.
+
+    for layer in layers_of(model):
+        print(layer.name, layer.heads, layer.groups, layer.neurons)
+        for name, part in parts(layer, heads=torch.tensor([0, 3]), neurons=torch.arange(100)).items():
+            print(name, part.rows, part.columns)
+
+`ADAPTERS` says where they are in each architecture; `register` adds one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from kdfast.models.inputs import unwrapped
+from kdfast.models.student_parts import layers_path
+
+__all__ = ["ADAPTERS", "Adapter", "Layer", "Part", "layers_of", "matrix", "parts", "register", "sharing"]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Where the parts of an architecture's layers are: names of modules below a layer, linear maps all but `attention`.
+
+    attention: the module that makes the heads' outputs of hidden states, with head_dim or attention_head_size.
+    qkv: queries, keys, values; the same name three times where one map makes them side by side. output: what takes the
+    heads' outputs. expand, contract: of the feed-forward network; two of expand in a gated one, the same name twice
+    where one map makes both. without_heads: what `attention` returns where no head is left, of the module, the hidden
+    states and heads' outputs of width 0. width: attributes of `attention` that hold heads · head size.
+    returns_tuple: whether layers return a tuple.
+    """
+
+    attention: str
+    qkv: tuple[str, str, str]
+    output: str
+    expand: tuple[str, ...]
+    contract: str
+    without_heads: Callable[[Any, Tensor, Tensor], Any] = lambda attention, hidden, context: (context, None)
+    width: tuple[str, ...] = ()
+    returns_tuple: bool = False
+
+
+_BERT = Adapter(
+    "attention.self",
+    ("attention.self.query", "attention.self.key", "attention.self.value"),
+    "attention.output.dense",
+    ("intermediate.dense",),
+    "output.dense",
+)
+_LLAMA = Adapter(
+    "self_attn",
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj",
+    ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj",
+    without_heads=lambda attention, hidden, context: (attention.o_proj(context), None),
+)
+
+ADAPTERS: dict[str, Adapter] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
+    "distilbert": Adapter(
+        "attention",
+        ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        "attention.out_lin",
+        ("ffn.lin1",),
+        "ffn.lin2",
+        without_heads=lambda attention, hidden, context: (attention.out_lin(context), None),
+    ),
+    "albert": Adapter(
+        "attention",
+        ("attention.query", "attention.key", "attention.value"),
+        "attention.dense",
+        ("ffn",),
+        "ffn_output",
+        without_heads=lambda attention, hidden, context: (
+            attention.LayerNorm(hidden + attention.output_dropout(attention.dense(context))),
+            None,
+        ),
+    ),
+    "mpnet": Adapter(
+        "attention.attn",
+        ("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+        "attention.attn.o",
+        ("intermediate.dense",),
+        "output.dense",
+        without_heads=lambda attention, hidden, context: (attention.o(context), None),
+        width=("all_head_size",),
+        returns_tuple=True,
+    ),
+    "modernbert": Adapter(
+        "attn",
+        ("attn.Wqkv",) * 3,
+        "attn.Wo",
+        ("mlp.Wi",) * 2,
+        "mlp.Wo",
+        without_heads=lambda attention, hidden, context: (attention.out_drop(attention.Wo(context)), None),
+    ),
+    "gpt2": Adapter(
+        "attn",
+        ("attn.c_attn",) * 3,
+        "attn.c_proj",
+        ("mlp.c_fc",),
+        "mlp.c_proj",
+        without_heads=lambda attention, hidden, context: (attention.resid_dropout(attention.c_proj(context)), None),
+        width=("split_size",),
+    ),
+    "phi": Adapter(
+        "self_attn",
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "self_attn.dense",
+        ("mlp.fc1",),
+        "mlp.fc2",
+        without_heads=lambda attention, hidden, context: (attention.dense(context), None),
+    ),
+}
+
+
+def register(model_type: str, adapter: Adapter) -> None:
+    """Says where the parts of models whose `config.model_type` is `model_type` are."""
+    ADAPTERS[model_type] = adapter
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a model. name: of its module there. group_of: [heads], which group of keys and values each head reads;
+    neurons: of the feed-forward network."""
+
+    name: str
+    module: nn.Module
+    adapter: Adapter
+    head_size: int
+    group_of: Tensor
+    neurons: int
+
+    @property
+    def heads(self) -> int:
+        return len(self.group_of)
+
+    @property
+    def groups(self) -> int:
+        return int(self.group_of.max()) + 1 if self.heads else 0
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.module.get_submodule(self.adapter.attention)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a linear map keeps: rows and columns of its matrix [out, in], None: all. repeat: which of the heads that it
+    then makes follow one another, None: each once."""
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    repeat: Tensor | None = None
+
+
+def matrix(linear: nn.Module) -> Tensor:
+    """The weight as [out, in]; GPT-2 stores it transposed."""
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    return weight.mT if isinstance(linear, Conv1D) else weight
+
+
+def layers_of(model: nn.Module, op: str = "kdfast.prune") -> list[Layer]:
+    """The layers of a model of transformers, wrapped or not, in order; of ALBERT, whose layers share weights, the
+    distinct ones.
+
+    Raises:
+        TypeError: no model of transformers.
+        ValueError: an unknown architecture; the message says what to register.
+    """
+    inner: Any = unwrapped(model)
+    path = layers_path(op, inner)
+    adapter = ADAPTERS.get(inner.config.model_type)
+    if adapter is None:
+        raise ValueError(
+            f"{op}: model: expected one of {', '.join(sorted(ADAPTERS))}, got {inner.config.model_type!r}; to prune it: "
+            f"kdfast.prune.register({inner.config.model_type!r}, kdfast.prune.Adapter(...)) with the names of its parts"
+        )
+    if path is None:
+        prefix = "" if inner.base_model is inner else f"{inner.base_model_prefix}."
+        groups = inner.base_model.encoder.albert_layer_groups
+        names = [
+            f"{prefix}encoder.albert_layer_groups.{i}.albert_layers.{j}"
+            for i, group in enumerate(groups)
+            for j in range(len(group.albert_layers))
+        ]
+    else:
+        names = [f"{path}{i}" for i in range(len(inner.get_submodule(path.removesuffix("."))))]
+    return [_layer(name, inner.get_submodule(name), adapter) for name in names]
+
+
+def _layer(name: str, module: nn.Module, adapter: Adapter) -> Layer:
+    attention: Any = module.get_submodule(adapter.attention)
+    size = getattr(attention, "head_dim", None) or attention.attention_head_size
+    query, key = (module.get_submodule(part) for part in adapter.qkv[:2])
+    expand = module.get_submodule(adapter.expand[0])
+    heads = len(matrix(query)) // adapter.qkv.count(adapter.qkv[0]) // size
+    groups = heads if query is key else len(matrix(key)) // size
+    repeat = getattr(key, "repeat", torch.arange(groups))  # of a pruned model: RepeatedHeads
+    return Layer(
+        name,
+        module,
+        adapter,
+        size,
+        repeat.cpu().repeat_interleave(heads // max(1, len(repeat))),
+        len(matrix(expand)) // adapter.expand.count(adapter.expand[0]),
+    )
+
+
+def sharing(layer: Layer, heads: Tensor) -> tuple[Tensor, int, Tensor | None]:
+    """The groups of keys and values that these heads read, in order; how many heads, side by side, read one; and, where
+    the groups are read by different numbers of heads, how groups are repeated so that the same number reads each:
+    of heads 0, 1, 2, 3 | 4, 5 (two groups) two read one of groups 0, 0, 1."""
+    groups, counts = torch.unique_consecutive(layer.group_of[heads], return_counts=True)
+    if not len(groups):
+        return groups, 1, None
+    together = math.gcd(*counts.tolist())
+    times = counts // together
+    repeat = None if bool((times == 1).all()) else torch.arange(len(groups)).repeat_interleave(times)
+    return groups, together, repeat
+
+
+def parts(layer: Layer, heads: Tensor, neurons: Tensor) -> dict[str, Part]:
+    """What each linear map of the layer keeps, by name below the layer, for these heads and neurons in this order."""
+    adapter, size = layer.adapter, layer.head_size
+    groups, _, repeat = sharing(layer, heads)
+
+    def of_heads(chosen: Tensor) -> Tensor:
+        return (chosen[:, None] * size + torch.arange(size)).flatten()
+
+    def stacked(names: tuple[str, ...], rows: list[Tensor], lengths: list[int]) -> dict[str, Tensor]:
+        """The rows of each map; where one makes several parts side by side, each part's after those before it."""
+        found: dict[str, list[Tensor]] = {}
+        before: dict[str, int] = {}
+        for name, mine, length in zip(names, rows, lengths, strict=True):
+            found.setdefault(name, []).append(mine + before.get(name, 0))
+            before[name] = before.get(name, 0) + length
+        return {name: torch.cat(all_rows) for name, all_rows in found.items()}
+
+    lengths = [layer.heads * size, layer.groups * size, layer.groups * size]
+    qkv = stacked(adapter.qkv, [of_heads(heads), of_heads(groups), of_heads(groups)], lengths)
+    count = len(adapter.expand)
+    expand = stacked(adapter.expand, [neurons] * count, [layer.neurons] * count)
+    query = adapter.qkv[0]
+    made = {name: Part(rows=rows, repeat=None if name == query else repeat) for name, rows in qkv.items()}
+    made[adapter.output] = Part(columns=of_heads(heads))
+    made.update({name: Part(rows=rows) for name, rows in expand.items()})
+    made[adapter.contract] = Part(columns=neurons)
+    return made
