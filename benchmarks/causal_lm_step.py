@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from kdfast import students
-from kdfast.bench import harness
+from kdfast.bench import harness, timing
 from kdfast.data import demo, text
 from kdfast.objective import LanguageModel
 
@@ -114,10 +114,10 @@ def measure(rows: int, length: int, steps: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for batch in batches(rows, length, steps):
         for way, run in both.items():
-            harness.synchronize(DEVICE)
+            timing.synchronize(DEVICE)
             start = time.perf_counter()
             losses[way].append(run.step(batch))
-            harness.synchronize(DEVICE)
+            timing.synchronize(DEVICE)
             times[way].append(time.perf_counter() - start)
     apart = max(abs(a - b) / a for a, b in zip(*losses.values(), strict=True))
     if not apart < TOLERANCE:

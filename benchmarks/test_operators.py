@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdfast.bench import harness
+from kdfast.bench import harness, timing
 from kdfast.bench.registry import OPERATORS
 from kdfast.bench.registry.operator import apply, tensors
 
@@ -32,6 +32,6 @@ def test_speed(case: harness.Case, benchmark: Any) -> None:
         loss = apply(operator.function, student, teacher, **more)
         if case.gradient:
             torch.autograd.grad(loss, tensors(student))
-        harness.synchronize(DEVICE)
+        timing.synchronize(DEVICE)
 
     benchmark(call)

@@ -23,7 +23,7 @@ MAY: dict[str, set[str]] = {
     "nn": {"ops"},
     "bench": {"ops", "nn"},
     "data": {"ops"},
-    "models": {"ops", "data"},
+    "models": {"ops", "bench", "data"},
     "prune": {"ops", "nn", "data", "models"},
     "objective": {"ops", "data", "models"},
     "teacher_cache": {"ops", "data", "models"},

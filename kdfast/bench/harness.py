@@ -16,7 +16,6 @@ import os
 import platform
 import re
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kdfast import _C, __version__
+from kdfast.bench import timing
 from kdfast.bench.registry import OPERATORS, Operator
 from kdfast.bench.registry.operator import Side, apply, cast, mapped, tensors
 
@@ -73,24 +73,9 @@ def cases(only: str = "*", device: str = "cpu", sweep: bool = False) -> Iterator
                     yield case
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def interleaved(functions: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, float]:
     """Median milliseconds of each, called in turn until about `seconds` are spent on all of them."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        function()  # compilation, allocator, caches
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or min(map(len, times.values())) < 5:
-        for name, function in functions.items():
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            times[name].append(1e3 * (time.perf_counter() - start))
+    times = timing.interleaved(functions, device, seconds=seconds)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

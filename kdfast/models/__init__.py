@@ -1,1 +1,1 @@
-"""transformers' models as kdfast reads, loads and makes them. May import: data, ops."""
+"""transformers' models as kdfast reads, loads and makes them. May import: bench, data, ops."""

@@ -6,7 +6,6 @@ measure.evaluate({"teacher": "org/bert-sst2", "student": "runs/hinton/student"},
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from transformers import (
 import kdfast
 from kdfast.data import metrics, tasks
 from kdfast.data.distances import to_teacher
-from kdfast.models import pairing
+from kdfast.models import cost, pairing
 from kdfast.models.first_token import shortcut
 from kdfast.models.loading import classifier, device, load_tokenizer, named
 from kdfast.objective import model_inputs
@@ -115,10 +114,10 @@ def measure(
             results[name] |= against_teacher(logits[name], logits[teacher], task.kind)
         results[name] |= size(of.model, Path(of.source))
         if not results[name]["megabytes"]:  # of the Hub, or not in safetensors
-            results[name]["megabytes"] = sum(p.numel() * p.element_size() for p in of.model.parameters()) / 1e6
+            results[name]["megabytes"] = cost.megabytes(of.model)
     for count in LATENCY_ROWS:
         ready = {name: _Ready(of, count) for name, of in candidates.items()}
-        for name, milliseconds in latencies_ms(ready, {}).items():
+        for name, milliseconds in cost.latencies_ms(ready, {}, device()).items():
             key = f"latency_ms_batch_{count}"
             results[name] |= {key: median(milliseconds), key + FAST: min(milliseconds)}
             results[name][key + SLOW] = max(milliseconds)
@@ -167,31 +166,12 @@ def versions() -> dict[str, str]:
 def size(model: nn.Module, folder: Path) -> Metrics:
     """Number of parameters, and megabytes (10⁶ bytes) of the weights saved in `folder`."""
     saved = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return {"parameters": sum(p.numel() for p in model.parameters()), "megabytes": saved / 1e6}
+    return {"parameters": cost.parameters(model), "megabytes": saved / 1e6}
 
 
 def latency_ms(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], repeats: int = 15) -> dict[str, float]:
-    """Median milliseconds of a forward pass, of `latencies_ms`."""
-    return {name: median(values) for name, values in latencies_ms(models, batch, repeats).items()}
-
-
-def latencies_ms(
-    models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], repeats: int = 15
-) -> dict[str, list[float]]:
-    """Milliseconds of forward passes; the models take turns, so that a slow moment hits all of them alike."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for model in models.values():
-        model.eval()
-    with torch.inference_mode():
-        for repeat in range(-2, repeats):  # two rounds to warm up
-            for name, model in models.items():
-                start = time.perf_counter()
-                model(**batch)
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                if repeat >= 0:
-                    times[name].append(1e3 * (time.perf_counter() - start))
-    return times
+    """Median milliseconds of a forward pass, of `kdfast.models.cost.latencies_ms`."""
+    return {name: median(values) for name, values in cost.latencies_ms(models, batch, device(), repeats).items()}
 
 
 SLOW, FAST = "_slowest", "_fastest"

@@ -1,0 +1,66 @@
+"""What a model costs: its parameters, the bytes of its weights, the arithmetic and the time of a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdfast.bench import timing
+from kdfast.models.inputs import unwrapped
+
+
+def parameters(model: nn.Module) -> int:
+    """How many numbers are trained or could be; shared parameters once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def megabytes(model: nn.Module) -> float:
+    """10⁶ bytes of what `save_pretrained` writes into safetensors, without the header; shared tensors once."""
+    weights: Mapping[str, Tensor] = unwrapped(model).state_dict()
+    stored = {(x.data_ptr(), x.shape): x.numel() * x.element_size() for x in weights.values()}
+    return sum(stored.values()) / 1e6
+
+
+def flops(model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """Floating-point operations of a forward pass, 2 for a multiplication with an addition, by torch's counter.
+
+    Matrix products, convolutions and attention are counted, attention also where positions are masked; norms,
+    activations, softmax and looking up embeddings are not. Of a compiled model, as it is without the compiler.
+    """
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with evaluating(model), FlopCounterMode(display=False, custom_mapping={attention: _of_attention}) as counter:
+        unwrapped(model)(**batch)
+    return int(counter.get_total_flops())
+
+
+def _of_attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """torch counts every fused attention but the one of CPUs; from the shapes [B, H, L, d]."""
+    return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
+
+
+def latencies_ms(
+    models: Mapping[str, nn.Module], batch: Mapping[str, Any], device: str, repeats: int = 15
+) -> dict[str, list[float]]:
+    """Milliseconds of forward passes in evaluation mode, `repeats` of each; the models take turns."""
+    calls = {name: lambda model=model: model(**batch) for name, model in models.items()}
+    with evaluating(*models.values()):
+        return timing.interleaved(calls, device, rounds=repeats, warm=2)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """In its block models are in evaluation mode and nothing has gradients; then every module is in its own mode again."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

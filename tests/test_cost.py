@@ -1,0 +1,82 @@
+"""What models cost: counted as formulas and saved files say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from torch import nn
+
+from kdfast.bench import timing
+from kdfast.models import cost
+
+ROWS, LENGTH = 3, 7
+
+
+def by_hand(config: Any, causal: bool) -> int:
+    """Twice the multiplications of a Llama, or of a BERT with its pooler and classifier."""
+    width, neurons, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    heads = config.num_attention_heads
+    groups, size = getattr(config, "num_key_value_heads", heads), getattr(config, "head_dim", width // heads)
+    of_token = width * size * (2 * heads + 2 * groups) + (3 if causal else 2) * width * neurons
+    attention = 2 * heads * LENGTH * LENGTH * size
+    layer = ROWS * (LENGTH * of_token + attention)
+    head = ROWS * (LENGTH * width * config.vocab_size if causal else width * width + width * config.num_labels)
+    return 2 * (layers * layer + head)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("name", ["bert", "qwen3"])
+def test_flops_are_those_of_the_formula(name: str, padded: bool, attention: str) -> None:
+    """Fused attention counts as much as eager; groups of keys are no extra; padding makes nothing less."""
+    model = tiny_models.make(name, attn_implementation=attention).float()
+    batch = tiny_models.batch(model, rows=ROWS, length=LENGTH)
+    if not padded:
+        del batch["attention_mask"]
+    assert cost.flops(model, batch) == by_hand(model.config, name in tiny_models.CAUSAL)
+
+
+def test_compiled_models_are_counted_as_they_are_without() -> None:
+    model = tiny_models.make("bert")
+    batch = tiny_models.batch(model)
+    assert cost.flops(torch.compile(model), batch) == cost.flops(model, batch) > 0
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_bytes_are_those_of_the_file(name: str, tmp_path: Path) -> None:
+    """Without the header; GPT-2 embeds words by the same weights that it predicts them by, which are saved once."""
+    model = tiny_models.make(name).float()
+    model.save_pretrained(tmp_path)
+    stored = (tmp_path / "model.safetensors").read_bytes()
+    header = int.from_bytes(stored[:8], "little")
+    assert json.loads(stored[8 : 8 + header])
+    assert cost.megabytes(model) * 1e6 == pytest.approx(len(stored) - 8 - header)
+    assert cost.megabytes(torch.compile(model)) == cost.megabytes(model)
+    assert cost.parameters(model) * 4e-6 == pytest.approx(cost.megabytes(model))
+
+
+def test_modules_are_in_their_own_modes_again() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout())).train()
+    model[1].eval()
+    seen = []
+    model[0].register_forward_hook(lambda module, *_: seen.append((module.training, torch.is_inference_mode_enabled())))
+    times = cost.latencies_ms({"it": model}, {"input": torch.ones(2)}, "cpu", repeats=3)
+    assert seen == [(False, True)] * 5  # two to warm up
+    assert [len(values) for values in times.values()] == [3]
+    assert all(value > 0 for value in times["it"])
+    assert [module.training for module in model.modules()] == [True, True, False, False]
+    with pytest.raises(ZeroDivisionError), cost.evaluating(model):
+        _ = 1 / 0
+    assert [module.training for module in model.modules()] == [True, True, False, False]
+
+
+def test_calls_take_turns() -> None:
+    order: list[str] = []
+    times = timing.interleaved({name: lambda name=name: order.append(name) for name in "ab"}, "cpu", rounds=3)
+    assert order == ["a", "b"] * 4
+    assert [len(values) for values in times.values()] == [3, 3]
