@@ -15,6 +15,7 @@ import tiny_reviews
 import torch
 from command_line import call, classifier_run, refused, width
 from huggingface_hub.errors import HFValidationError
+from rich.console import Console
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -25,8 +26,9 @@ from transformers import (
 )
 
 from kdfast.data import metrics, tasks
-from kdfast.models import loading
+from kdfast.models import cost, loading
 from kdfast.recipes import hinton
+from kdfast.results import measure, tables
 
 # ---- evaluate ----
 NAMES = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
@@ -113,6 +115,10 @@ def test_models_measured_as_plain_torch_does(
         assert row["agreement"] == pytest.approx((logits.argmax(-1) == theirs.argmax(-1)).float().mean().item())
         assert row["latency_ms_batch_1"] > 0
         assert row["latency_ms_batch_32"] > 0
+    middle = sorted(test["text"], key=lambda text: len(text.split()))[len(test) // 2]
+    row_of_median_length = AutoTokenizer.from_pretrained(its)(middle, return_tensors="pt")
+    assert stored["models"]["teacher"]["gflop"] == cost.flops(teacher, row_of_median_length) / 1e9
+    assert 0 < stored["models"]["model"]["gflop"] < stored["models"]["teacher"]["gflop"]
     assert 0 < stored["models"]["model"]["agreement"] < 1
     assert stored["models"]["model"]["parameters"] == sum(p.numel() for p in model.parameters())
     assert stored["models"]["model"]["megabytes"] == (folder / "model.safetensors").stat().st_size / 1e6
@@ -124,6 +130,22 @@ def test_models_measured_as_plain_torch_does(
     assert (alone["task"]["rows"], alone["task"]["max_length"]) == (20, 5)
     assert "kl_to_teacher" not in alone["models"]["model"]
     assert list(alone["models"]) == ["model"]
+
+
+def test_what_computes_less_and_is_no_faster_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    def row(gflop: float, ms: float) -> dict[str, float]:
+        latency = {"latency_ms_batch_32" + part: ms for part in ("", measure.FAST, measure.SLOW)}
+        return {"accuracy": 0.9, "parameters": 1e6 * gflop, "megabytes": 4.0, "gflop": gflop, **latency}
+
+    models = {"fast": row(1, 10), "slow": row(1, 19.5), "as large": row(2, 20), "teacher": row(2, 20)}
+    for teacher, told in (("teacher", True), (None, False)):
+        Console(width=80).print(tables.evaluation_table(models, "reviews", 8, teacher))
+        shown = " ".join(capsys.readouterr().out.split())
+        assert (
+            "slow with 32 rows: nothing got faster (1.03 × as fast): 50 % of the arithmetic is gone" in shown
+        ) is told
+        assert shown.count("nothing got faster") == told
+        assert "GFLOP" in shown
 
 
 def test_regressor_has_both_correlations(reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Rows of a forward pass.", min=1)] = 64,
     output: Annotated[Path | None, typer.Option(help="JSON file of the results.")] = None,
 ) -> None:
-    """Measures a classifier on the test rows of a task: quality, distance to a teacher, size and latency.
+    """Measures a classifier on the test rows of a task: quality, distance to a teacher, size, arithmetic and latency.
+
+    A pruned model is measured beside what it was made of: --teacher.
 
     Of a run's folder (`kdfast distill hinton`, `patient-kd`, `minilm`), all its models, on the run's data and against
     its teacher. Classes must be the data's, in the same order.
@@ -105,7 +107,7 @@ def evaluate(
     except AssetError as error:
         fail(str(error), 1)
     rows = len(task.test)
-    console.print(tables.evaluation_table(results, shown_name(task.name), rows))
+    console.print(tables.evaluation_table(results, shown_name(task.name), rows, chosen.teacher))
     if output is not None:
         facts = {"data": task.name, "kind": task.kind, "metric": task.metric, "rows": rows, "max_length": length}
         sources = {name: str(of) for name, of in chosen.sources.items()}

@@ -102,8 +102,8 @@ def evaluate(
 def measure(
     candidates: Mapping[str, Candidate], task: tasks.Task, teacher: str | None = None, batch_size: int = BATCH
 ) -> dict[str, Metrics]:
-    """By the candidates' names: what `kdfast.data.metrics` gives, parameters, megabytes, and milliseconds of a forward
-    pass of 1 and of 32 rows, the median, fastest and slowest.
+    """By the candidates' names: what `kdfast.data.metrics` gives, parameters, megabytes, 10⁹ operations of a forward pass
+    of one row, and milliseconds of one of 1 and of 32 rows, the median, fastest and slowest.
     Beside a candidate named `teacher` also `kdfast.data.distances.to_teacher`."""
     logits = {name: _logits(of, batch_size) for name, of in candidates.items()}
     results = {}
@@ -115,6 +115,7 @@ def measure(
         results[name] |= size(of.model, Path(of.source))
         if not results[name]["megabytes"]:  # of the Hub, or not in safetensors
             results[name]["megabytes"] = cost.megabytes(of.model)
+        results[name]["gflop"] = cost.flops(_Ready(of, 1), {}) / 1e9
     for count in LATENCY_ROWS:
         ready = {name: _Ready(of, count) for name, of in candidates.items()}
         for name, milliseconds in cost.latencies_ms(ready, {}, device()).items():

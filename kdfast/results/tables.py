@@ -9,8 +9,9 @@ from statistics import fmean
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from kdfast.prune import Cost, advice
 from kdfast.results.compare import Comparison, standard_error
-from kdfast.results.measure import FAST, SLOW, Metrics
+from kdfast.results.measure import FAST, LATENCY_ROWS, SLOW, Metrics
 
 
 def _table(title: str, caption: str, headings: Sequence[str]) -> Table:
@@ -134,6 +135,7 @@ def language_table(results: Mapping[str, Metrics], caption: str) -> Table:
 MORE_HEADINGS = {
     "spearman": ("Spearman", 1, 3),
     "exact_match": ("exact\n%", 100, 1),
+    "gflop": ("GFLOP,\n1", 1, 2),
     "perplexity": ("perplexity", 1, 2),
     "tokens_per_second": ("tokens\nper s", 1, 0),
 }
@@ -149,13 +151,14 @@ def _form(value: float, digits: int) -> str:
     return f".{digits}f" if abs(value) < 1e5 else ".1e"
 
 
-def evaluation_table(results: Mapping[str, Metrics], data: str, rows: int) -> Table:
-    """One row per model, in the order given, with everything that was measured."""
+def evaluation_table(results: Mapping[str, Metrics], data: str, rows: int, teacher: str | None = None) -> Table:
+    """One row per model, in the order given, with everything that was measured; below it, which of them compute less
+    than their teacher and are no faster."""
     every = dict.fromkeys(name for row in results.values() for name in row)
     names = [name for name in every if not name.endswith((SLOW, FAST))]
     table = _table(
         f"{data}: on {rows:,} test rows",
-        _distances(names) + _latencies(results.values()),
+        _distances(names) + _latencies(results.values()) + _no_faster(results, teacher),
         [column_of(name)[0] for name in names],
     )
     for title, row in results.items():
@@ -166,6 +169,21 @@ def evaluation_table(results: Mapping[str, Metrics], data: str, rows: int) -> Ta
             cells.append(f"{value:{_form(value, digits)}}{_spread(row, name)}" if name in row else "–")
         table.add_row(title, *cells)
     return table
+
+
+def _no_faster(results: Mapping[str, Metrics], teacher: str | None) -> str:
+    if teacher is None:
+        return ""
+    costs = {name: _cost(row) for name, row in results.items()}
+    less = (name for name, of in costs.items() if of.gflop < costs[teacher].gflop)
+    told = {name: advice(costs[teacher], costs[name]) for name in less}
+    return "".join(f". {name} with {LATENCY_ROWS[-1]} rows: {text}" for name, text in told.items() if text)
+
+
+def _cost(row: Metrics) -> Cost:
+    latency = f"latency_ms_batch_{LATENCY_ROWS[-1]}"
+    milliseconds = (row[latency + FAST], row[latency], row[latency + SLOW])
+    return Cost(int(row["parameters"]), row["megabytes"], row["gflop"], milliseconds)
 
 
 COMPARED = ("kl_to_teacher", "mse_to_teacher", "agreement", "parameters")
