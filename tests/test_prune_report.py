@@ -12,7 +12,8 @@ import torch
 
 from kdfast import prune
 from kdfast.models import cost
-from kdfast.prune.report import BUSY, FASTER, Cost, Report, advice
+from kdfast.models.cost import Cost
+from kdfast.prune.report import BUSY, FASTER, Report, advice
 
 BEFORE = Cost(100, 4.0, 10.0, (10.0, 10.0, 10.5))
 
@@ -109,3 +110,5 @@ def test_what_cannot_be_reported() -> None:
     ):
         with pytest.raises(ValueError, match=f"^kdfast.prune.report: .*{re.escape(expected)}"):
             prune.report(before, after, given)
+    with pytest.raises(ValueError, match=r"^kdfast\.prune\.report: repeats: expected at least 1, got 0$"):
+        prune.report(model, copy.deepcopy(model), batch, repeats=0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,6 +14,31 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdfast.bench import timing
 from kdfast.models.inputs import unwrapped
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a model. parameters: their number, shared ones once. megabytes: 10⁶ bytes of its weights in safetensors.
+    gflop: 10⁹ operations of a forward pass, as `flops` counts them. milliseconds: of each of its forward passes."""
+
+    parameters: int
+    megabytes: float
+    gflop: float
+    milliseconds: tuple[float, ...]
+
+    @property
+    def ms(self) -> float:
+        """The median."""
+        return median(self.milliseconds)
+
+
+def measured(models: Mapping[str, nn.Module], batch: Mapping[str, Any], device: str, repeats: int) -> dict[str, Cost]:
+    """What models cost for the same batch; their forward passes as in `latencies_ms`."""
+    times = latencies_ms(models, batch, device, repeats)
+    return {
+        name: Cost(parameters(model), megabytes(model), flops(model, batch) / 1e9, tuple(times[name]))
+        for name, model in models.items()
+    }
 
 
 def parameters(model: nn.Module) -> int:

@@ -5,35 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdfast.models import cost
+from kdfast.models.cost import Cost
 from kdfast.models.inputs import model_inputs, unwrapped
 
 __all__ = ["Cost", "Report", "advice", "report"]
 
 FASTER = 1.05  # less may be chance
 BUSY = 1.25  # times the fastest pass: a median in which something else had a part
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of a model. parameters: their number, shared ones once. megabytes: 10⁶ bytes of its weights in safetensors.
-    gflop: 10⁹ operations of a forward pass (`kdfast.models.cost.flops`). milliseconds: of each of its forward passes."""
-
-    parameters: int
-    megabytes: float
-    gflop: float
-    milliseconds: tuple[float, ...]
-
-    @property
-    def ms(self) -> float:
-        """The median."""
-        return median(self.milliseconds)
 
 
 @dataclass(frozen=True)
@@ -105,16 +89,13 @@ def report(before: nn.Module, after: nn.Module, batch: Mapping[str, Any], *, rep
         UserWarning: it is less than 1.05 times as fast; with the likeliest reason and what to do.
 
     Raises:
-        ValueError: one model given twice, models on two devices, a batch on another, or one without tokens.
+        ValueError: one model given twice, models on two devices, a batch on another, or one without tokens, no repeats.
     """
+    if repeats < 1:
+        raise ValueError(f"kdfast.prune.report: repeats: expected at least 1, got {repeats}")
     device, tokens = _checked(before, after, batch)
-    inputs, models = model_inputs(before, batch), {"before": before, "after": after}
-    times = cost.latencies_ms(models, inputs, device, repeats)
-    old, new = (
-        Cost(cost.parameters(model), cost.megabytes(model), cost.flops(model, inputs) / 1e9, tuple(times[name]))
-        for name, model in models.items()
-    )
-    made = Report(old, new, tokens, device, torch.get_num_threads())
+    costs = cost.measured({"before": before, "after": after}, model_inputs(before, batch), device, repeats)
+    made = Report(costs["before"], costs["after"], tokens, device, torch.get_num_threads())
     if made.advice is not None:
         warnings.warn(f"kdfast.prune.report: {made.advice}", stacklevel=2)
     return made

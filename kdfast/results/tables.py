@@ -9,7 +9,8 @@ from statistics import fmean
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from kdfast.prune import Cost, advice
+from kdfast.models.cost import Cost
+from kdfast.prune import advice
 from kdfast.results.compare import Comparison, standard_error
 from kdfast.results.measure import FAST, LATENCY_ROWS, SLOW, Metrics
 
