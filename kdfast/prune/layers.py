@@ -23,7 +23,19 @@ from kdfast.models.inputs import unwrapped
 from kdfast.models.student_parts import layers_path
 from kdfast.prune.modules import Nothing, RepeatedHeads, WithoutHeads
 
-__all__ = ["ADAPTERS", "Adapter", "Layer", "Part", "layers_of", "matrix", "parts", "register", "sharing"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Layer",
+    "Part",
+    "layers_of",
+    "matrix",
+    "parts",
+    "parts_of_heads",
+    "parts_of_neurons",
+    "register",
+    "sharing",
+]
 
 
 @dataclass(frozen=True)
@@ -178,7 +190,8 @@ class Part:
 
 
 def matrix(linear: nn.Module) -> Tensor:
-    """The weight as [out, in]; GPT-2 stores it transposed."""
+    """The weight as [out, in], which GPT-2 stores transposed; below an adapter of peft that of the layer it adapts."""
+    linear = getattr(linear, "base_layer", linear)
     weight: Tensor = linear.weight  # type: ignore[assignment]
     return weight.mT if isinstance(linear, Conv1D) else weight
 
@@ -218,11 +231,11 @@ def _layer(name: str, module: nn.Module, adapter: Adapter) -> Layer:
     expand = module.get_submodule(adapter.expand[0])
     neurons = 0 if isinstance(expand, Nothing) else len(matrix(expand)) // adapter.expand.count(adapter.expand[0])
     if isinstance(attention, WithoutHeads):
-        return Layer(name, module, adapter, size, torch.empty(0, dtype=torch.int64), neurons)
+        return Layer(name, module, adapter, size, torch.empty(0, dtype=torch.int64, device="cpu"), neurons)
     query, key = (module.get_submodule(part) for part in adapter.qkv[:2])
     heads = len(matrix(query)) // adapter.qkv.count(adapter.qkv[0]) // size
     groups = heads if query is key else len(matrix(key)) // size
-    repeat = key.repeat.cpu() if isinstance(key, RepeatedHeads) else torch.arange(groups)
+    repeat = key.repeat.cpu() if isinstance(key, RepeatedHeads) else torch.arange(groups, device="cpu")
     return Layer(name, module, adapter, size, repeat.repeat_interleave(heads // len(repeat)), neurons)
 
 
@@ -235,37 +248,49 @@ def sharing(layer: Layer, heads: Tensor) -> tuple[Tensor, int, Tensor | None]:
         return groups, 1, None
     together = math.gcd(*counts.tolist())
     times = counts // together
-    repeat = None if bool((times == 1).all()) else torch.arange(len(groups)).repeat_interleave(times)
+    repeat = (
+        None if bool((times == 1).all()) else torch.arange(len(groups), device=groups.device).repeat_interleave(times)
+    )
     return groups, together, repeat
 
 
 def parts(layer: Layer, heads: Tensor, neurons: Tensor) -> dict[str, Part]:
     """What each linear map of the layer keeps, by name below the layer, for these heads and neurons in this order. A
     part of the layer that is gone altogether, in a model made smaller before, has none."""
+    return parts_of_heads(layer, heads) | parts_of_neurons(layer, neurons)
+
+
+def parts_of_heads(layer: Layer, heads: Tensor) -> dict[str, Part]:
+    """Those of `parts` that depend on the heads."""
+    if not layer.heads:
+        return {}
     adapter, size = layer.adapter, layer.head_size
     groups, _, repeat = sharing(layer, heads)
 
     def of_heads(chosen: Tensor) -> Tensor:
-        return (chosen[:, None] * size + torch.arange(size)).flatten()
-
-    def stacked(names: tuple[str, ...], rows: list[Tensor], lengths: list[int]) -> dict[str, Tensor]:
-        """The rows of each map; where one makes several parts side by side, each part's after those before it."""
-        found: dict[str, list[Tensor]] = {}
-        before: dict[str, int] = {}
-        for name, mine, length in zip(names, rows, lengths, strict=True):
-            found.setdefault(name, []).append(mine + before.get(name, 0))
-            before[name] = before.get(name, 0) + length
-        return {name: torch.cat(all_rows) for name, all_rows in found.items()}
+        return (chosen[:, None] * size + torch.arange(size, device=chosen.device)).flatten()
 
     lengths = [layer.heads * size, layer.groups * size, layer.groups * size]
-    qkv = stacked(adapter.qkv, [of_heads(heads), of_heads(groups), of_heads(groups)], lengths)
-    count = len(adapter.expand)
-    expand = stacked(adapter.expand, [neurons] * count, [layer.neurons] * count)
-    query, made = adapter.qkv[0], dict[str, Part]()
-    if layer.heads:
-        made = {name: Part(rows=rows, repeat=None if name == query else repeat) for name, rows in qkv.items()}
-        made[adapter.output] = Part(columns=of_heads(heads))
-    if layer.neurons:
-        made.update({name: Part(rows=rows) for name, rows in expand.items()})
-        made[adapter.contract] = Part(columns=neurons)
-    return made
+    qkv = _stacked(adapter.qkv, [of_heads(heads), of_heads(groups), of_heads(groups)], lengths)
+    query = adapter.qkv[0]
+    made = {name: Part(rows=rows, repeat=None if name == query else repeat) for name, rows in qkv.items()}
+    return made | {adapter.output: Part(columns=of_heads(heads))}
+
+
+def parts_of_neurons(layer: Layer, neurons: Tensor) -> dict[str, Part]:
+    """Those of `parts` that depend on the neurons."""
+    if not layer.neurons:
+        return {}
+    adapter, count = layer.adapter, len(layer.adapter.expand)
+    expand = _stacked(adapter.expand, [neurons] * count, [layer.neurons] * count)
+    return {name: Part(rows=rows) for name, rows in expand.items()} | {adapter.contract: Part(columns=neurons)}
+
+
+def _stacked(names: tuple[str, ...], rows: list[Tensor], lengths: list[int]) -> dict[str, Tensor]:
+    """The rows of each map; where one makes several parts side by side, each part's after those before it."""
+    found: dict[str, list[Tensor]] = {}
+    before: dict[str, int] = {}
+    for name, mine, length in zip(names, rows, lengths, strict=True):
+        found.setdefault(name, []).append(mine + before.get(name, 0))
+        before[name] = before.get(name, 0) + length
+    return {name: torch.cat(all_rows) for name, all_rows in found.items()}
