@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -29,12 +27,13 @@ from kdfast.prune.masked import (
     restore,
 )
 from kdfast.prune.masks import Masks, check
+from kdfast.prune.modules import RepeatedHeads
 
 __all__ = ["apply", "remove"]
 
 _OP = "kdfast.prune.apply"
 _APPLIED = "_kdfast_applied"  # the attribute of a layer that says what it is masked by
-Maps = dict[str, tuple[nn.Module, ...]]
+Maps = dict[str, tuple[nn.Module, ...]]  # by name below the layer
 
 
 def apply(model: nn.Module, masks: Masks) -> None:
@@ -76,11 +75,10 @@ def apply(model: nn.Module, masks: Masks) -> None:
     places = _places(inner)
     kind = inner.config.model_type
     check(_OP, masks, [place.layer for place in places], kind)
-    lives = masks.layers.tolist()
-    maps = [place.maps(live) for place, live in zip(places, lives, strict=True)]  # refuses before anything changes
+    maps = [place.maps() for place in places]  # which refuses before anything changes
     with torch.inference_mode(False):  # indices made in it could not be saved for a backward
-        for i, place in enumerate(places):
-            _apply_to(place.layer, kind, maps[i], masks.heads[i], masks.neurons[i], lives[i])
+        for i, (place, lives) in enumerate(zip(places, masks.layers.tolist(), strict=True)):
+            _apply_to(place.layer, kind, maps[i], masks.heads[i], masks.neurons[i], lives)
 
 
 def remove(model: nn.Module) -> None:
@@ -152,38 +150,30 @@ class _Place:
     """A layer, and how its linear maps are found, in whose place others may have come since (an adapter's)."""
 
     def __init__(self, layer: Layer) -> None:
-        adapter = layer.adapter
-        self.layer = layer
-        self._names = [
-            [*dict.fromkeys((*adapter.qkv, adapter.output))],
-            [*dict.fromkeys((*adapter.expand, adapter.contract))],
-        ]
-        self._find = [attrgetter(*names) for names in self._names]
-        self._own = attrgetter(layer.name)
+        adapter, self.layer = layer.adapter, layer
+        of_heads, of_neurons = (*adapter.qkv, adapter.output), (*adapter.expand, adapter.contract)
+        self._names = [[*dict.fromkeys(of_heads if layer.heads else ())], [*dict.fromkeys(of_neurons)]]
+        if not layer.neurons:
+            self._names[1] = []
 
     def is_in(self, model: nn.Module) -> bool:
         try:
-            return self._own(model) is self.layer.module
+            return attrgetter(self.layer.name)(model) is self.layer.module  # type: ignore[no-any-return]
         except AttributeError:
             return False
 
-    def maps(self, lives: bool) -> tuple[Maps, Maps]:
+    def maps(self) -> tuple[Maps, Maps]:
         """The linear maps by name, of the heads and of the neurons."""
-        layer = self.layer
-        takes = (layer.adapter.output, layer.adapter.contract)
-        for what, module in ((layer.adapter.attention, layer.attention), ("", layer.module)):
-            ...
+        name, module, adapter = self.layer.name, self.layer.module, self.layer.adapter
+        takes = (adapter.output, adapter.contract)
         of_heads, of_neurons = (
-            {
-                name: _leaves(f"{layer.name}.{name}", module, name in takes)
-                for name, module in zip(names, find(layer.module), strict=True)
-            }
-            for names, find in zip(self._names, self._find, strict=True)
+            {of: _linear_maps(f"{name}.{of}", attrgetter(of)(module), of in takes) for of in names}
+            for names in self._names
         )
         return of_heads, of_neurons
 
 
-# Of the models that were masked: finding all layers of one takes a hundred times as long as finding them unchanged.
+# Of models that were masked: to see that a layer is still there takes a tenth of the time of finding it.
 _known: WeakKeyDictionary[nn.Module, list[_Place]] = WeakKeyDictionary()
 
 
@@ -194,19 +184,24 @@ def _places(model: nn.Module) -> list[_Place]:
     return places
 
 
-@functools.cache
-def _is_map(of: type[nn.Module]) -> bool:
-    """Whether a module of this class is weight, bias and nothing else; heads of `RepeatedHeads` are repeated anew."""
-    return of.forward in (nn.Linear.forward, Conv1D.forward, MaskedMap.forward) or hasattr(of, "repeat")
-
-
-def _leaves(name: str, module: Any, takes: bool) -> tuple[nn.Module, ...]:
-    """The linear maps that a module is: itself; of LoRA the map below and those of the adapters that take its inputs,
-    or make its outputs."""
-    if _is_map(type(module)):
-        found = (module,)
-    elif hasattr(module, "lora_A") and not getattr(module, "lora_variant", None):
+def _linear_maps(name: str, module: Any, takes: bool) -> tuple[nn.Module, ...]:
+    """What a module is as linear maps: itself; with LoRA the map below it and those of its adapters that take its
+    inputs, or make its outputs."""
+    if _is_map(type(module)) and "forward" not in module.__dict__:
+        return (module,)
+    found = (module,)
+    if hasattr(module, "lora_A") and not getattr(module, "lora_variant", None):
         found = (module.base_layer, *(module.lora_A if takes else module.lora_B).values())
-    else:
-        found = (module,)
-    ...
+    for one in found:
+        if not _is_map(type(one)):
+            expected = f"nn.Linear, Conv1D, or LoRA of peft on one, as {name}"
+            _checks.wrong_type(_OP, "model", expected, type(one).__name__)
+        if "forward" in one.__dict__:
+            expected = f"{name} with the forward of its class"
+            _checks.wrong_value(_OP, "model", expected, "one that was set on it (accelerate does, for a device_map)")
+    return found
+
+
+def _is_map(of: type[nn.Module]) -> bool:
+    """Whether modules of this class are weight, bias and nothing else; what repeats heads is masked with them."""
+    return issubclass(of, RepeatedHeads) or of.forward in (nn.Linear.forward, Conv1D.forward, MaskedMap.forward)
