@@ -1,6 +1,9 @@
 """Structured pruning: masks of heads, neurons and layers, models that compute only what lives, smaller models of them.
 May import `ops`, `nn`, `data`, `models`."""
 
+from kdfast.prune.apply import apply, remove
+from kdfast.prune.layers import Adapter, register
+from kdfast.prune.masks import Masks
 from kdfast.prune.report import Cost, Report, advice, report
 
-__all__ = ["Cost", "Report", "advice", "report"]
+__all__ = ["Adapter", "Cost", "Masks", "Report", "advice", "apply", "register", "remove", "report"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,21 @@ from transformers.pytorch_utils import Conv1D
 
 from kdfast.models.inputs import unwrapped
 from kdfast.models.student_parts import layers_path
+from kdfast.prune.modules import Nothing, RepeatedHeads, WithoutHeads
 
-__all__ = ["ADAPTERS", "Adapter", "Layer", "Part", "layers_of", "matrix", "parts", "register", "sharing"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Layer",
+    "Part",
+    "layers_of",
+    "matrix",
+    "parts",
+    "parts_of_heads",
+    "parts_of_neurons",
+    "register",
+    "sharing",
+]
 
 
 @dataclass(frozen=True)
@@ -33,8 +46,10 @@ class Adapter:
     qkv: queries, keys, values; the same name three times where one map makes them side by side. output: what takes the
     heads' outputs. expand, contract: of the feed-forward network; two of expand in a gated one, the same name twice
     where one map makes both. without_heads: what `attention` returns where no head is left, of the module, the hidden
-    states and heads' outputs of width 0. width: attributes of `attention` that hold heads · head size.
-    returns_tuple: whether layers return a tuple.
+    states and heads' outputs of width 0. width: attributes of `attention` that hold heads · head size. per_head:
+    arguments of its forward that have all heads in dimension 1. returns_tuple: whether layers return a tuple. norms:
+    what only the attention and what only the feed-forward network reads, which goes with it. made_later: of modules
+    that the first layer is made without, which others they are like.
     """
 
     attention: str
@@ -44,7 +59,10 @@ class Adapter:
     contract: str
     without_heads: Callable[[Any, Tensor, Tensor], Any] = lambda attention, hidden, context: (context, None)
     width: tuple[str, ...] = ()
+    per_head: tuple[str, ...] = ()
     returns_tuple: bool = False
+    norms: tuple[str, ...] = ()
+    made_later: tuple[tuple[str, str], ...] = ()
 
 
 _BERT = Adapter(
@@ -61,11 +79,13 @@ _LLAMA = Adapter(
     ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down_proj",
     without_heads=lambda attention, hidden, context: (attention.o_proj(context), None),
+    norms=("input_layernorm", "post_attention_layernorm"),
 )
 
 ADAPTERS: dict[str, Adapter] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
-    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma"), _LLAMA),
+    **dict.fromkeys(("gemma2", "gemma3_text"), replace(_LLAMA, norms=("input_layernorm", "pre_feedforward_layernorm"))),
     "distilbert": Adapter(
         "attention",
         ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
@@ -93,6 +113,7 @@ ADAPTERS: dict[str, Adapter] = {
         "output.dense",
         without_heads=lambda attention, hidden, context: (attention.o(context), None),
         width=("all_head_size",),
+        per_head=("position_bias",),
         returns_tuple=True,
     ),
     "modernbert": Adapter(
@@ -102,6 +123,8 @@ ADAPTERS: dict[str, Adapter] = {
         ("mlp.Wi",) * 2,
         "mlp.Wo",
         without_heads=lambda attention, hidden, context: (attention.out_drop(attention.Wo(context)), None),
+        norms=("attn_norm", "mlp_norm"),
+        made_later=(("attn_norm", "mlp_norm"),),
     ),
     "gpt2": Adapter(
         "attn",
@@ -111,6 +134,7 @@ ADAPTERS: dict[str, Adapter] = {
         "mlp.c_proj",
         without_heads=lambda attention, hidden, context: (attention.resid_dropout(attention.c_proj(context)), None),
         width=("split_size",),
+        norms=("ln_1", "ln_2"),
     ),
     "phi": Adapter(
         "self_attn",
@@ -164,7 +188,8 @@ class Part:
 
 
 def matrix(linear: nn.Module) -> Tensor:
-    """The weight as [out, in]; GPT-2 stores it transposed."""
+    """The weight as [out, in], which GPT-2 stores transposed; below an adapter of peft that of the layer it adapts."""
+    linear = getattr(linear, "base_layer", linear)
     weight: Tensor = linear.weight  # type: ignore[assignment]
     return weight.mT if isinstance(linear, Conv1D) else weight
 
@@ -201,19 +226,15 @@ def layers_of(model: nn.Module, op: str = "kdfast.prune") -> list[Layer]:
 def _layer(name: str, module: nn.Module, adapter: Adapter) -> Layer:
     attention: Any = module.get_submodule(adapter.attention)
     size = getattr(attention, "head_dim", None) or attention.attention_head_size
-    query, key = (module.get_submodule(part) for part in adapter.qkv[:2])
     expand = module.get_submodule(adapter.expand[0])
+    neurons = 0 if isinstance(expand, Nothing) else len(matrix(expand)) // adapter.expand.count(adapter.expand[0])
+    if isinstance(attention, WithoutHeads):
+        return Layer(name, module, adapter, size, torch.empty(0, dtype=torch.int64, device="cpu"), neurons)
+    query, key = (module.get_submodule(part) for part in adapter.qkv[:2])
     heads = len(matrix(query)) // adapter.qkv.count(adapter.qkv[0]) // size
     groups = heads if query is key else len(matrix(key)) // size
-    repeat = getattr(key, "repeat", torch.arange(groups))  # of a pruned model: RepeatedHeads
-    return Layer(
-        name,
-        module,
-        adapter,
-        size,
-        repeat.cpu().repeat_interleave(heads // max(1, len(repeat))),
-        len(matrix(expand)) // adapter.expand.count(adapter.expand[0]),
-    )
+    repeat = key.repeat.cpu() if isinstance(key, RepeatedHeads) else torch.arange(groups, device="cpu")
+    return Layer(name, module, adapter, size, repeat.repeat_interleave(heads // len(repeat)), neurons)
 
 
 def sharing(layer: Layer, heads: Tensor) -> tuple[Tensor, int, Tensor | None]:
@@ -225,34 +246,49 @@ def sharing(layer: Layer, heads: Tensor) -> tuple[Tensor, int, Tensor | None]:
         return groups, 1, None
     together = math.gcd(*counts.tolist())
     times = counts // together
-    repeat = None if bool((times == 1).all()) else torch.arange(len(groups)).repeat_interleave(times)
+    repeat = (
+        None if bool((times == 1).all()) else torch.arange(len(groups), device=groups.device).repeat_interleave(times)
+    )
     return groups, together, repeat
 
 
 def parts(layer: Layer, heads: Tensor, neurons: Tensor) -> dict[str, Part]:
-    """What each linear map of the layer keeps, by name below the layer, for these heads and neurons in this order."""
+    """What each linear map of the layer keeps, by name below the layer, for these heads and neurons in this order. A
+    part of the layer that is gone altogether, in a model made smaller before, has none."""
+    return parts_of_heads(layer, heads) | parts_of_neurons(layer, neurons)
+
+
+def parts_of_heads(layer: Layer, heads: Tensor) -> dict[str, Part]:
+    """Those of `parts` that depend on the heads."""
+    if not layer.heads:
+        return {}
     adapter, size = layer.adapter, layer.head_size
     groups, _, repeat = sharing(layer, heads)
 
     def of_heads(chosen: Tensor) -> Tensor:
-        return (chosen[:, None] * size + torch.arange(size)).flatten()
-
-    def stacked(names: tuple[str, ...], rows: list[Tensor], lengths: list[int]) -> dict[str, Tensor]:
-        """The rows of each map; where one makes several parts side by side, each part's after those before it."""
-        found: dict[str, list[Tensor]] = {}
-        before: dict[str, int] = {}
-        for name, mine, length in zip(names, rows, lengths, strict=True):
-            found.setdefault(name, []).append(mine + before.get(name, 0))
-            before[name] = before.get(name, 0) + length
-        return {name: torch.cat(all_rows) for name, all_rows in found.items()}
+        return (chosen[:, None] * size + torch.arange(size, device=chosen.device)).flatten()
 
     lengths = [layer.heads * size, layer.groups * size, layer.groups * size]
-    qkv = stacked(adapter.qkv, [of_heads(heads), of_heads(groups), of_heads(groups)], lengths)
-    count = len(adapter.expand)
-    expand = stacked(adapter.expand, [neurons] * count, [layer.neurons] * count)
+    qkv = _stacked(adapter.qkv, [of_heads(heads), of_heads(groups), of_heads(groups)], lengths)
     query = adapter.qkv[0]
     made = {name: Part(rows=rows, repeat=None if name == query else repeat) for name, rows in qkv.items()}
-    made[adapter.output] = Part(columns=of_heads(heads))
-    made.update({name: Part(rows=rows) for name, rows in expand.items()})
-    made[adapter.contract] = Part(columns=neurons)
-    return made
+    return made | {adapter.output: Part(columns=of_heads(heads))}
+
+
+def parts_of_neurons(layer: Layer, neurons: Tensor) -> dict[str, Part]:
+    """Those of `parts` that depend on the neurons."""
+    if not layer.neurons:
+        return {}
+    adapter, count = layer.adapter, len(layer.adapter.expand)
+    expand = _stacked(adapter.expand, [neurons] * count, [layer.neurons] * count)
+    return {name: Part(rows=rows) for name, rows in expand.items()} | {adapter.contract: Part(columns=neurons)}
+
+
+def _stacked(names: tuple[str, ...], rows: list[Tensor], lengths: list[int]) -> dict[str, Tensor]:
+    """The rows of each map; where one makes several parts side by side, each part's after those before it."""
+    found: dict[str, list[Tensor]] = {}
+    before: dict[str, int] = {}
+    for name, mine, length in zip(names, rows, lengths, strict=True):
+        found.setdefault(name, []).append(mine + before.get(name, 0))
+        before[name] = before.get(name, 0) + length
+    return {name: torch.cat(all_rows) for name, all_rows in found.items()}
