@@ -1,0 +1,127 @@
+"""Encoders with half of their heads and neurons gone: time of a forward pass, whole, masked and smaller.
+
+`python benchmarks/pruned_encoder.py [--output folder]`. all-MiniLM-L6-v2 (6 layers, 384 wide) and an encoder of the
+shape of BERT-base with random weights, float32. Of every layer half of the heads and half of the neurons live, drawn
+with a fixed seed. `masked`: `kdfast.prune.apply`, in place; `smaller`: `kdfast.prune.compact`. The three take turns in
+one process, once masked and smaller are seen to compute the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModel, BertConfig, BertModel
+
+from kdfast import prune
+from kdfast.bench import harness
+from kdfast.data import demo
+from kdfast.models import cost
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = ((32, 128), (1, 128))  # rows, tokens
+WAYS = ("whole", "masked", "smaller")
+TOLERANCE = 1e-4  # of outputs of layer norms, about 1
+
+
+def minilm() -> Any:
+    return AutoModel.from_pretrained(demo.fetch(demo.MINILM), local_files_only=True)
+
+
+def bert_base() -> Any:
+    torch.manual_seed(0)
+    return BertModel(BertConfig())
+
+
+ENCODERS = {"all-MiniLM-L6-v2": minilm, "BERT-base's shape": bert_base}
+
+
+def half(model: Any) -> prune.Masks:
+    """Masks under which every other head and neuron lives, in no order."""
+    masks, generator = prune.Masks.full(model), torch.Generator().manual_seed(0)
+    for mask in (*masks.heads, *masks.neurons):
+        mask[torch.randperm(len(mask), generator=generator)[: len(mask) // 2]] = False
+    return masks
+
+
+def ways(model: Any) -> dict[str, Any]:
+    """The model in each of `WAYS`."""
+    masks, masked = half(model), copy.deepcopy(model)
+    prune.apply(masked, masks)
+    return dict(zip(WAYS, (model, masked, prune.compact(model, masks)), strict=True))
+
+
+def difference(models: dict[str, Any], batch: dict[str, Tensor]) -> float:
+    """The largest between masked and smaller outputs. Not finite where these are also those of the whole model."""
+    with cost.evaluating(*models.values()):
+        whole, masked, smaller = (models[way](**batch).last_hidden_state for way in WAYS)
+    apart = float((masked - smaller).abs().max())
+    return apart if (whole - masked).abs().max() > 0.01 else float("inf")
+
+
+def measure(repeats: int, cases: tuple[tuple[int, int], ...]) -> list[dict[str, Any]]:
+    results = []
+    for name, make in ENCODERS.items():
+        models = ways(make().to(DEVICE).eval())
+        for rows, tokens in cases:
+            batch = {"input_ids": torch.randint(1000, 2000, (rows, tokens), device=DEVICE)}
+            apart = difference(models, batch)
+            if not apart < TOLERANCE:
+                raise AssertionError(f"{name}: outputs differ by {apart}: not worth timing")
+            for way, of in cost.measured(models, batch, DEVICE, repeats).items():
+                case = {"encoder": name, "rows": rows, "tokens": tokens, "way": way, "difference": apart}
+                spread = {"ms": of.ms, "fastest_ms": min(of.milliseconds), "slowest_ms": max(of.milliseconds)}
+                size = {"parameters": of.parameters, "megabytes": of.megabytes, "gflop": of.gflop}
+                results.append(case | size | spread)
+    return results
+
+
+HEADER = (
+    *("encoder, rows × tokens", "parameters M", "GFLOP", "ms", "ms, masked", "ms, smaller"),
+    *("× masked", "× smaller"),
+)
+
+
+def table(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A line per encoder and batch."""
+    lines = []
+    for i in range(0, len(results), len(WAYS)):
+        whole, masked, smaller = results[i : i + len(WAYS)]
+        lines.append(
+            (
+                f"{whole['encoder']}, {whole['rows']} × {whole['tokens']}",
+                f"{whole['parameters'] / 1e6:.1f} → {smaller['parameters'] / 1e6:.1f}",
+                f"{whole['gflop']:.1f} → {smaller['gflop']:.1f}",
+                *(f"{of['ms']:.1f}" for of in (whole, masked, smaller)),
+                *(f"{whole['ms'] / of['ms']:.2f}" for of in (masked, smaller)),
+            )
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="folder for JSON and table")
+    parser.add_argument("--repeats", type=int, default=30, help="forward passes of each (default 30)")
+    options = parser.parse_args()
+    facts = harness.environment(DEVICE)
+    results = measure(options.repeats, CASES)
+    shown = Table(*HEADER)
+    for line in table(results):
+        shown.add_row(*line)
+    Console(width=140).print(shown)
+    if options.output is not None:
+        path = harness.write(results, facts, harness.results_path(facts, options.output, "pruned-encoder"))
+        rows = [HEADER, ("---", *("---:",) * (len(HEADER) - 1)), *table(results)]
+        path.with_suffix(".md").write_text("\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
