@@ -103,13 +103,15 @@ def _remove_layers(smaller: Any, path: str | None, kept: Sequence[int]) -> None:
 def _reshape(layer: Layer, smaller: nn.Module, heads: Tensor, neurons: Tensor) -> None:
     """Gives a layer's copy, whose weights are cut, the modules that fit."""
     groups, _, repeat = sharing(layer, heads)
+    before = shape_of(layer)
     shape = replace(
-        shape_of(layer),
+        before,
         heads=len(heads),
         groups=len(groups),
         neurons=len(neurons),
-        repeated=None if repeat is None else len(repeat),
+        repeat=None if repeat is None else tuple(repeat.tolist()),
     )
-    before: Tensor | None = getattr(layer.attention, "own_heads", None)
-    own = heads if before is None else before.cpu()[heads]
-    reshape(replace(layer, module=smaller), shape, repeat, None if before is None and len(own) == layer.heads else own)
+    if layer.adapter.per_head and len(heads) < layer.heads:
+        numbers = before.own_heads or range(layer.heads)
+        shape = replace(shape, own_heads=tuple(numbers[i] for i in heads.tolist()))
+    reshape(replace(layer, module=smaller), shape)

@@ -55,11 +55,13 @@ def rebuild(model: Any, record: dict[str, Any]) -> None:
     if len(layers) != len(record["layers"]):
         _checks.wrong_value(op, "layers", f"shapes of {len(layers)} layers", len(record["layers"]))
     for layer, listed in zip(layers, record["layers"], strict=True):
-        reshape(layer, Shape(**{**listed, "later": tuple(listed.get("later", ()))}))
+        reshape(layer, Shape(**{name: tuple(x) if isinstance(x, list) else x for name, x in listed.items()}))
 
 
 def _listed(shape: Shape) -> dict[str, Any]:
-    return {name: value for name, value in asdict(shape).items() if value not in (None, ())}
+    """As JSON has it, with lists, so that a record reads the same before and after."""
+    given = {name: value for name, value in asdict(shape).items() if value not in (None, ())}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
 
 # ---- what a config can say ----

@@ -85,9 +85,7 @@ _LLAMA = Adapter(
 ADAPTERS: dict[str, Adapter] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
     **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma"), _LLAMA),
-    **dict.fromkeys(
-        ("gemma2", "gemma3_text"), replace(_LLAMA, norms=("input_layernorm", "pre_feedforward_layernorm"))
-    ),
+    **dict.fromkeys(("gemma2", "gemma3_text"), replace(_LLAMA, norms=("input_layernorm", "pre_feedforward_layernorm"))),
     "distilbert": Adapter(
         "attention",
         ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
@@ -235,7 +233,7 @@ def _layer(name: str, module: nn.Module, adapter: Adapter) -> Layer:
     query, key = (module.get_submodule(part) for part in adapter.qkv[:2])
     heads = len(matrix(query)) // adapter.qkv.count(adapter.qkv[0]) // size
     groups = heads if query is key else len(matrix(key)) // size
-    repeat = key.repeat.cpu() if isinstance(key, RepeatedHeads) else torch.arange(groups, device="cpu")
+    repeat = torch.tensor(key.repeat if isinstance(key, RepeatedHeads) else range(groups), device="cpu")
     return Layer(name, module, adapter, size, repeat.repeat_interleave(heads // len(repeat)), neurons)
 
 
