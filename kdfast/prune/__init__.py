@@ -2,8 +2,9 @@
 May import `ops`, `nn`, `data`, `models`."""
 
 from kdfast.prune.apply import apply, remove
+from kdfast.prune.compact import compact
 from kdfast.prune.layers import Adapter, register
 from kdfast.prune.masks import Masks
 from kdfast.prune.report import Cost, Report, advice, report
 
-__all__ = ["Adapter", "Cost", "Masks", "Report", "advice", "apply", "register", "remove", "report"]
+__all__ = ["Adapter", "Cost", "Masks", "Report", "advice", "apply", "compact", "register", "remove", "report"]

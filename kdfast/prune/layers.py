@@ -233,7 +233,7 @@ def _layer(name: str, module: nn.Module, adapter: Adapter) -> Layer:
     query, key = (module.get_submodule(part) for part in adapter.qkv[:2])
     heads = len(matrix(query)) // adapter.qkv.count(adapter.qkv[0]) // size
     groups = heads if query is key else len(matrix(key)) // size
-    repeat = key.repeat.cpu() if isinstance(key, RepeatedHeads) else torch.arange(groups, device="cpu")
+    repeat = torch.tensor(key.repeat if isinstance(key, RepeatedHeads) else range(groups), device="cpu")
     return Layer(name, module, adapter, size, repeat.repeat_interleave(heads // len(repeat)), neurons)
 
 
