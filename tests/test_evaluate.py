@@ -25,6 +25,7 @@ from transformers import (
     DistilBertForSequenceClassification,
 )
 
+from kdfast import prune
 from kdfast.data import metrics, tasks
 from kdfast.models import cost, loading
 from kdfast.recipes import hinton
@@ -130,6 +131,32 @@ def test_models_measured_as_plain_torch_does(
     assert (alone["task"]["rows"], alone["task"]["max_length"]) == (20, 5)
     assert "kl_to_teacher" not in alone["models"]["model"]
     assert list(alone["models"]) == ["model"]
+
+
+def test_pruned_folder_beside_its_original(
+    reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Heads and neurons that differ by layer, none in the last one."""
+    model = _bert(2, **NAMES)
+    masks = prune.Masks.full(model)
+    masks.heads[0][0] = False
+    masks.heads[1][:] = False
+    masks.neurons[0][3:] = False
+    smaller = prune.compact(model, masks)
+    folder, its = _save(smaller, tmp_path / "pruned"), _save(model, tmp_path / "whole")
+    output = tmp_path / "out.json"
+    assert call(monkeypatch, "evaluate", folder, "--data", reviews, "--teacher", its, "--output", output) == 0
+    pruned, whole = json.loads(output.read_text())["models"].values()
+    test = tasks.load(reviews).test
+    logits, labels = _logits(smaller, folder, test["text"]), torch.tensor(test["labels"])
+    assert pruned["accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
+    assert pruned["kl_to_teacher"] > 1e-4
+    assert pruned["parameters"] == sum(p.numel() for p in smaller.parameters()) < whole["parameters"]
+    assert 0 < pruned["gflop"] < whole["gflop"]
+    assert pruned["megabytes"] < whole["megabytes"]
+    shown = capsys.readouterr().out
+    assert "GFLOP" in shown
+    assert width(shown) <= 80
 
 
 def test_what_computes_less_and_is_no_faster_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,29 @@ def test_models_are_measured() -> None:
     assert all(module.training for of in (model, other) for module in of.modules())
 
 
+@pytest.mark.filterwarnings("ignore:kdfast.prune.report")
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "modernbert"])
+def test_masked_and_smaller_models_compute_as_little(name: str) -> None:
+    """Also where heads, neurons or all of a layer are gone; and the masked one is trained on as if it had not been
+    measured."""
+    model = tiny_models.make(name)
+    masked, masks = copy.deepcopy(model), prune.Masks.full(model)
+    masks.heads[0][[0, 4]] = False
+    masks.heads[1][:] = False
+    masks.neurons[0][7:] = False
+    masks.neurons[2][:] = False
+    prune.apply(masked, masks)
+    batch = {**tiny_models.batch(model), "labels": torch.ones(3, dtype=torch.long)}
+    if name in tiny_models.CAUSAL:
+        batch["labels"] = batch["input_ids"]
+    of_masked = prune.report(model, masked, batch, repeats=1)
+    of_smaller = prune.report(model, prune.compact(model, masks), batch, repeats=1)
+    assert 0 < of_masked.after.gflop == of_smaller.after.gflop < of_masked.before.gflop
+    assert of_masked.after.parameters == of_masked.before.parameters > of_smaller.after.parameters
+    masked(**batch).loss.backward()
+    assert masked.get_input_embeddings().weight.grad.any()
+
+
 @pytest.mark.parametrize(
     ("after", "expected"),
     [

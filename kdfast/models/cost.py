@@ -60,8 +60,12 @@ def flops(model: nn.Module, batch: Mapping[str, Any]) -> int:
     activations, softmax and looking up embeddings are not. Of a compiled model, as it is without the compiler.
     """
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with evaluating(model), FlopCounterMode(display=False, custom_mapping={attention: _of_attention}) as counter:
-        unwrapped(model)(**batch)
+    counter, inner = FlopCounterMode(display=False, custom_mapping={attention: _of_attention}), unwrapped(model)
+    # A view of a parameter says that it requires a gradient also where none is recorded, for which the counter looks in
+    # vain: a layer without neurons gives its expanded bias.
+    weights = {name: parameter.detach() for name, parameter in inner.named_parameters()}
+    with evaluating(inner), torch.inference_mode(), counter:
+        torch.func.functional_call(inner, weights, (), dict(batch))
     return int(counter.get_total_flops())
 
 
@@ -75,19 +79,18 @@ def latencies_ms(
 ) -> dict[str, list[float]]:
     """Milliseconds of forward passes in evaluation mode, `repeats` of each; the models take turns."""
     calls = {name: lambda model=model: model(**batch) for name, model in models.items()}
-    with evaluating(*models.values()):
+    with evaluating(*models.values()), torch.inference_mode():
         return timing.interleaved(calls, device, rounds=repeats, warm=2)
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """In its block models are in evaluation mode and nothing has gradients; then every module is in its own mode again."""
+    """In its block models are in evaluation mode; then every module is in its own mode again."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
             model.eval()
-        with torch.inference_mode():
-            yield
+        yield
     finally:
         for module, training in modes:
             module.training = training

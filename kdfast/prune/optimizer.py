@@ -70,7 +70,9 @@ def _of_state(op: str, what: str, name: str, value: Any, parameter: Tensor, cut:
     if value.shape == parameter.shape:
         return taken(value, cut)
     size = parameter.shape
-    sides = [i for i in range(len(size)) if value.shape in ((size[i],), (*(1,) * i, size[i], *(1,) * (len(size) - i - 1)))]
+    sides = [
+        i for i in range(len(size)) if value.shape in ((size[i],), (*(1,) * i, size[i], *(1,) * (len(size) - i - 1)))
+    ]
     if len(sides) == 2:
         sides = [i for i in sides if _SIDES[i] in name]
     if len(size) != 2 or len(sides) != 1:
