@@ -80,7 +80,7 @@ def _check_not_quantised(config: Any) -> None:
     """Before weights are loaded, which needs the library of the quantisation, and may end in a crash of it."""
     if (found := getattr(config, "quantization_config", None)) is not None:
         method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
-        if method == METHOD:  # the shapes of a pruned model
+        if method == METHOD:  # smaller, not quantised
             return
         raise ValueError(
             f"expected weights that are not quantised, got {getattr(method, 'value', method)} (quantization_config in its "

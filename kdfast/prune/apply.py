@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from kdfast.models.inputs import unwrapped
 from kdfast.ops import _checks
 from kdfast.ops._packed import Packed
-from kdfast.prune.layers import Layer, Part, layers_of, matrix, parts_of_heads, parts_of_neurons, sharing
+from kdfast.prune.layers import Adapter, Layer, Part, layers_of, matrix, parts_of_heads, parts_of_neurons, sharing
 from kdfast.prune.masked import (
     DroppedLayer,
     KeptHeads,
@@ -130,10 +130,15 @@ def _mask_heads(layer: Layer, kind: str, maps: Maps, heads: Tensor) -> None:
     sizes = {"num_key_value_groups": sharing(layer, heads)[1]}
     sizes |= dict.fromkeys(adapter.width, len(heads) * layer.head_size)
     before = {name: attention.__dict__[name] for name in sizes if name in attention.__dict__}
-    arguments = [*inspect.signature(type(attention).forward).parameters][1:]
-    per_head = {name: arguments.index(name) for name in adapter.per_head}
-    mask(attention, MaskedAttention, KeptHeads(kind, tuple(heads.tolist()), per_head, before))
+    mask(attention, MaskedAttention, KeptHeads(kind, tuple(heads.tolist()), _places_of(adapter, attention), before))
     attention.__dict__.update({name: sizes[name] for name in before})
+
+
+def _places_of(adapter: Adapter, attention: nn.Module) -> dict[str, int]:
+    if not adapter.per_head:
+        return {}
+    arguments = [*inspect.signature(type(attention).forward).parameters][1:]  # without self
+    return {name: arguments.index(name) for name in adapter.per_head}
 
 
 def _mask_maps(maps: Maps, parts: dict[str, Part], head_size: int) -> None:
@@ -151,24 +156,26 @@ class _Place:
 
     def __init__(self, layer: Layer) -> None:
         adapter, self.layer = layer.adapter, layer
-        of_heads, of_neurons = (*adapter.qkv, adapter.output), (*adapter.expand, adapter.contract)
-        self._names = [[*dict.fromkeys(of_heads if layer.heads else ())], [*dict.fromkeys(of_neurons)]]
-        if not layer.neurons:
-            self._names[1] = []
+        of_heads = (*adapter.qkv, adapter.output) if layer.heads else ()
+        of_neurons = (*adapter.expand, adapter.contract) if layer.neurons else ()
+        takes = (adapter.output, adapter.contract)
+        self._maps = [
+            [(name, attrgetter(name), name in takes) for name in dict.fromkeys(names)]
+            for names in (of_heads, of_neurons)
+        ]
+        self._find = attrgetter(layer.name)
 
     def is_in(self, model: nn.Module) -> bool:
         try:
-            return attrgetter(self.layer.name)(model) is self.layer.module  # type: ignore[no-any-return]
+            return self._find(model) is self.layer.module  # type: ignore[no-any-return]
         except AttributeError:
             return False
 
     def maps(self) -> tuple[Maps, Maps]:
         """The linear maps by name, of the heads and of the neurons."""
-        name, module, adapter = self.layer.name, self.layer.module, self.layer.adapter
-        takes = (adapter.output, adapter.contract)
+        place, layer = self.layer.name, self.layer.module
         of_heads, of_neurons = (
-            {of: _linear_maps(f"{name}.{of}", attrgetter(of)(module), of in takes) for of in names}
-            for names in self._names
+            {name: _linear_maps(place, name, find(layer), takes) for name, find, takes in maps} for maps in self._maps
         )
         return of_heads, of_neurons
 
@@ -184,7 +191,7 @@ def _places(model: nn.Module) -> list[_Place]:
     return places
 
 
-def _linear_maps(name: str, module: Any, takes: bool) -> tuple[nn.Module, ...]:
+def _linear_maps(place: str, name: str, module: Any, takes: bool) -> tuple[nn.Module, ...]:
     """What a module is as linear maps: itself; with LoRA the map below it and those of its adapters that take its
     inputs, or make its outputs."""
     if _is_map(type(module)) and "forward" not in module.__dict__:
@@ -194,10 +201,10 @@ def _linear_maps(name: str, module: Any, takes: bool) -> tuple[nn.Module, ...]:
         found = (module.base_layer, *(module.lora_A if takes else module.lora_B).values())
     for one in found:
         if not _is_map(type(one)):
-            expected = f"nn.Linear, Conv1D, or LoRA of peft on one, as {name}"
+            expected = f"nn.Linear, Conv1D, or LoRA of peft on one, as {place}.{name}"
             _checks.wrong_type(_OP, "model", expected, type(one).__name__)
         if "forward" in one.__dict__:
-            expected = f"{name} with the forward of its class"
+            expected = f"{place}.{name} with the forward of its class"
             _checks.wrong_value(_OP, "model", expected, "one that was set on it (accelerate does, for a device_map)")
     return found
 

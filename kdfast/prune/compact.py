@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kdfast.models.inputs import unwrapped
-from kdfast.models.student_parts import layers_path
+from kdfast.models.student_parts import PER_LAYER, layers_path
 from kdfast.ops import _checks
 from kdfast.prune import cuts, disk
+from kdfast.prune.apply import remove
 from kdfast.prune.layers import Layer, layers_of, sharing
 from kdfast.prune.masks import Masks, check
 from kdfast.prune.optimizer import optimizer_of
@@ -73,7 +74,7 @@ def compact(model: nn.Module, masks: Masks, optimizer: Optimizer | None = None) 
     for place, i in enumerate(kept):
         name = layers[i].name if path is None else f"{path}{place}"
         _reshape(layers[i], smaller.get_submodule(name), *masks.kept(i))
-    disk.settle(OP, smaller, kept)
+    disk.settle(OP, smaller)
     if optimizer is None:
         return smaller
     return smaller, optimizer_of(OP, optimizer, smaller, copies, cut)
@@ -85,15 +86,24 @@ def _copied(inner: Any, cut: cuts.Cuts, gone: Sequence[nn.Module]) -> tuple[Any,
     memo: dict[int, Any] = {id(module): nn.Identity() for module in gone}
     for parameter, left in cut.items():
         memo[id(parameter)] = nn.Parameter(cuts.taken(parameter.detach(), left), parameter.requires_grad)
+    packed = [vars(module).get("_kdfast_masked") for module in inner.modules()]
+    memo |= {id(kept): kept for kept in packed if kept is not None}  # what `apply` keeps, weights among it
     smaller = copy.deepcopy(inner, memo)
+    remove(smaller)
     return smaller, {x: memo[id(x)] for x in inner.parameters() if id(x) in memo}
 
 
 def _remove_layers(smaller: Any, path: str | None, kept: Sequence[int]) -> None:
-    layers: Any = [] if path is None else smaller.get_submodule(path.removesuffix("."))
+    if path is None:
+        return
+    config, layers = smaller.config, smaller.get_submodule(path.removesuffix("."))
     for i in reversed(range(len(layers))):
         if i not in kept:
             del layers[i]
+    config.num_hidden_layers = len(kept)
+    for name in PER_LAYER:
+        if values := getattr(config, name, None):
+            setattr(config, name, [values[i] for i in kept])
     for i, layer in enumerate(layers):
         for module in layer.modules():
             if isinstance(vars(module).get("layer_idx"), int):  # of its keys and values in a cache
@@ -113,5 +123,5 @@ def _reshape(layer: Layer, smaller: nn.Module, heads: Tensor, neurons: Tensor) -
     )
     if layer.adapter.per_head and len(heads) < layer.heads:
         numbers = before.own_heads or range(layer.heads)
-        shape = replace(shape, own_heads=tuple(numbers[i] for i in heads.tolist()))
+        shape = replace(shape, own_heads=tuple(numbers[i] for i in heads.tolist()) or None)
     reshape(replace(layer, module=smaller), shape)

@@ -12,26 +12,22 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.initialization import no_init_weights
 
 from kdfast._from_pretrained import METHOD
-from kdfast.models.student_parts import PER_LAYER, layers_path
 from kdfast.ops import _checks
 from kdfast.prune.layers import layers_of
+from kdfast.prune.modules import Nothing, OnlyBias
 from kdfast.prune.shapes import Shape, reshape, shape_of
 
 VERSION = 1  # of records
 _NEURONS = ("intermediate_size", "n_inner", "hidden_dim")  # as configs call their number
 
 
-def settle(op: str, model: Any, kept: Sequence[int]) -> None:
-    """Writes into the config of a model that was made smaller what `from_pretrained` makes it of again: the class's own
-    numbers where these express the shapes, else as many of them as do, and a record.
-
-    Args:
-        kept: the numbers that its layers had before.
-    """
+def settle(op: str, model: Any) -> None:
+    """Writes into the config of a model whose layers were made smaller what `from_pretrained` makes it of again: the
+    class's own numbers where these express the shapes, else as many of them as do, and a record."""
     config, base = model.config, model.base_model
     vars(config).pop("quantization_config", None)
     shapes = [shape_of(layer) for layer in layers_of(base, op)]
-    known = _of_layers(op, model, kept) | _of_neurons(config, shapes)
+    known = _of_neurons(config, shapes)
     changes = known | _of_heads(config, shapes)
     if not _makes(op, base, changes, shapes):
         changes = known | _to_fail_alone(base, known, shapes)
@@ -56,6 +52,9 @@ def rebuild(model: Any, record: dict[str, Any]) -> None:
         _checks.wrong_value(op, "layers", f"shapes of {len(layers)} layers", len(record["layers"]))
     for layer, listed in zip(layers, record["layers"], strict=True):
         reshape(layer, Shape(**{name: tuple(x) if isinstance(x, list) else x for name, x in listed.items()}))
+        for module in layer.module.modules():
+            if any(isinstance(part, (Nothing, OnlyBias)) for part in module.children()):
+                module._is_hf_initialized = True  # some classes initialise the weights of their parts, which are gone
 
 
 def _listed(shape: Shape) -> dict[str, Any]:
@@ -65,15 +64,6 @@ def _listed(shape: Shape) -> dict[str, Any]:
 
 
 # ---- what a config can say ----
-def _of_layers(op: str, model: Any, kept: Sequence[int]) -> dict[str, Any]:
-    config = model.config
-    if layers_path(op, model.base_model) is None or len(kept) == config.num_hidden_layers:
-        return {}
-    lists = {name: getattr(config, name, None) for name in PER_LAYER}
-    changes = {name: [values[i] for i in kept] for name, values in lists.items() if values}
-    return {"num_hidden_layers": len(kept), **changes}
-
-
 def _of_neurons(config: Any, shapes: Sequence[Shape]) -> dict[str, Any]:
     counts = {shape.neurons for shape in shapes}
     return {_neurons_name(config): max(counts)} if len(counts) == 1 and counts != {0} else {}

@@ -52,8 +52,8 @@ def _new(kind: type[Masked], of: type[nn.Module]) -> nn.Module:
 def mask(module: nn.Module, kind: type[Masked], kept: object) -> None:
     """Makes a module one of a kind, which keeps this."""
     if not isinstance(module, kind):
-        module.__class__ = _class(kind, type(module))  # type: ignore[assignment]
-    module._kdfast_masked = kept  # type: ignore[assignment]
+        object.__setattr__(module, "__class__", _class(kind, type(module)))
+    module.__dict__["_kdfast_masked"] = kept
 
 
 def restore(module: nn.Module) -> None:
@@ -62,7 +62,7 @@ def restore(module: nn.Module) -> None:
     if isinstance(kept, KeptHeads):
         module.__dict__.update(kept.before)
     if _OURS in vars(type(module)):
-        module.__class__ = type(module).__bases__[1]  # type: ignore[assignment]
+        object.__setattr__(module, "__class__", type(module).__bases__[1])
 
 
 # ---- linear maps ----

@@ -64,6 +64,10 @@ def reshape(layer: Layer, shape: Shape) -> None:
             of_own_heads(layer.attention, layer.adapter.per_head, shape.own_heads)
     if layer.neurons:
         _reshape_neurons(layer, shape)
+    norms = [*zip(layer.adapter.norms, (shape.heads, shape.neurons), strict=False)]
+    for name in layer.adapter.norms:  # whose weights would get no gradient, for which DistributedDataParallel waits
+        if not any(left for other, left in norms if other == name):
+            layer.module.set_submodule(name, nn.Identity())
 
 
 def _reshape_heads(layer: Layer, shape: Shape) -> None:
@@ -73,7 +77,6 @@ def _reshape_heads(layer: Layer, shape: Shape) -> None:
         width = len(matrix(output))
         module.set_submodule(adapter.output, OnlyBias(output, width))
         module.set_submodule(adapter.attention, WithoutHeads(attention, adapter, shape.head_size, width))
-        _drop_norm(layer, 0)
         return
     _resize(output, columns=shape.heads * shape.head_size)
     counts = (shape.heads, shape.groups, shape.groups)
@@ -103,13 +106,6 @@ def _reshape_neurons(layer: Layer, shape: Shape) -> None:
         _resize(contract, columns=shape.neurons)
     else:
         module.set_submodule(adapter.contract, OnlyBias(contract, len(matrix(contract))))
-        _drop_norm(layer, 1)
-
-
-def _drop_norm(layer: Layer, place: int) -> None:
-    """Its weights would get no gradient, which DistributedDataParallel waits for."""
-    for name in layer.adapter.norms[place : place + 1]:
-        layer.module.set_submodule(name, nn.Identity())
 
 
 def _resize(linear: nn.Module, rows: int | None = None, columns: int | None = None) -> None:
