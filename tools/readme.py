@@ -55,6 +55,16 @@ def vocabulary() -> str:
     )
 
 
+def pruned() -> str:
+    """The table that benchmarks/pruned_encoder.py has left beside its latest results."""
+    path = max(RESULTS.glob("pruned-encoder-*.md"))
+    facts = json.loads(path.with_suffix(".json").read_text())["environment"]
+    threads = f", {facts['threads']} threads" if "threads" in facts else ""
+    return (
+        f"{facts['device']}{threads}, torch {facts['torch']}, {facts['date']}, float32:\n\n{path.read_text().strip()}"
+    )
+
+
 def recipes() -> str:
     """The table that benchmarks/recipes.py has left beside its latest results."""
     path = max(RESULTS.glob("recipes-*.md"))
@@ -64,7 +74,8 @@ def recipes() -> str:
 
 def filled(text: str) -> str:
     """README text with the blocks between `<!-- name -->` and `<!-- end -->` made anew."""
-    for name, make in (("operators", operators), ("vocabulary", vocabulary), ("recipes", recipes)):
+    blocks = {"operators": operators, "vocabulary": vocabulary, "recipes": recipes, "pruned": pruned}
+    for name, make in blocks.items():
         block = f"<!-- {name} -->\n{make()}\n<!-- end -->"
         text, found = re.subn(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
         if found != 1:
