@@ -22,7 +22,19 @@ from transformers.pytorch_utils import Conv1D
 from kdfast.models.inputs import unwrapped
 from kdfast.models.student_parts import layers_path
 
-__all__ = ["ADAPTERS", "Adapter", "Layer", "Part", "layers_of", "matrix", "parts", "register", "sharing"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Layer",
+    "Part",
+    "layers_of",
+    "matrix",
+    "parts",
+    "parts_of_heads",
+    "parts_of_neurons",
+    "register",
+    "sharing",
+]
 
 
 @dataclass(frozen=True)
@@ -33,8 +45,8 @@ class Adapter:
     qkv: queries, keys, values; the same name three times where one map makes them side by side. output: what takes the
     heads' outputs. expand, contract: of the feed-forward network; two of expand in a gated one, the same name twice
     where one map makes both. without_heads: what `attention` returns where no head is left, of the module, the hidden
-    states and heads' outputs of width 0. width: attributes of `attention` that hold heads · head size.
-    returns_tuple: whether layers return a tuple.
+    states and heads' outputs of width 0. width: attributes of `attention` that hold heads · head size. per_head:
+    arguments of its forward that have all heads in dimension 1. returns_tuple: whether layers return a tuple.
     """
 
     attention: str
@@ -44,6 +56,7 @@ class Adapter:
     contract: str
     without_heads: Callable[[Any, Tensor, Tensor], Any] = lambda attention, hidden, context: (context, None)
     width: tuple[str, ...] = ()
+    per_head: tuple[str, ...] = ()
     returns_tuple: bool = False
 
 
@@ -93,6 +106,7 @@ ADAPTERS: dict[str, Adapter] = {
         "output.dense",
         without_heads=lambda attention, hidden, context: (attention.o(context), None),
         width=("all_head_size",),
+        per_head=("position_bias",),
         returns_tuple=True,
     ),
     "modernbert": Adapter(
@@ -164,7 +178,8 @@ class Part:
 
 
 def matrix(linear: nn.Module) -> Tensor:
-    """The weight as [out, in]; GPT-2 stores it transposed."""
+    """The weight as [out, in], which GPT-2 stores transposed; below an adapter of peft that of the layer it adapts."""
+    linear = getattr(linear, "base_layer", linear)
     weight: Tensor = linear.weight  # type: ignore[assignment]
     return weight.mT if isinstance(linear, Conv1D) else weight
 
@@ -205,7 +220,7 @@ def _layer(name: str, module: nn.Module, adapter: Adapter) -> Layer:
     expand = module.get_submodule(adapter.expand[0])
     heads = len(matrix(query)) // adapter.qkv.count(adapter.qkv[0]) // size
     groups = heads if query is key else len(matrix(key)) // size
-    repeat = getattr(key, "repeat", torch.arange(groups))  # of a pruned model: RepeatedHeads
+    repeat = getattr(key, "repeat", torch.arange(groups, device="cpu"))  # of a pruned model: RepeatedHeads
     return Layer(
         name,
         module,
@@ -225,34 +240,45 @@ def sharing(layer: Layer, heads: Tensor) -> tuple[Tensor, int, Tensor | None]:
         return groups, 1, None
     together = math.gcd(*counts.tolist())
     times = counts // together
-    repeat = None if bool((times == 1).all()) else torch.arange(len(groups)).repeat_interleave(times)
+    repeat = (
+        None if bool((times == 1).all()) else torch.arange(len(groups), device=groups.device).repeat_interleave(times)
+    )
     return groups, together, repeat
 
 
 def parts(layer: Layer, heads: Tensor, neurons: Tensor) -> dict[str, Part]:
     """What each linear map of the layer keeps, by name below the layer, for these heads and neurons in this order."""
+    return parts_of_heads(layer, heads) | parts_of_neurons(layer, neurons)
+
+
+def parts_of_heads(layer: Layer, heads: Tensor) -> dict[str, Part]:
+    """Those of `parts` that depend on the heads."""
     adapter, size = layer.adapter, layer.head_size
     groups, _, repeat = sharing(layer, heads)
 
     def of_heads(chosen: Tensor) -> Tensor:
-        return (chosen[:, None] * size + torch.arange(size)).flatten()
-
-    def stacked(names: tuple[str, ...], rows: list[Tensor], lengths: list[int]) -> dict[str, Tensor]:
-        """The rows of each map; where one makes several parts side by side, each part's after those before it."""
-        found: dict[str, list[Tensor]] = {}
-        before: dict[str, int] = {}
-        for name, mine, length in zip(names, rows, lengths, strict=True):
-            found.setdefault(name, []).append(mine + before.get(name, 0))
-            before[name] = before.get(name, 0) + length
-        return {name: torch.cat(all_rows) for name, all_rows in found.items()}
+        return (chosen[:, None] * size + torch.arange(size, device=chosen.device)).flatten()
 
     lengths = [layer.heads * size, layer.groups * size, layer.groups * size]
-    qkv = stacked(adapter.qkv, [of_heads(heads), of_heads(groups), of_heads(groups)], lengths)
-    count = len(adapter.expand)
-    expand = stacked(adapter.expand, [neurons] * count, [layer.neurons] * count)
+    qkv = _stacked(adapter.qkv, [of_heads(heads), of_heads(groups), of_heads(groups)], lengths)
     query = adapter.qkv[0]
     made = {name: Part(rows=rows, repeat=None if name == query else repeat) for name, rows in qkv.items()}
-    made[adapter.output] = Part(columns=of_heads(heads))
-    made.update({name: Part(rows=rows) for name, rows in expand.items()})
-    made[adapter.contract] = Part(columns=neurons)
-    return made
+    return made | {adapter.output: Part(columns=of_heads(heads))}
+
+
+def parts_of_neurons(layer: Layer, neurons: Tensor) -> dict[str, Part]:
+    """Those of `parts` that depend on the neurons."""
+    adapter = layer.adapter
+    count = len(adapter.expand)
+    expand = _stacked(adapter.expand, [neurons] * count, [layer.neurons] * count)
+    return {name: Part(rows=rows) for name, rows in expand.items()} | {adapter.contract: Part(columns=neurons)}
+
+
+def _stacked(names: tuple[str, ...], rows: list[Tensor], lengths: list[int]) -> dict[str, Tensor]:
+    """The rows of each map; where one makes several parts side by side, each part's after those before it."""
+    found: dict[str, list[Tensor]] = {}
+    before: dict[str, int] = {}
+    for name, mine, length in zip(names, rows, lengths, strict=True):
+        found.setdefault(name, []).append(mine + before.get(name, 0))
+        before[name] = before.get(name, 0) + length
+    return {name: torch.cat(all_rows) for name, all_rows in found.items()}
