@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kdfast.models.inputs import unwrapped
 from kdfast.models.student_parts import layers_path
+from kdfast.prune.modules import Nothing, RepeatedHeads, WithoutHeads
 
 __all__ = [
     "ADAPTERS",
@@ -46,7 +47,9 @@ class Adapter:
     heads' outputs. expand, contract: of the feed-forward network; two of expand in a gated one, the same name twice
     where one map makes both. without_heads: what `attention` returns where no head is left, of the module, the hidden
     states and heads' outputs of width 0. width: attributes of `attention` that hold heads · head size. per_head:
-    arguments of its forward that have all heads in dimension 1. returns_tuple: whether layers return a tuple.
+    arguments of its forward that have all heads in dimension 1. returns_tuple: whether layers return a tuple. norms:
+    what only the attention and what only the feed-forward network reads, which goes with it. made_later: of modules
+    that the first layer is made without, which others they are like.
     """
 
     attention: str
@@ -58,6 +61,8 @@ class Adapter:
     width: tuple[str, ...] = ()
     per_head: tuple[str, ...] = ()
     returns_tuple: bool = False
+    norms: tuple[str, ...] = ()
+    made_later: tuple[tuple[str, str], ...] = ()
 
 
 _BERT = Adapter(
@@ -74,11 +79,15 @@ _LLAMA = Adapter(
     ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down_proj",
     without_heads=lambda attention, hidden, context: (attention.o_proj(context), None),
+    norms=("input_layernorm", "post_attention_layernorm"),
 )
 
 ADAPTERS: dict[str, Adapter] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
-    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma"), _LLAMA),
+    **dict.fromkeys(
+        ("gemma2", "gemma3_text"), replace(_LLAMA, norms=("input_layernorm", "pre_feedforward_layernorm"))
+    ),
     "distilbert": Adapter(
         "attention",
         ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
@@ -116,6 +125,8 @@ ADAPTERS: dict[str, Adapter] = {
         ("mlp.Wi",) * 2,
         "mlp.Wo",
         without_heads=lambda attention, hidden, context: (attention.out_drop(attention.Wo(context)), None),
+        norms=("attn_norm", "mlp_norm"),
+        made_later=(("attn_norm", "mlp_norm"),),
     ),
     "gpt2": Adapter(
         "attn",
@@ -125,6 +136,7 @@ ADAPTERS: dict[str, Adapter] = {
         "mlp.c_proj",
         without_heads=lambda attention, hidden, context: (attention.resid_dropout(attention.c_proj(context)), None),
         width=("split_size",),
+        norms=("ln_1", "ln_2"),
     ),
     "phi": Adapter(
         "self_attn",
@@ -216,19 +228,15 @@ def layers_of(model: nn.Module, op: str = "kdfast.prune") -> list[Layer]:
 def _layer(name: str, module: nn.Module, adapter: Adapter) -> Layer:
     attention: Any = module.get_submodule(adapter.attention)
     size = getattr(attention, "head_dim", None) or attention.attention_head_size
-    query, key = (module.get_submodule(part) for part in adapter.qkv[:2])
     expand = module.get_submodule(adapter.expand[0])
+    neurons = 0 if isinstance(expand, Nothing) else len(matrix(expand)) // adapter.expand.count(adapter.expand[0])
+    if isinstance(attention, WithoutHeads):
+        return Layer(name, module, adapter, size, torch.empty(0, dtype=torch.int64, device="cpu"), neurons)
+    query, key = (module.get_submodule(part) for part in adapter.qkv[:2])
     heads = len(matrix(query)) // adapter.qkv.count(adapter.qkv[0]) // size
     groups = heads if query is key else len(matrix(key)) // size
-    repeat = getattr(key, "repeat", torch.arange(groups, device="cpu"))  # of a pruned model: RepeatedHeads
-    return Layer(
-        name,
-        module,
-        adapter,
-        size,
-        repeat.cpu().repeat_interleave(heads // max(1, len(repeat))),
-        len(matrix(expand)) // adapter.expand.count(adapter.expand[0]),
-    )
+    repeat = key.repeat.cpu() if isinstance(key, RepeatedHeads) else torch.arange(groups, device="cpu")
+    return Layer(name, module, adapter, size, repeat.repeat_interleave(heads // len(repeat)), neurons)
 
 
 def sharing(layer: Layer, heads: Tensor) -> tuple[Tensor, int, Tensor | None]:
@@ -247,12 +255,15 @@ def sharing(layer: Layer, heads: Tensor) -> tuple[Tensor, int, Tensor | None]:
 
 
 def parts(layer: Layer, heads: Tensor, neurons: Tensor) -> dict[str, Part]:
-    """What each linear map of the layer keeps, by name below the layer, for these heads and neurons in this order."""
+    """What each linear map of the layer keeps, by name below the layer, for these heads and neurons in this order. A
+    part of the layer that is gone altogether, in a model made smaller before, has none."""
     return parts_of_heads(layer, heads) | parts_of_neurons(layer, neurons)
 
 
 def parts_of_heads(layer: Layer, heads: Tensor) -> dict[str, Part]:
     """Those of `parts` that depend on the heads."""
+    if not layer.heads:
+        return {}
     adapter, size = layer.adapter, layer.head_size
     groups, _, repeat = sharing(layer, heads)
 
@@ -268,8 +279,9 @@ def parts_of_heads(layer: Layer, heads: Tensor) -> dict[str, Part]:
 
 def parts_of_neurons(layer: Layer, neurons: Tensor) -> dict[str, Part]:
     """Those of `parts` that depend on the neurons."""
-    adapter = layer.adapter
-    count = len(adapter.expand)
+    if not layer.neurons:
+        return {}
+    adapter, count = layer.adapter, len(layer.adapter.expand)
     expand = _stacked(adapter.expand, [neurons] * count, [layer.neurons] * count)
     return {name: Part(rows=rows) for name, rows in expand.items()} | {adapter.contract: Part(columns=neurons)}
 

@@ -1,0 +1,212 @@
+"""A model that computes only what lives, in place and with the same parameters."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from kdfast.models.inputs import unwrapped
+from kdfast.ops import _checks
+from kdfast.ops._packed import Packed
+from kdfast.prune.layers import Layer, Part, layers_of, matrix, parts_of_heads, parts_of_neurons, sharing
+from kdfast.prune.masked import (
+    DroppedLayer,
+    KeptHeads,
+    KeptPart,
+    MaskedAttention,
+    MaskedMap,
+    Passing,
+    mask,
+    restore,
+)
+from kdfast.prune.masks import Masks, check
+
+__all__ = ["apply", "remove"]
+
+_OP = "kdfast.prune.apply"
+_APPLIED = "_kdfast_applied"  # the attribute of a layer that says what it is masked by
+Maps = dict[str, tuple[nn.Module, ...]]
+
+
+def apply(model: nn.Module, masks: Masks) -> None:
+    """Makes a model compute only what lives, in place: its outputs are those that it has with the outputs of dead heads
+    and neurons set to zero, but nothing dead is computed (Michel et al., 2019; Hou et al., 2020).
+
+        masks = kdfast.prune.Masks.full(model)
+        masks.heads[0][[2, 5]] = False
+        masks.neurons[0][1000:] = False
+        kdfast.prune.apply(model, masks)        # train, evaluate, generate as before
+        masks.heads[1][3] = False
+        kdfast.prune.apply(model, masks)        # other masks: the same again, as often as in every step
+        kdfast.prune.remove(model)              # the model as it was
+
+    Projections, attention and feed-forward networks are of the size of what lives; attention modules and their
+    implementation (SDPA, flash attention, eager) stay. The parameters are the same objects, whole, and so is the state:
+    optimizers, `state_dict`, `save_pretrained` and copies of the model see nothing of the masks. Keep those by
+    `Masks.to_json`. What is dead has a gradient of exactly zero, or none where a whole layer or all heads of one are dead
+    (under DDP these need `find_unused_parameters=True`), and whatever is in dead weights, NaN too, reaches nothing.
+
+    A call costs microseconds per layer whose masks stay, and making indices for the others. A layer with all its heads
+    keeps its own attention, one with all neurons its own feed-forward network. `output_attentions` gives the live heads
+    of layers that have any. Keys and values of groups that are read by different numbers of heads are made once and then
+    repeated, in the cache too. Compiled models compile again when sizes change.
+
+    LoRA of peft is masked as what it adapts; apply again after adding an adapter. `fully_shard` and DDP may come before
+    or after.
+
+    Args:
+        model: a model of transformers, wrapped or not, of an architecture in `kdfast.prune.layers.ADAPTERS`.
+        masks: what lives of it.
+
+    Raises:
+        TypeError, ValueError: model as in `layers_of`; masks as in `Masks.check`; a linear map that is neither
+            `nn.Linear`, `Conv1D` nor LoRA of these (quantised ones), or whose forward was replaced. Nothing has changed
+            then.
+    """
+    inner = unwrapped(model)
+    places = _places(inner)
+    kind = inner.config.model_type
+    check(_OP, masks, [place.layer for place in places], kind)
+    lives = masks.layers.tolist()
+    maps = [place.maps(live) for place, live in zip(places, lives, strict=True)]  # refuses before anything changes
+    with torch.inference_mode(False):  # indices made in it could not be saved for a backward
+        for i, place in enumerate(places):
+            _apply_to(place.layer, kind, maps[i], masks.heads[i], masks.neurons[i], lives[i])
+
+
+def remove(model: nn.Module) -> None:
+    """Makes a model what it was before `apply`: classes, attributes and results, bit for bit; weights that were trained
+    stay so. A model without masks stays as it is."""
+    for module in unwrapped(model).modules():
+        restore(module)
+        module.__dict__.pop(_APPLIED, None)
+
+
+# ---- a layer ----
+@dataclass
+class _Applied:
+    """What a layer is masked by, and the linear maps that it masks."""
+
+    heads: Tensor | None = None
+    neurons: Tensor | None = None
+    lives: bool = True
+    of_heads: tuple[nn.Module, ...] = ()
+    of_neurons: tuple[nn.Module, ...] = ()
+
+
+def _apply_to(layer: Layer, kind: str, maps: tuple[Maps, Maps], heads: Tensor, neurons: Tensor, lives: bool) -> None:
+    of_heads, of_neurons = (tuple(module for found in of.values() for module in found) for of in maps)
+    applied: _Applied = layer.module.__dict__.setdefault(_APPLIED, _Applied())
+    if applied.heads is None or applied.of_heads != of_heads or not torch.equal(applied.heads, heads):
+        for module in (layer.attention, *of_heads):
+            restore(module)
+        if not bool(heads.all()):
+            _mask_heads(layer, kind, maps[0], heads.nonzero().flatten())
+        applied.heads, applied.of_heads = heads.clone(), of_heads
+    if applied.neurons is None or applied.of_neurons != of_neurons or not torch.equal(applied.neurons, neurons):
+        for module in of_neurons:
+            restore(module)
+        if not bool(neurons.all()):
+            _mask_maps(maps[1], parts_of_neurons(layer, neurons.nonzero().flatten()), layer.head_size)
+        applied.neurons, applied.of_neurons = neurons.clone(), of_neurons
+    if applied.lives != lives:
+        restore(layer.module)
+        if not lives:
+            number = getattr(layer.attention, "layer_idx", None)
+            mask(layer.module, DroppedLayer, Passing(layer.adapter.returns_tuple, number))
+        applied.lives = lives
+
+
+def _mask_heads(layer: Layer, kind: str, maps: Maps, heads: Tensor) -> None:
+    _mask_maps(maps, parts_of_heads(layer, heads), layer.head_size)
+    attention, adapter = layer.attention, layer.adapter
+    sizes = {"num_key_value_groups": sharing(layer, heads)[1]}
+    sizes |= dict.fromkeys(adapter.width, len(heads) * layer.head_size)
+    before = {name: attention.__dict__[name] for name in sizes if name in attention.__dict__}
+    arguments = [*inspect.signature(type(attention).forward).parameters][1:]
+    per_head = {name: arguments.index(name) for name in adapter.per_head}
+    mask(attention, MaskedAttention, KeptHeads(kind, tuple(heads.tolist()), per_head, before))
+    attention.__dict__.update({name: sizes[name] for name in before})
+
+
+def _mask_maps(maps: Maps, parts: dict[str, Part], head_size: int) -> None:
+    for name, part in parts.items():
+        repeat = None if part.repeat is None else tuple(part.repeat.tolist())
+        for module in maps[name]:
+            weight = matrix(module)
+            packed = Packed((weight.shape[0], weight.shape[1]), part.rows, part.columns, op=_OP)
+            mask(module, MaskedMap, KeptPart(packed, repeat, head_size))
+
+
+# ---- where the maps are ----
+class _Place:
+    """A layer, and how its linear maps are found, in whose place others may have come since (an adapter's)."""
+
+    def __init__(self, layer: Layer) -> None:
+        adapter = layer.adapter
+        self.layer = layer
+        self._names = [
+            [*dict.fromkeys((*adapter.qkv, adapter.output))],
+            [*dict.fromkeys((*adapter.expand, adapter.contract))],
+        ]
+        self._find = [attrgetter(*names) for names in self._names]
+        self._own = attrgetter(layer.name)
+
+    def is_in(self, model: nn.Module) -> bool:
+        try:
+            return self._own(model) is self.layer.module
+        except AttributeError:
+            return False
+
+    def maps(self, lives: bool) -> tuple[Maps, Maps]:
+        """The linear maps by name, of the heads and of the neurons."""
+        layer = self.layer
+        takes = (layer.adapter.output, layer.adapter.contract)
+        for what, module in ((layer.adapter.attention, layer.attention), ("", layer.module)):
+            ...
+        of_heads, of_neurons = (
+            {
+                name: _leaves(f"{layer.name}.{name}", module, name in takes)
+                for name, module in zip(names, find(layer.module), strict=True)
+            }
+            for names, find in zip(self._names, self._find, strict=True)
+        )
+        return of_heads, of_neurons
+
+
+# Of the models that were masked: finding all layers of one takes a hundred times as long as finding them unchanged.
+_known: WeakKeyDictionary[nn.Module, list[_Place]] = WeakKeyDictionary()
+
+
+def _places(model: nn.Module) -> list[_Place]:
+    places = _known.get(model)
+    if places is None or not all(place.is_in(model) for place in places):
+        places = _known[model] = [_Place(layer) for layer in layers_of(model, _OP)]
+    return places
+
+
+@functools.cache
+def _is_map(of: type[nn.Module]) -> bool:
+    """Whether a module of this class is weight, bias and nothing else; heads of `RepeatedHeads` are repeated anew."""
+    return of.forward in (nn.Linear.forward, Conv1D.forward, MaskedMap.forward) or hasattr(of, "repeat")
+
+
+def _leaves(name: str, module: Any, takes: bool) -> tuple[nn.Module, ...]:
+    """The linear maps that a module is: itself; of LoRA the map below and those of the adapters that take its inputs,
+    or make its outputs."""
+    if _is_map(type(module)):
+        found = (module,)
+    elif hasattr(module, "lora_A") and not getattr(module, "lora_variant", None):
+        found = (module.base_layer, *(module.lora_A if takes else module.lora_B).values())
+    else:
+        found = (module,)
+    ...

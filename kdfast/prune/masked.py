@@ -1,0 +1,167 @@
+"""The modules of a model that `apply` has masked: the same objects, of a class that computes only what lives.
+
+A module takes a class made of its own and one of those here, and gives it back in `restore`. A `forward` set on the
+module would do as well, but for the replicas of `nn.DataParallel`, which `transformers.Trainer` makes with several GPUs:
+they would compute with the weights of the module it was set on. And `torch.compile` sees that a class is another one.
+Names of classes stay, as FSDP and others look for layers by them.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from kdfast.ops._packed import Packed
+from kdfast.prune.layers import ADAPTERS, matrix
+
+_OURS = "_kdfast_is_ours"  # what classes made here have of their own
+
+
+class Masked(nn.Module):
+    """What masked modules share. One whose class was wrapped since (`fully_shard`) keeps it without its state, and
+    computes as it did before."""
+
+    _kdfast_masked: Any = None  # what it keeps
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made = super().__reduce_ex__(protocol)
+        if _OURS not in vars(type(self)):
+            return made
+        return (_new, type(self).__bases__, *made[2:])  # its class is not found by its name
+
+
+@functools.cache
+def _class(kind: type[Masked], of: type[nn.Module]) -> type[nn.Module]:
+    names = {name: getattr(of, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(of.__name__, (kind, of), {**names, _OURS: True})
+
+
+def _new(kind: type[Masked], of: type[nn.Module]) -> nn.Module:
+    made = _class(kind, of)
+    return made.__new__(made)
+
+
+def mask(module: nn.Module, kind: type[Masked], kept: object) -> None:
+    """Makes a module one of a kind, which keeps this."""
+    if not isinstance(module, kind):
+        module.__class__ = _class(kind, type(module))  # type: ignore[assignment]
+    module._kdfast_masked = kept  # type: ignore[assignment]
+
+
+def restore(module: nn.Module) -> None:
+    """Makes a module what it was, if it was masked."""
+    kept = module.__dict__.pop("_kdfast_masked", None)
+    if isinstance(kept, KeptHeads):
+        module.__dict__.update(kept.before)
+    if _OURS in vars(type(module)):
+        module.__class__ = type(module).__bases__[1]  # type: ignore[assignment]
+
+
+# ---- linear maps ----
+@dataclass
+class KeptPart:
+    """Rows and columns of a linear map, and which of the heads that it makes of them follow one another."""
+
+    packed: Packed
+    repeat: tuple[int, ...] | None
+    head_size: int
+
+
+class MaskedMap(Masked):
+    """A linear map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept: KeptPart | None = self._kdfast_masked
+        if kept is None:
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        made = kept.packed(x, matrix(self), self.bias)  # type: ignore[arg-type]
+        if kept.repeat is None:
+            return made
+        # by numbers, not by a tensor of them: nothing that would have to follow the model to its device
+        heads = made.unflatten(-1, (-1, kept.head_size)).unbind(-2)
+        return torch.cat([heads[i] for i in kept.repeat], -1)
+
+    def extra_repr(self) -> str:
+        kept: KeptPart | None = self._kdfast_masked
+        live = () if kept is None else (("rows", kept.packed.rows), ("columns", kept.packed.columns))
+        shown = [super().extra_repr(), *(f"{name}={len(of)}" for name, of in live if of is not None)]
+        return ", ".join(filter(None, shown))
+
+
+# ---- attention ----
+@dataclass
+class KeptHeads:
+    """Heads of an attention module. per_head: arguments of its forward that have all heads in dimension 1, with their
+    places. before: attributes that were changed, as they were."""
+
+    model_type: str
+    heads: tuple[int, ...]
+    per_head: dict[str, int]
+    before: dict[str, Any]
+
+
+class MaskedAttention(Masked):
+    """An attention module: its maps make and take the heads that live."""
+
+    @property
+    def live_heads(self) -> tuple[int, ...] | None:
+        """The numbers of the heads that live; None: all."""
+        return None if self._kdfast_masked is None else self._kdfast_masked.heads
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        kept: KeptHeads | None = self._kdfast_masked
+        if kept is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not kept.heads:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            _tell_length(hidden, getattr(self, "layer_idx", None), args, kwargs)
+            return ADAPTERS[kept.model_type].without_heads(self, hidden, hidden.new_empty(*hidden.shape[:-1], 0))
+        for name, place in kept.per_head.items():
+            if place < len(args):
+                args = (*args[:place], _of_heads(args[place], kept.heads), *args[place + 1 :])
+            elif name in kwargs:
+                kwargs = {**kwargs, name: _of_heads(kwargs[name], kept.heads)}
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def _of_heads(given: Tensor | None, heads: tuple[int, ...]) -> Tensor | None:
+    if given is None:
+        return None
+    every = given.unbind(1)
+    return torch.stack([every[i] for i in heads], 1)
+
+
+def _tell_length(hidden: Tensor, layer: int | None, args: Any, kwargs: Any) -> None:
+    """A key and a value of zero for every token: transformers asks the cache's layers, most often the first, how many
+    tokens they have seen."""
+    given = [x for x in (*args, *kwargs.values()) if isinstance(x, Cache)]
+    if given and layer is not None:
+        cache: Any = getattr(given[0], "self_attention_cache", given[0])
+        nothing = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+        cache.update(nothing, nothing, layer)
+
+
+# ---- layers ----
+@dataclass
+class Passing:
+    """Of a layer that does not live. number: of its keys and values in a cache, None where it has none."""
+
+    returns_tuple: bool
+    number: int | None
+
+
+class DroppedLayer(Masked):
+    """A layer that passes on what it gets."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        kept: Passing | None = self._kdfast_masked
+        if kept is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        _tell_length(hidden, kept.number, args, kwargs)
+        return (hidden, None) if kept.returns_tuple else hidden

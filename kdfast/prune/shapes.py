@@ -1,0 +1,133 @@
+"""What a layer of a smaller model is made of: how many heads, groups and neurons, and the modules that hold so many."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from kdfast.prune.layers import Layer, matrix
+from kdfast.prune.modules import Nothing, OnlyBias, RepeatedHeads, WithoutHeads, of_own_heads, repeat_heads
+
+_SIZE_NAMES = ("head_dim", "attention_head_size")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a layer: its counts, and what its class derives of a config that counts otherwise.
+
+    groups: of keys and values. repeated: groups, each counted as often as it is repeated so that the same number of
+    heads reads each; None where each stands once. scaling: of the scores, None where the class does not keep it. later:
+    modules that the class makes of later layers only (`Adapter.made_later`).
+    """
+
+    heads: int
+    groups: int
+    neurons: int
+    head_size: int
+    repeated: int | None = None
+    scaling: float | None = None
+    later: tuple[str, ...] = ()
+
+
+def shape_of(layer: Layer) -> Shape:
+    """The shape of a layer as it is."""
+    module, adapter = layer.module, layer.adapter
+    key = module.get_submodule(adapter.qkv[1]) if layer.heads else None
+    made = [name for name, _ in adapter.made_later if not isinstance(module.get_submodule(name), nn.Identity)]
+    return Shape(
+        layer.heads,
+        layer.groups,
+        layer.neurons,
+        layer.head_size,
+        repeated=len(key.repeat) if isinstance(key, RepeatedHeads) else None,
+        scaling=getattr(layer.attention, "scaling", None),
+        later=tuple(made),
+    )
+
+
+def reshape(layer: Layer, shape: Shape, repeat: Tensor | None = None, own_heads: Tensor | None = None) -> None:
+    """Gives a layer the modules of a shape. Weights that do not have it yet become empty ones that do.
+
+    Args:
+        layer: with at least as many heads and neurons.
+        repeat: [shape.repeated], which group stands where. None: a tensor to be filled.
+        own_heads: [shape.heads], their numbers in the full model, for `Adapter.per_head`. None: as above, where the
+            layer has more heads.
+    """
+    for name, like in layer.adapter.made_later:
+        if name in shape.later and isinstance(layer.module.get_submodule(name), nn.Identity):
+            layer.module.set_submodule(name, copy.deepcopy(layer.module.get_submodule(like)))
+    if layer.heads:
+        _reshape_heads(layer, shape, repeat)
+        if layer.adapter.per_head and shape.heads and (own_heads is not None or shape.heads < layer.heads):
+            of_own_heads(layer.attention, layer.adapter.per_head, _filled(own_heads, shape.heads, layer))
+    if layer.neurons:
+        _reshape_neurons(layer, shape)
+
+
+def _reshape_heads(layer: Layer, shape: Shape, repeat: Tensor | None) -> None:
+    module, adapter, attention = layer.module, layer.adapter, layer.attention
+    output = module.get_submodule(adapter.output)
+    if not shape.heads:
+        width = len(matrix(output))
+        module.set_submodule(adapter.output, OnlyBias(output, width))
+        module.set_submodule(adapter.attention, WithoutHeads(attention, adapter, shape.head_size, width))
+        _drop_norm(layer, 0)
+        return
+    _resize(output, columns=shape.heads * shape.head_size)
+    counts = (shape.heads, shape.groups, shape.groups)
+    for name in dict.fromkeys(adapter.qkv):
+        rows = sum(count for other, count in zip(adapter.qkv, counts, strict=True) if other == name)
+        _resize(module.get_submodule(name), rows=rows * shape.head_size)
+    for name in dict.fromkeys(adapter.qkv[1:]):
+        index = None if shape.repeated is None else _filled(repeat, shape.repeated, layer)
+        repeat_heads(module.get_submodule(name), index, shape.head_size)
+    changed: dict[str, Any] = dict.fromkeys(adapter.width, shape.heads * shape.head_size)
+    changed |= {name: shape.head_size for name in _SIZE_NAMES if hasattr(attention, name)}
+    changed |= {"scaling": shape.scaling} if shape.scaling is not None else {}
+    if hasattr(attention, "num_key_value_groups"):
+        changed["num_key_value_groups"] = shape.heads // (shape.repeated or shape.groups)
+    for name, value in changed.items():
+        setattr(attention, name, value)
+
+
+def _reshape_neurons(layer: Layer, shape: Shape) -> None:
+    module, adapter = layer.module, layer.adapter
+    contract = module.get_submodule(adapter.contract)
+    for name in dict.fromkeys(adapter.expand):
+        if shape.neurons:
+            _resize(module.get_submodule(name), rows=adapter.expand.count(name) * shape.neurons)
+        else:
+            module.set_submodule(name, Nothing())
+    if shape.neurons:
+        _resize(contract, columns=shape.neurons)
+    else:
+        module.set_submodule(adapter.contract, OnlyBias(contract, len(matrix(contract))))
+        _drop_norm(layer, 1)
+
+
+def _drop_norm(layer: Layer, place: int) -> None:
+    """Its weights would get no gradient, which DistributedDataParallel waits for."""
+    for name in layer.adapter.norms[place : place + 1]:
+        layer.module.set_submodule(name, nn.Identity())
+
+
+def _filled(index: Tensor | None, length: int, layer: Layer) -> Tensor:
+    device = next(layer.module.parameters()).device
+    return torch.empty(length, dtype=torch.int64, device=device) if index is None else index.to(device)
+
+
+def _resize(linear: nn.Module, rows: int | None = None, columns: int | None = None) -> None:
+    weight, bias, transposed = matrix(linear), linear.bias, isinstance(linear, Conv1D)
+    shape = (len(weight) if rows is None else rows, weight.shape[1] if columns is None else columns)
+    if tuple(weight.shape) != shape:
+        linear.weight = nn.Parameter(weight.new_empty(shape[::-1] if transposed else shape))
+        if isinstance(bias, Tensor) and len(bias) != shape[0]:
+            linear.bias = nn.Parameter(bias.new_empty(shape[0]))
+    for name, size in zip(("nf", "nx") if transposed else ("out_features", "in_features"), shape, strict=True):
+        setattr(linear, name, size)
