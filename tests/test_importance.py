@@ -248,13 +248,13 @@ def test_errors() -> None:
     for given, message in [
         ({"of": "layers"}, r"of: expected 'heads', 'neurons' or 'both', got 'layers'"),
         ({"criterion": "magnitude"}, r"criterion: expected 'dynabert' or 'michel', got 'magnitude'"),
-        ({"criterion": "michel", "accumulate": True}, r"accumulate: expected False for criterion 'michel'"),
+        ({"criterion": "michel", "accumulate": True}, r"accumulate: expected False with criterion 'michel'"),
         ({"batches": []}, r"batches: expected at least one, got none"),
         (
             {"batches": [tiny_models.batch(model)]},
-            r"batches: expected columns, among them labels, got columns input_ids, attention_mask; or give loss=",
+            r"batches: expected columns, among them labels, got columns input_ids, attention_mask; or give loss=, a function of both",
         ),
-        ({"batches": [torch.ones(2)]}, r"batches: expected columns, among them labels, got Tensor"),
+        ({"batches": [torch.ones(2)]}, r"batches: expected columns, among them labels, got torch.float32"),
         (
             {"loss": lambda model, batch: model(**batch).logits},
             r"loss: expected a scalar .*, got \[3, 2\], requires_grad=True",

@@ -15,11 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdfast.models.inputs import TARGETS, model_inputs, parameters_of, unwrapped
-from kdfast.prune.layers import Layer, layers_of
+from kdfast.ops import _checks
+from kdfast.prune.layers import Layer, layers_of, matrix
+from kdfast.prune.masked import KeptPart
 
 __all__ = ["Importance", "importance"]
 
-OP = "kdfast.prune.importance"
+_OP = "kdfast.prune.importance"
 Criterion = Literal["dynabert", "michel"]
 Loss = Callable[[Any, Any], Tensor]
 
@@ -93,7 +95,7 @@ def importance(
     """
     _check(of, criterion, accumulate)
     inner = unwrapped(model)
-    layers = layers_of(inner, OP)
+    layers = layers_of(inner, _OP)
     wide = torch.promote_types(inner.dtype, torch.float32)
     sums = [_Sums(layer, criterion == "michel", wide) for layer in layers]
     counted = torch.zeros((), dtype=torch.float64, device=inner.device)
@@ -104,7 +106,7 @@ def importance(
     found = [layer.heads for layer in sums] + [layer.neurons for layer in sums]
     _all_reduce([counted, *found])
     if not counted:
-        raise ValueError(f"{OP}: batches: expected at least one, got none")
+        _checks.wrong_value(_OP, "batches", "at least one", "none")
     if criterion == "michel":
         found = [total / counted.to(wide) for total in found]
     pair = Importance(_rows(found[: len(sums)]), _rows(found[len(sums) :]))
@@ -113,27 +115,31 @@ def importance(
 
 def _check(of: str, criterion: str, accumulate: bool) -> None:
     if of not in ("heads", "neurons", "both"):
-        raise ValueError(f"{OP}: of: expected 'heads', 'neurons' or 'both', got {of!r}")
+        _checks.wrong_value(_OP, "of", "'heads', 'neurons' or 'both'", repr(of))
     if criterion not in ("dynabert", "michel"):
-        raise ValueError(f"{OP}: criterion: expected 'dynabert' or 'michel', got {criterion!r}")
+        _checks.wrong_value(_OP, "criterion", "'dynabert' or 'michel'", repr(criterion))
     if accumulate and criterion != "dynabert":
-        raise ValueError(f"{OP}: accumulate: expected False for criterion {criterion!r}: it is DynaBERT's, got True")
+        _checks.wrong_value(_OP, "accumulate", f"False with criterion {criterion!r}, as it is DynaBERT's", accumulate)
 
 
 # ---- sums ----
 class _Gate(torch.autograd.Function):
-    """The identity, which shows its value and gradient. `root` requires a gradient: frozen models then have one."""
+    """The identity on what a linear map gets or makes, which adds its value times its gradient to a sum. `root` requires
+    a gradient: frozen models then have one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, root: Tensor, show: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.show = show
+    def forward(ctx: Any, x: Tensor, root: Tensor, linear: nn.Module, of_input: bool, to: _Sum) -> Tensor:
+        linear = getattr(linear, "base_layer", linear)  # below an adapter of peft
+        kept = getattr(linear, "_kdfast_masked", None)
+        live = (kept.packed.columns if of_input else kept.packed.rows) if isinstance(kept, KeptPart) else None
+        ctx.to, ctx.live, ctx.width = to, live, matrix(linear).shape[of_input]
         ctx.save_for_backward(x)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        ctx.show(*ctx.saved_tensors, gradient)
-        return gradient, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.to.show(*ctx.saved_tensors, gradient, ctx.live, ctx.width)
+        return gradient, None, None, None, None
 
 
 class _Sum:
@@ -143,21 +149,18 @@ class _Sum:
         self.units, self.size, self.by_row, self.dtype = units, size, by_row, dtype
         self.value: Tensor | None = None
 
-    def show(self, x: Tensor, gradient: Tensor) -> None:
-        if x.shape[-1] % (self.units * self.size):
-            raise ValueError(
-                f"{OP}: model: expected all heads and neurons at work, got {x.shape[-1]} features of "
-                f"{self.units * self.size}; kdfast.prune.remove(model) first, or take a compacted model"
-            )
+    def show(self, x: Tensor, gradient: Tensor, live: Tensor | None, width: int) -> None:
+        """live: which of `width` features x has; None: the first."""
         if self.by_row and x.dim() < 3:
-            raise ValueError(
-                f"{OP}: model: expected states [rows, places, features], got {list(x.shape)}, without padding"
-            )
-        product = x.to(self.dtype) * gradient
-        rows = len(x) if self.by_row else 1
-        between = product.numel() // max(1, rows * self.units * self.size)  # places, and maps made side by side
-        found = product.reshape(rows, between, self.units, self.size).sum((1, 3))
-        self.value = found if self.value is None else self.value + found
+            _checks.wrong_value(_OP, "model", "states [rows, places, features] in its layers", f"{list(x.shape)}")
+        rows, found = len(x) if self.by_row else 1, x.shape[-1]
+        products = x.to(self.dtype) * gradient
+        sums = products.reshape(rows, products.numel() // max(1, rows * found), found).sum(1)
+        if found < width:
+            live = torch.arange(found) if live is None else live
+            sums = sums.new_zeros(rows, width).index_copy_(1, live.to(sums.device), sums)
+        units = sums.view(rows, -1, self.units, self.size).sum((1, 3))  # -1: maps that are made side by side
+        self.value = units if self.value is None else self.value + units
 
 
 class _Sums:
@@ -173,11 +176,13 @@ class _Sums:
 
     def gates(self) -> Iterator[tuple[nn.Module, bool, _Sum]]:
         """Linear maps, whether it is their input that matters, and where that is summed."""
-        adapter = self.layer.adapter
-        yield self.layer.module.get_submodule(adapter.output), True, self.context
-        yield self.layer.module.get_submodule(adapter.contract), True, self.activated
-        for name in set() if self.by_row else set(adapter.expand):
-            yield self.layer.module.get_submodule(name), False, self.expanded
+        adapter, find = self.layer.adapter, self.layer.module.get_submodule
+        if self.layer.heads:
+            yield find(adapter.output), True, self.context
+        if self.layer.neurons:
+            yield find(adapter.contract), True, self.activated
+            for name in () if self.by_row else dict.fromkeys(adapter.expand):
+                yield find(name), False, self.expanded
 
     def close(self, keep: bool) -> int:
         """Ends a batch; returns its rows, 1 for all. `keep`: the next batch begins with the sums of this one."""
@@ -196,10 +201,10 @@ def _gates(sums: list[_Sums]) -> Iterator[Tensor]:
     root = torch.zeros((), requires_grad=True)
 
     def before(one: _Sum) -> Callable[[nn.Module, Any], tuple[Tensor]]:
-        return lambda _, inputs: (_Gate.apply(inputs[0], root, one.show),)
+        return lambda linear, inputs: (_Gate.apply(inputs[0], root, linear, True, one),)
 
     def after(one: _Sum) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        return lambda _, __, output: _Gate.apply(output, root, one.show)
+        return lambda linear, _, output: _Gate.apply(output, root, linear, False, one)
 
     handles = [
         module.register_forward_pre_hook(before(one)) if of_input else module.register_forward_hook(after(one))
@@ -226,18 +231,12 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def _own_loss(model: Any, batch: Any) -> Tensor:
-    takes = [name for name in TARGETS if name in parameters_of(model)]
+    takes, or_loss = [name for name in TARGETS if name in parameters_of(model)], "; or give loss=, a function of both"
     if not takes:
-        raise ValueError(
-            f"{OP}: model: expected one that makes a loss of labels, got {type(model).__name__}; "
-            "or give loss=, a function of the model and a batch"
-        )
+        _checks.wrong_value(_OP, "model", "one that makes a loss of labels", type(model).__name__ + or_loss)
     if not isinstance(batch, Mapping) or not any(name in batch for name in takes):
-        got = f"columns {', '.join(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(
-            f"{OP}: batches: expected columns, among them {' or '.join(takes)}, got {got}; "
-            "or give loss=, a function of the model and a batch"
-        )
+        got = f"columns {', '.join(batch)}" if isinstance(batch, Mapping) else _checks.kind(batch)
+        _checks.wrong_value(_OP, "batches", f"columns, among them {' or '.join(takes)}", got + or_loss)
     inputs = model_inputs(model, batch) | {name: batch[name] for name in takes if name in batch}
     inputs = {name: x.to(model.device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
     found: Tensor = model(**inputs).loss
@@ -247,7 +246,7 @@ def _own_loss(model: Any, batch: Any) -> Tensor:
 def _backward(loss: Tensor, root: Tensor) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         got = f"{list(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, Tensor) else f"{loss!r}"
-        raise ValueError(f"{OP}: loss: expected a scalar that depends on the model's layers, got {got}")
+        _checks.wrong_value(_OP, "loss", "a scalar that depends on the model's layers", got)
     torch.autograd.grad(loss, root, allow_unused=True)  # only what lies between: no gradient of a weight
 
 

@@ -85,9 +85,7 @@ _LLAMA = Adapter(
 ADAPTERS: dict[str, Adapter] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
     **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "smollm3", "gemma"), _LLAMA),
-    **dict.fromkeys(
-        ("gemma2", "gemma3_text"), replace(_LLAMA, norms=("input_layernorm", "pre_feedforward_layernorm"))
-    ),
+    **dict.fromkeys(("gemma2", "gemma3_text"), replace(_LLAMA, norms=("input_layernorm", "pre_feedforward_layernorm"))),
     "distilbert": Adapter(
         "attention",
         ("attention.q_lin", "attention.k_lin", "attention.v_lin"),

@@ -7,56 +7,92 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from kdfast.models.inputs import unwrapped
+from kdfast.ops import _checks
 from kdfast.prune.layers import Layer, layers_of, matrix, parts
 
 __all__ = ["rewire"]
 
-OP = "kdfast.prune.rewire"
+_OP = "kdfast.prune.rewire"
 Scores = Tensor | Sequence[Tensor]
 
 
 @torch.no_grad()
 def rewire(model: nn.Module, heads: Scores, neurons: Scores) -> None:
     """Sorts the heads and neurons of every layer by descending importance, of equal ones the lower number first, in
-    place: rows and biases of the maps that make them, columns of those that take them. The model computes what it did.
+    place: rows and biases of the maps that make them, columns of those that take them (Hou et al., 2020). The model
+    computes what it did.
 
     Groups of keys and values are sorted by the sum over the heads that read them, these inside their group. MPNet's
-    layers share biases of attention by head, so their heads take one order, by the sum over layers.
+    layers share a bias of attention by head, so their heads take one order, by the sum over layers.
 
-    The parameters stay the same objects. Moments of an optimizer are not sorted along: rewire before the first step.
+    The parameters stay the same objects. Moments of an optimizer are not sorted along: rewire before its first step.
 
     Args:
+        model: of transformers, wrapped or not, without masks.
         heads, neurons: [layers, heads or neurons], of `kdfast.prune.importance` or your own, or a list of rows.
 
     Raises:
-        TypeError, ValueError: model as in `importance`; scores of another shape, or NaN.
+        TypeError, ValueError: model as in `layers_of`, with masks, or with linear maps that are more than that (an
+            adapter of peft, quantised); scores of another shape, or NaN. Nothing has changed then.
     """
     inner = unwrapped(model)
-    layers = layers_of(inner, OP)
+    layers = layers_of(inner, _OP)
     of_heads = _checked("heads", heads, [layer.heads for layer in layers])
     of_neurons = _checked("neurons", neurons, [layer.neurons for layer in layers])
-    shared = getattr(getattr(inner.base_model, "encoder", None), "relative_attention_bias", None)
+    if any(module.__dict__.get("_kdfast_masked") is not None for module in inner.modules()):
+        _checks.wrong_value(_OP, "model", "one without masks", "one that has some; kdfast.prune.remove(model) first")
+    shared = _shared_bias(inner, layers)
+    of_heads = of_heads if shared is None else [torch.stack(of_heads).sum(0)] * len(layers)
+    orders = [
+        (_by_group(layer, mine), _descending(its))
+        for layer, mine, its in zip(layers, of_heads, of_neurons, strict=True)
+    ]
+    maps = [_maps(layer) for layer in layers]
+    for layer, order, linears in zip(layers, orders, maps, strict=True):
+        for name, part in parts(layer, *order).items():
+            _sort(linears[name], part.rows, part.columns, part.repeat)
     if shared is not None:
-        together = torch.stack(of_heads).sum(0)
-        of_heads = [together] * len(layers)
-        shared.weight.copy_(shared.weight[:, _descending(together).to(shared.weight.device)])
-    for layer, mine, its in zip(layers, of_heads, of_neurons, strict=True):
-        _sort(layer, _by_group(layer, mine), _descending(its))
+        _sort(shared, None, orders[0][0], None)
 
 
 def _checked(name: str, scores: Scores, counts: list[int]) -> list[Tensor]:
-    """A row of scores for each layer; ends of rows that `importance` filled with NaN are left out."""
+    """A row of scores for each layer, without the NaN that `importance` lets shorter ones end in."""
     if len(scores) != len(counts):
-        raise ValueError(f"{OP}: {name}: expected scores of {len(counts)} layers, got {len(scores)}")
+        _checks.wrong_value(_OP, name, f"scores of {len(counts)} layers", len(scores))
     found = [torch.as_tensor(row).detach().cpu() for row in scores]
     for i, (row, count) in enumerate(zip(found, counts, strict=True)):
-        if row.dim() != 1 or len(row) < count or not row[count:].isnan().all():
-            raise ValueError(f"{OP}: {name}[{i}]: expected [{count}], got {list(row.shape)}")
-        if row[:count].isnan().any():
-            raise ValueError(f"{OP}: {name}[{i}]: expected numbers, got NaN")
+        if row.dim() != 1 or len(row) < count or not bool(row[count:].isnan().all()):
+            _checks.wrong_value(_OP, f"{name}[{i}]", f"[{count}]", list(row.shape))
+        if bool(row[:count].isnan().any()):
+            _checks.wrong_value(_OP, f"{name}[{i}]", "numbers", "NaN")
     return [row[:count] for row, count in zip(found, counts, strict=True)]
+
+
+def _shared_bias(model: Any, layers: list[Layer]) -> nn.Module | None:
+    """What makes MPNet's bias of positions, [buckets, heads] for all layers."""
+    if not layers[0].adapter.per_head:
+        return None
+    made = getattr(getattr(model.base_model, "encoder", None), "relative_attention_bias", None)
+    if made is None or any(hasattr(layer.attention, "own_heads") for layer in layers):
+        _checks.wrong_value(
+            _OP, "model", "layers that share one bias by head", "other biases, or heads of a smaller model"
+        )
+    found: nn.Module = made
+    return found
+
+
+def _maps(layer: Layer) -> dict[str, nn.Module]:
+    adapter, found = layer.adapter, dict[str, nn.Module]()
+    for name in (*adapter.qkv, adapter.output) * bool(layer.heads) + (*adapter.expand, adapter.contract) * bool(
+        layer.neurons
+    ):
+        found[name] = layer.module.get_submodule(name)
+        if not isinstance(found[name], nn.Linear | Conv1D):
+            _checks.wrong_type(_OP, f"model: {layer.name}.{name}", "nn.Linear or Conv1D", type(found[name]).__name__)
+    return found
 
 
 def _descending(scores: Tensor) -> Tensor:
@@ -71,16 +107,14 @@ def _by_group(layer: Layer, scores: Tensor) -> Tensor:
     return order[place[layer.group_of[order]].argsort(stable=True)]
 
 
-def _sort(layer: Layer, heads: Tensor, neurons: Tensor) -> None:
-    for name, part in parts(layer, heads, neurons).items():
-        linear: Any = layer.module.get_submodule(name)
-        weight = matrix(linear)
-        if part.rows is not None:
-            rows = part.rows.to(weight.device)
-            weight.copy_(weight.index_select(0, rows))
-            if linear.bias is not None:
-                linear.bias.copy_(linear.bias.index_select(0, rows))
-        if part.columns is not None:
-            weight.copy_(weight.index_select(1, part.columns.to(weight.device)))
-        if part.repeat is not None:
-            linear.repeat.copy_(part.repeat)
+def _sort(linear: Any, rows: Tensor | None, columns: Tensor | None, repeat: Tensor | None) -> None:
+    weight = matrix(linear)
+    if rows is not None:
+        rows = rows.to(weight.device)
+        weight.copy_(weight.index_select(0, rows))
+        if linear.bias is not None:
+            linear.bias.copy_(linear.bias.index_select(0, rows))
+    if columns is not None:
+        weight.copy_(weight.index_select(1, columns.to(weight.device)))
+    if repeat is not None:
+        linear.repeat.copy_(repeat)
