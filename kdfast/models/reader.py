@@ -142,9 +142,10 @@ def _mpnet(model: PreTrainedModel) -> Callable[[], None]:
 
     def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         hidden, position_bias = args[0], kwargs.get("position_bias", args[2] if len(args) > 2 else None)
-        shape = (*hidden.shape[:-1], module.num_attention_heads, -1)
+        shape = (*hidden.shape[:-1], -1, module.attention_head_size)
         q, k, v = (kept.pop().view(shape).transpose(1, 2) for kept in module._kdfast_projected)
-        bias = None if position_bias is None else lambda: position_bias
+        live = getattr(module, "live_heads", None)  # of `kdfast.prune.apply`, where the bias is of all heads
+        bias = None if position_bias is None else lambda: position_bias if live is None else position_bias[:, live]
         record(q, k, v, module.attention_head_size**-0.5, bias)
 
     handles = []

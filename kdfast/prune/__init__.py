@@ -1,7 +1,11 @@
 """Structured pruning: masks of heads, neurons and layers, models that compute only what lives, smaller models of them.
 May import `ops`, `nn`, `data`, `models`."""
 
+from kdfast.prune.apply import apply, remove
+from kdfast.prune.compact import compact
 from kdfast.prune.importance import Importance, importance
+from kdfast.prune.layers import Adapter, register
+from kdfast.prune.masks import Masks
 from kdfast.prune.rewire import rewire
 
-__all__ = ["Importance", "importance", "rewire"]
+__all__ = ["Adapter", "Importance", "Masks", "apply", "compact", "importance", "register", "remove", "rewire"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -17,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from kdfast.models.inputs import unwrapped
 from kdfast.ops import _checks
 from kdfast.ops._packed import Packed
-from kdfast.prune.layers import Layer, Part, layers_of, matrix, parts_of_heads, parts_of_neurons, sharing
+from kdfast.prune.layers import Adapter, Layer, Part, layers_of, matrix, parts_of_heads, parts_of_neurons, sharing
 from kdfast.prune.masked import (
     DroppedLayer,
     KeptHeads,
@@ -29,12 +27,13 @@ from kdfast.prune.masked import (
     restore,
 )
 from kdfast.prune.masks import Masks, check
+from kdfast.prune.modules import RepeatedHeads
 
 __all__ = ["apply", "remove"]
 
 _OP = "kdfast.prune.apply"
 _APPLIED = "_kdfast_applied"  # the attribute of a layer that says what it is masked by
-Maps = dict[str, tuple[nn.Module, ...]]
+Maps = dict[str, tuple[nn.Module, ...]]  # by name below the layer
 
 
 def apply(model: nn.Module, masks: Masks) -> None:
@@ -76,11 +75,10 @@ def apply(model: nn.Module, masks: Masks) -> None:
     places = _places(inner)
     kind = inner.config.model_type
     check(_OP, masks, [place.layer for place in places], kind)
-    lives = masks.layers.tolist()
-    maps = [place.maps(live) for place, live in zip(places, lives, strict=True)]  # refuses before anything changes
+    maps = [place.maps() for place in places]  # which refuses before anything changes
     with torch.inference_mode(False):  # indices made in it could not be saved for a backward
-        for i, place in enumerate(places):
-            _apply_to(place.layer, kind, maps[i], masks.heads[i], masks.neurons[i], lives[i])
+        for i, (place, lives) in enumerate(zip(places, masks.layers.tolist(), strict=True)):
+            _apply_to(place.layer, kind, maps[i], masks.heads[i], masks.neurons[i], lives)
 
 
 def remove(model: nn.Module) -> None:
@@ -132,10 +130,15 @@ def _mask_heads(layer: Layer, kind: str, maps: Maps, heads: Tensor) -> None:
     sizes = {"num_key_value_groups": sharing(layer, heads)[1]}
     sizes |= dict.fromkeys(adapter.width, len(heads) * layer.head_size)
     before = {name: attention.__dict__[name] for name in sizes if name in attention.__dict__}
-    arguments = [*inspect.signature(type(attention).forward).parameters][1:]
-    per_head = {name: arguments.index(name) for name in adapter.per_head}
-    mask(attention, MaskedAttention, KeptHeads(kind, tuple(heads.tolist()), per_head, before))
+    mask(attention, MaskedAttention, KeptHeads(kind, tuple(heads.tolist()), _places_of(adapter, attention), before))
     attention.__dict__.update({name: sizes[name] for name in before})
+
+
+def _places_of(adapter: Adapter, attention: nn.Module) -> dict[str, int]:
+    if not adapter.per_head:
+        return {}
+    arguments = [*inspect.signature(type(attention).forward).parameters][1:]  # without self
+    return {name: arguments.index(name) for name in adapter.per_head}
 
 
 def _mask_maps(maps: Maps, parts: dict[str, Part], head_size: int) -> None:
@@ -152,38 +155,32 @@ class _Place:
     """A layer, and how its linear maps are found, in whose place others may have come since (an adapter's)."""
 
     def __init__(self, layer: Layer) -> None:
-        adapter = layer.adapter
-        self.layer = layer
-        self._names = [
-            [*dict.fromkeys((*adapter.qkv, adapter.output))],
-            [*dict.fromkeys((*adapter.expand, adapter.contract))],
+        adapter, self.layer = layer.adapter, layer
+        of_heads = (*adapter.qkv, adapter.output) if layer.heads else ()
+        of_neurons = (*adapter.expand, adapter.contract) if layer.neurons else ()
+        takes = (adapter.output, adapter.contract)
+        self._maps = [
+            [(name, attrgetter(name), name in takes) for name in dict.fromkeys(names)]
+            for names in (of_heads, of_neurons)
         ]
-        self._find = [attrgetter(*names) for names in self._names]
-        self._own = attrgetter(layer.name)
+        self._find = attrgetter(layer.name)
 
     def is_in(self, model: nn.Module) -> bool:
         try:
-            return self._own(model) is self.layer.module
+            return self._find(model) is self.layer.module  # type: ignore[no-any-return]
         except AttributeError:
             return False
 
-    def maps(self, lives: bool) -> tuple[Maps, Maps]:
+    def maps(self) -> tuple[Maps, Maps]:
         """The linear maps by name, of the heads and of the neurons."""
-        layer = self.layer
-        takes = (layer.adapter.output, layer.adapter.contract)
-        for what, module in ((layer.adapter.attention, layer.attention), ("", layer.module)):
-            ...
+        place, layer = self.layer.name, self.layer.module
         of_heads, of_neurons = (
-            {
-                name: _leaves(f"{layer.name}.{name}", module, name in takes)
-                for name, module in zip(names, find(layer.module), strict=True)
-            }
-            for names, find in zip(self._names, self._find, strict=True)
+            {name: _linear_maps(place, name, find(layer), takes) for name, find, takes in maps} for maps in self._maps
         )
         return of_heads, of_neurons
 
 
-# Of the models that were masked: finding all layers of one takes a hundred times as long as finding them unchanged.
+# Of models that were masked: to see that a layer is still there takes a tenth of the time of finding it.
 _known: WeakKeyDictionary[nn.Module, list[_Place]] = WeakKeyDictionary()
 
 
@@ -194,19 +191,24 @@ def _places(model: nn.Module) -> list[_Place]:
     return places
 
 
-@functools.cache
-def _is_map(of: type[nn.Module]) -> bool:
-    """Whether a module of this class is weight, bias and nothing else; heads of `RepeatedHeads` are repeated anew."""
-    return of.forward in (nn.Linear.forward, Conv1D.forward, MaskedMap.forward) or hasattr(of, "repeat")
-
-
-def _leaves(name: str, module: Any, takes: bool) -> tuple[nn.Module, ...]:
-    """The linear maps that a module is: itself; of LoRA the map below and those of the adapters that take its inputs,
-    or make its outputs."""
-    if _is_map(type(module)):
-        found = (module,)
-    elif hasattr(module, "lora_A") and not getattr(module, "lora_variant", None):
+def _linear_maps(place: str, name: str, module: Any, takes: bool) -> tuple[nn.Module, ...]:
+    """What a module is as linear maps: itself; with LoRA the map below it and those of its adapters that take its
+    inputs, or make its outputs."""
+    if _is_map(type(module)) and "forward" not in module.__dict__:
+        return (module,)
+    found = (module,)
+    if hasattr(module, "lora_A") and not getattr(module, "lora_variant", None):
         found = (module.base_layer, *(module.lora_A if takes else module.lora_B).values())
-    else:
-        found = (module,)
-    ...
+    for one in found:
+        if not _is_map(type(one)):
+            expected = f"nn.Linear, Conv1D, or LoRA of peft on one, as {place}.{name}"
+            _checks.wrong_type(_OP, "model", expected, type(one).__name__)
+        if "forward" in one.__dict__:
+            expected = f"{place}.{name} with the forward of its class"
+            _checks.wrong_value(_OP, "model", expected, "one that was set on it (accelerate does, for a device_map)")
+    return found
+
+
+def _is_map(of: type[nn.Module]) -> bool:
+    """Whether modules of this class are weight, bias and nothing else; what repeats heads is masked with them."""
+    return issubclass(of, RepeatedHeads) or of.forward in (nn.Linear.forward, Conv1D.forward, MaskedMap.forward)

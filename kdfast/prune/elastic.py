@@ -26,6 +26,7 @@ from kdfast.models.inputs import unwrapped
 from kdfast.ops import _checks
 from kdfast.ops._packed import Packed
 from kdfast.ops.prefix import prefix_linear
+from kdfast.prune.compact import compact
 from kdfast.prune.layers import Layer, layers_of, matrix, parts
 from kdfast.prune.masked import (
     DroppedLayer,

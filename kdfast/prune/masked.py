@@ -8,16 +8,15 @@ Names of classes stay, as FSDP and others look for layers by them.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from kdfast.ops._packed import Packed
 from kdfast.prune.layers import ADAPTERS, matrix
+from kdfast.prune.modules import tell_length
 
 _OURS = "_kdfast_is_ours"  # what classes made here have of their own
 
@@ -35,10 +34,14 @@ class Masked(nn.Module):
         return (_new, type(self).__bases__, *made[2:])  # its class is not found by its name
 
 
-@functools.cache
+_classes: dict[tuple[type, type], type[nn.Module]] = {}
+
+
 def _class(kind: type[Masked], of: type[nn.Module]) -> type[nn.Module]:
-    names = {name: getattr(of, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(of.__name__, (kind, of), {**names, _OURS: True})
+    if (kind, of) not in _classes:
+        names = {name: getattr(of, name) for name in ("__module__", "__qualname__", "__doc__")}
+        _classes[kind, of] = type(of.__name__, (kind, of), {**names, _OURS: True})
+    return _classes[kind, of]
 
 
 def _new(kind: type[Masked], of: type[nn.Module]) -> nn.Module:
@@ -49,8 +52,8 @@ def _new(kind: type[Masked], of: type[nn.Module]) -> nn.Module:
 def mask(module: nn.Module, kind: type[Masked], kept: object) -> None:
     """Makes a module one of a kind, which keeps this."""
     if not isinstance(module, kind):
-        module.__class__ = _class(kind, type(module))  # type: ignore[assignment]
-    module._kdfast_masked = kept  # type: ignore[assignment]
+        object.__setattr__(module, "__class__", _class(kind, type(module)))
+    module.__dict__["_kdfast_masked"] = kept
 
 
 def restore(module: nn.Module) -> None:
@@ -59,7 +62,7 @@ def restore(module: nn.Module) -> None:
     if isinstance(kept, KeptHeads):
         module.__dict__.update(kept.before)
     if _OURS in vars(type(module)):
-        module.__class__ = type(module).__bases__[1]  # type: ignore[assignment]
+        object.__setattr__(module, "__class__", type(module).__bases__[1])
 
 
 # ---- linear maps ----
@@ -119,7 +122,7 @@ class MaskedAttention(Masked):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         if not kept.heads:
             hidden = args[0] if args else kwargs["hidden_states"]
-            _tell_length(hidden, getattr(self, "layer_idx", None), args, kwargs)
+            tell_length((*args, *kwargs.values()), getattr(self, "layer_idx", None), hidden)
             return ADAPTERS[kept.model_type].without_heads(self, hidden, hidden.new_empty(*hidden.shape[:-1], 0))
         for name, place in kept.per_head.items():
             if place < len(args):
@@ -134,16 +137,6 @@ def _of_heads(given: Tensor | None, heads: tuple[int, ...]) -> Tensor | None:
         return None
     every = given.unbind(1)
     return torch.stack([every[i] for i in heads], 1)
-
-
-def _tell_length(hidden: Tensor, layer: int | None, args: Any, kwargs: Any) -> None:
-    """A key and a value of zero for every token: transformers asks the cache's layers, most often the first, how many
-    tokens they have seen."""
-    given = [x for x in (*args, *kwargs.values()) if isinstance(x, Cache)]
-    if given and layer is not None:
-        cache: Any = getattr(given[0], "self_attention_cache", given[0])
-        nothing = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
-        cache.update(nothing, nothing, layer)
 
 
 # ---- layers ----
@@ -163,5 +156,5 @@ class DroppedLayer(Masked):
         if kept is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         hidden = args[0] if args else kwargs["hidden_states"]
-        _tell_length(hidden, kept.number, args, kwargs)
+        tell_length((*args, *kwargs.values()), kept.number, hidden)
         return (hidden, None) if kept.returns_tuple else hidden
