@@ -44,3 +44,10 @@ def bert_of(tensors: dict[str, Tensor], hyper: dict[str, Any], prefix: str) -> A
 
 def inputs_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+
+
+def agree(got: Tensor | None, expected: Tensor, tolerance: float = 1e-9) -> None:
+    assert got is not None
+    assert got.shape == expected.shape
+    assert expected.any(), "zeros would pass"
+    assert float((got.detach().double() - expected.double()).norm()) <= tolerance * float(expected.double().norm())

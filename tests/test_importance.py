@@ -11,7 +11,7 @@ import tiny_models
 import torch
 import torch.distributed as dist
 import transformers
-from dynabert_oracles import bert_of, inputs_of, oracle
+from dynabert_oracles import agree, bert_of, inputs_of, oracle
 from ranks import spawn
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -20,12 +20,6 @@ from kdfast import prune
 from kdfast.prune.layers import layers_of
 
 EVERY = pytest.mark.parametrize("name", tiny_models.NAMES)
-
-
-def agree(got: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
-    assert got.shape == expected.shape
-    assert expected.any(), "zeros would pass"
-    assert float((got.double() - expected.double()).norm()) <= tolerance * float(expected.double().norm())
 
 
 def labelled(model: Any, seed: int, rows: int = 3) -> dict[str, Tensor]:

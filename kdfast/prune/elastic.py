@@ -151,7 +151,7 @@ class Elastic:
         inner = unwrapped(model)
         self.model, self.widths, self.depths = model, _shares("widths", widths), _shares("depths", depths)
         self._layers = layers_of(inner, _OP)
-        self._kept = {depth: kept_layers(len(self._layers), depth, keep_last) for depth in self.depths}
+        self._kept = {depth: kept_layers(len(self._layers), depth, keep_last) for depth in (*self.depths, 1.0)}
         self._check(inner)
         self.width = self.depth = 1.0
         self._of_width: dict[float, list[_Change]] = {}
