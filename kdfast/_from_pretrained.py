@@ -59,9 +59,13 @@ def _register(auto: Any) -> None:
             vars(self).update(record)
 
     class Pruned(auto.HfQuantizer):  # type: ignore[misc]
-        """Gives a model the shapes of its record; after that it is one like any other."""
+        """Gives a model the shapes of its record. After that it is one like any other: nothing marks it as quantised, for
+        which transformers would refuse to train or to cast it."""
 
-        is_serializable = is_trainable = is_compileable = True
+        is_trainable = True
+
+        def is_serializable(self) -> bool:
+            return True
 
         def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
             from kdfast.prune import disk  # of transformers, which imports this file at its own beginning
@@ -69,7 +73,9 @@ def _register(auto: Any) -> None:
             disk.rebuild(model, self.quantization_config.to_dict())
 
         def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None:
-            del model.hf_quantizer, model.is_quantized, model.quantization_method, model.config._is_quantized
+            for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+                vars(model).pop(name, None)
+            vars(model.config).pop("_is_quantized", None)
             model.config.quantization_config = self.quantization_config.to_dict()
 
     auto.register_quantization_config(METHOD)(Record)

@@ -14,6 +14,7 @@ from transformers.initialization import no_init_weights
 from kdfast._from_pretrained import METHOD
 from kdfast.ops import _checks
 from kdfast.prune.layers import layers_of
+from kdfast.prune.modules import Nothing, OnlyBias
 from kdfast.prune.shapes import Shape, reshape, shape_of
 
 VERSION = 1  # of records
@@ -51,6 +52,9 @@ def rebuild(model: Any, record: dict[str, Any]) -> None:
         _checks.wrong_value(op, "layers", f"shapes of {len(layers)} layers", len(record["layers"]))
     for layer, listed in zip(layers, record["layers"], strict=True):
         reshape(layer, Shape(**{name: tuple(x) if isinstance(x, list) else x for name, x in listed.items()}))
+        for module in layer.module.modules():
+            if any(isinstance(part, (Nothing, OnlyBias)) for part in module.children()):
+                module._is_hf_initialized = True  # some classes initialise the weights of their parts, which are gone
 
 
 def _listed(shape: Shape) -> dict[str, Any]:
