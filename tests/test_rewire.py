@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import peft
+import pruning_oracle as zero
 import pytest
 import tiny_models
 import torch
 from dynabert_oracles import bert_of, inputs_of, oracle
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdfast import prune
+from kdfast.elastic import Elastic
 from kdfast.prune.layers import layers_of, matrix
 
 
@@ -67,6 +71,47 @@ def test_of_equal_scores_the_lower_number_is_first() -> None:
     prune.rewire(model, list(heads), list(neurons))
     down = "model.layers.0.mlp.down_proj.weight"
     assert torch.equal(model.state_dict()[down], state[down].roll(1, 1))
+
+
+@pytest.mark.parametrize("name", ["bert", "mpnet", "modernbert", "gpt2", "llama"])
+def test_smaller_models(name: str, tmp_path: Path) -> None:
+    """Layers of different sizes: repeated groups, no heads, no neurons."""
+    whole = tiny_models.make(name)
+    for masks in zero.patterns(whole).values():
+        model = prune.compact(whole, masks)
+        inputs = tiny_models.batch(model)
+        expected = model(**inputs).logits.detach()
+        state = copy.deepcopy(model.state_dict())
+        heads, neurons = ([torch.rand(n) for n in counts] for counts in zip(*sizes(model), strict=True))
+        prune.rewire(model, nn.utils.rnn.pad_sequence(heads, True, torch.nan), neurons)
+        assert not all(torch.equal(x, state[key]) for key, x in model.state_dict().items())
+        model.save_pretrained(tmp_path)
+        for net in (model, type(model).from_pretrained(tmp_path, dtype=torch.float64)):
+            torch.testing.assert_close(net(**inputs).logits.detach(), expected, rtol=0, atol=1e-10)
+
+
+def sizes(model: Any) -> list[tuple[int, int]]:
+    return [(layer.heads, layer.neurons) for layer in layers_of(model)]
+
+
+def test_models_that_cannot_be_sorted() -> None:
+    masked, elastic, adapted = (tiny_models.make("bert") for _ in range(3))
+    masks = prune.Masks.full(masked)
+    masks.neurons[0][3] = False
+    prune.apply(masked, masks)
+    scores = random_scores(masked)
+    Elastic(elastic, (0.5,)).set(0.5)
+    for model in (masked, elastic):
+        with pytest.raises(ValueError, match=r"rewire: model: expected one without masks"):
+            prune.rewire(model, *scores)
+    Elastic(elastic_again := tiny_models.make("bert"), (0.5,))
+    prune.rewire(elastic_again, *scores)  # as the whole model that it is
+    peft.get_peft_model(adapted, peft.LoraConfig(target_modules=["value"]))
+    message = (
+        r"rewire: model: bert\.encoder\.layer\.0\.attention\.self\.value: expected nn\.Linear or Conv1D, got Linear"
+    )
+    with pytest.raises(TypeError, match=message):
+        prune.rewire(adapted, *scores)
 
 
 def test_errors() -> None:

@@ -97,7 +97,7 @@ def importance(
     inner = unwrapped(model)
     layers = layers_of(inner, _OP)
     wide = torch.promote_types(inner.dtype, torch.float32)
-    sums = [_Sums(layer, criterion == "michel", wide) for layer in layers]
+    sums = [_Sums(layer, criterion == "michel", wide, inner.device) for layer in layers]
     counted = torch.zeros((), dtype=torch.float64, device=inner.device)
     with _evaluation(inner), _gates(sums) as root, torch.enable_grad():
         for batch in batches:
@@ -166,8 +166,7 @@ class _Sum:
 class _Sums:
     """Of one layer: of all batches so far, and of the one at work."""
 
-    def __init__(self, layer: Layer, by_row: bool, dtype: torch.dtype) -> None:
-        device = next(layer.module.parameters()).device
+    def __init__(self, layer: Layer, by_row: bool, dtype: torch.dtype, device: torch.device) -> None:
         self.layer, self.by_row = layer, by_row
         self.heads = torch.zeros(layer.heads, dtype=dtype, device=device)
         self.neurons = torch.zeros(layer.neurons, dtype=dtype, device=device)
@@ -190,7 +189,7 @@ class _Sums:
         for total, one in ((self.heads, self.context), (self.neurons, self.expanded), (self.neurons, self.activated)):
             if one.value is not None:
                 rows = len(one.value)
-                total += rows * one.value.abs().sum(0)  # times rows: the loss is a mean over them
+                total += (rows * one.value.abs().sum(0)).to(total.device)  # times rows: the loss is a mean over them
             one.value = one.value if keep else None
         return rows
 
@@ -262,4 +261,4 @@ def _all_reduce(totals: list[Tensor]) -> None:
 
 
 def _rows(scores: list[Tensor]) -> Tensor:
-    return nn.utils.rnn.pad_sequence([x.to(scores[0].device) for x in scores], True, torch.nan)
+    return nn.utils.rnn.pad_sequence(scores, True, torch.nan)

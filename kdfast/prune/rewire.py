@@ -11,7 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from kdfast.models.inputs import unwrapped
 from kdfast.ops import _checks
+from kdfast.prune import disk
 from kdfast.prune.layers import Layer, layers_of, matrix, parts
+from kdfast.prune.modules import of_own_heads
 
 __all__ = ["rewire"]
 
@@ -44,18 +46,22 @@ def rewire(model: nn.Module, heads: Scores, neurons: Scores) -> None:
     of_neurons = _checked("neurons", neurons, [layer.neurons for layer in layers])
     if any(module.__dict__.get("_kdfast_masked") is not None for module in inner.modules()):
         _checks.wrong_value(_OP, "model", "one without masks", "one that has some; kdfast.prune.remove(model) first")
+    maps = [_maps(layer) for layer in layers]
     shared = _shared_bias(inner, layers)
     of_heads = of_heads if shared is None else [torch.stack(of_heads).sum(0)] * len(layers)
-    orders = [
-        (_by_group(layer, mine), _descending(its))
-        for layer, mine, its in zip(layers, of_heads, of_neurons, strict=True)
-    ]
-    maps = [_maps(layer) for layer in layers]
-    for layer, order, linears in zip(layers, orders, maps, strict=True):
-        for name, part in parts(layer, *order).items():
-            _sort(linears[name], part.rows, part.columns, part.repeat)
+    by_group = [_by_group(layer, row) for layer, row in zip(layers, of_heads, strict=True)]
+    for layer, linears, order, its in zip(layers, maps, by_group, of_neurons, strict=True):
+        for name, part in parts(layer, order, _descending(its)).items():
+            _sort(linears[name], part.rows, part.columns)
+            if part.repeat is not None:
+                linears[name].repeat = tuple(part.repeat.tolist())  # type: ignore[assignment]
+        if shared is None and layer.adapter.per_head and layer.heads:
+            own = getattr(layer.attention, "own_heads", range(layer.heads))
+            of_own_heads(layer.attention, layer.adapter.per_head, tuple(own[i] for i in order.tolist()))
     if shared is not None:
-        _sort(shared, None, orders[0][0], None)
+        _sort(shared, None, by_group[0])
+    if getattr(inner.config, "quantization_config", None):  # the record of a smaller model has orders too
+        disk.settle(_OP, inner)
 
 
 def _checked(name: str, scores: Scores, counts: list[int]) -> list[Tensor]:
@@ -72,16 +78,13 @@ def _checked(name: str, scores: Scores, counts: list[int]) -> list[Tensor]:
 
 
 def _shared_bias(model: Any, layers: list[Layer]) -> nn.Module | None:
-    """What makes MPNet's bias of positions, [buckets, heads] for all layers."""
+    """What makes MPNet's bias of positions, [buckets, heads] for all layers; None where there is no such bias, or where
+    layers of a smaller model know which of its heads are theirs."""
     if not layers[0].adapter.per_head:
         return None
-    made = getattr(getattr(model.base_model, "encoder", None), "relative_attention_bias", None)
-    if made is None or any(hasattr(layer.attention, "own_heads") for layer in layers):
-        _checks.wrong_value(
-            _OP, "model", "layers that share one bias by head", "other biases, or heads of a smaller model"
-        )
-    found: nn.Module = made
-    return found
+    made: nn.Module = model.base_model.encoder.relative_attention_bias
+    smaller = any(layer.heads != matrix(made).shape[1] or hasattr(layer.attention, "own_heads") for layer in layers)
+    return None if smaller else made
 
 
 def _maps(layer: Layer) -> dict[str, nn.Module]:
@@ -107,7 +110,7 @@ def _by_group(layer: Layer, scores: Tensor) -> Tensor:
     return order[place[layer.group_of[order]].argsort(stable=True)]
 
 
-def _sort(linear: Any, rows: Tensor | None, columns: Tensor | None, repeat: Tensor | None) -> None:
+def _sort(linear: Any, rows: Tensor | None, columns: Tensor | None) -> None:
     weight = matrix(linear)
     if rows is not None:
         rows = rows.to(weight.device)
@@ -116,5 +119,3 @@ def _sort(linear: Any, rows: Tensor | None, columns: Tensor | None, repeat: Tens
             linear.bias.copy_(linear.bias.index_select(0, rows))
     if columns is not None:
         weight.copy_(weight.index_select(1, columns.to(weight.device)))
-    if repeat is not None:
-        linear.repeat.copy_(repeat)
