@@ -3,8 +3,24 @@ May import `ops`, `nn`, `data`, `models`."""
 
 from kdfast.prune.apply import apply, remove
 from kdfast.prune.compact import compact
+from kdfast.prune.importance import Importance, importance
 from kdfast.prune.layers import Adapter, register
 from kdfast.prune.masks import Masks
 from kdfast.prune.report import Cost, Report, advice, report
+from kdfast.prune.rewire import rewire
 
-__all__ = ["Adapter", "Cost", "Masks", "Report", "advice", "apply", "compact", "register", "remove", "report"]
+__all__ = [
+    "Adapter",
+    "Cost",
+    "Importance",
+    "Masks",
+    "Report",
+    "advice",
+    "apply",
+    "compact",
+    "importance",
+    "register",
+    "remove",
+    "report",
+    "rewire",
+]
