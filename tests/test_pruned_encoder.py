@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from transformers import BertConfig, BertModel
+
+from kdfast import prune
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import pruned_encoder as benchmark
@@ -37,6 +40,16 @@ def test_half_lives() -> None:
     assert bool(masks.layers.all())
 
 
+def test_the_more_important_half_lives() -> None:
+    model = tiny_models.make("bert")
+    batch = {**tiny_models.batch(model), "labels": torch.tensor([0, 1, 1])}
+    masks, found = benchmark.important_half(model, [batch]), prune.importance(model, [batch])
+    for living, scores in ((masks.heads, found.heads), (masks.neurons, found.neurons)):
+        for mask, of in zip(living, scores, strict=True):
+            assert int(mask.sum()) == len(mask) - len(mask) // 2
+            assert of[mask].min() >= of[~mask].max() > 0
+
+
 def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "ENCODERS", {"tiny": tiny})
     results = benchmark.measure(1, ((2, 8), (1, 4)))
@@ -45,6 +58,8 @@ def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line[0] for line in lines] == ["tiny, 2 × 8", "tiny, 1 × 4"]
     assert all(len(line) == len(benchmark.HEADER) for line in lines)
     whole, masked, smaller = results[:3]
-    assert lines[0][-2:] == tuple(f"{whole['ms'] / of['ms']:.2f}" for of in (masked, smaller))
+    assert lines[0][-3:] == (*(f"{whole['ms'] / of['ms']:.2f}" for of in (masked, smaller)), "–")
+    whole["accuracy"] = {"whole": 86.0, "pruned": 70.04, "trained": 85.25}
+    assert [line[-1] for line in benchmark.table(results)] == ["86.0 → 70.0 → 85.2", "–"]
     assert whole["parameters"] == masked["parameters"] > smaller["parameters"]
     assert whole["gflop"] > masked["gflop"] == smaller["gflop"] > 0
