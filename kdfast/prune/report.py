@@ -133,7 +133,7 @@ def advice(before: Cost, after: Cost) -> str | None:
     elif slowest.ms > BUSY * min(slowest.milliseconds):
         why = (
             f"passes of one model took {_spread(slowest)} ms, so that something else was running: measure again when it "
-            "is not, with more repeats"
+            "is not"
         )
     elif after.parameters == before.parameters:
         why = (
