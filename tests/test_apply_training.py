@@ -26,8 +26,7 @@ def step(model: Any, optimizer: torch.optim.Optimizer, seed: int) -> None:
 
 
 # ---- optimizers and checkpoints ----
-@pytest.mark.parametrize("set_to_none", [True, False])
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize(("name", "set_to_none"), [("bert", True), ("bert", False), ("gpt2", True), ("llama", False)])
 def test_a_hundred_steps_leave_dead_weights_as_they_are(name: str, set_to_none: bool) -> None:
     """Zeros stay zero with weight decay, others what they were without; with `.grad` kept, its live part is added to."""
     model = tiny_models.make(name, dropout=0.1).float().train()
@@ -98,7 +97,7 @@ def test_a_run_that_is_resumed_is_the_one_that_was_not_interrupted(name: str, tm
 def test_checkpointed_layers(name: str, reentrant: bool) -> None:
     model = tiny_models.make(name)
     batch, patterns = tiny_models.batch(model), oracle.patterns(model)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model.train()
     for masks in patterns.values():
         remove(model)
@@ -141,7 +140,7 @@ def test_a_decoder_with_cross_attention_and_a_cache() -> None:
 
     def logits() -> Tensor:
         first = model(ids[:, :4], encoder_hidden_states=encoded, use_cache=True)
-        then = model(ids[:, 4:], encoder_hidden_states=encoded, cache=first.cache)
+        then = model(ids[:, 4:], encoder_hidden_states=encoded, past_key_values=first.past_key_values)
         return torch.cat([first.logits, then.logits], 1)
 
     for masks in oracle.patterns(model).values():
@@ -201,7 +200,7 @@ def test_an_adapter_that_computes_otherwise_is_refused() -> None:
 
 
 # ---- compiled ----
-@pytest.mark.parametrize("name", ["bert", "mpnet", "llama", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
 def test_compiled_models(name: str) -> None:
     """Before masks and after, with other masks, and as they were."""
     model = tiny_models.make(name)
