@@ -74,7 +74,7 @@ __all__ = [
 ]
 
 
-_LATE = ("hf", "objective", "on_policy", "students", "teacher_cache")
+_LATE = ("hf", "objective", "on_policy", "prune", "students", "teacher_cache")
 
 
 def __getattr__(name: str) -> Any:

@@ -219,3 +219,16 @@ def test_compiled_models(name: str) -> None:
         assert (compiled(**batch).logits - whole["logits"]).abs().max() > 1e-2
     remove(compiled)
     oracle.same(results(), whole, 1e-13)
+
+
+def test_layers_that_were_compiled_by_themselves() -> None:
+    model = tiny_models.make("bert")
+    batch, masks = tiny_models.batch(model), oracle.patterns(model)["empty"]
+    with oracle.zeroed(model, masks):
+        expected = oracle.results(model, batch)
+    layers = model.bert.encoder.layer
+    layers[0].compile(backend="aot_eager")
+    layers[2] = torch.compile(layers[2], backend="aot_eager")
+    apply(model, masks)
+    got = oracle.results(model, batch)
+    oracle.same({name.replace("_orig_mod.", ""): x for name, x in got.items()}, expected, 1e-13)
