@@ -38,7 +38,9 @@ from kdfast.ops.linear import linear_kd_loss, linear_topk_kd_loss  # noqa: E402
 from kdfast.ops.prefix import prefix_linear  # noqa: E402
 from kdfast.ops.selected import selected_linear  # noqa: E402
 from kdfast.ops.topk import topk_kl_div  # noqa: E402
-from kdfast import nn  # noqa: E402
+from kdfast import _from_pretrained, nn  # noqa: E402
+
+_from_pretrained.begin()
 
 if TYPE_CHECKING:
     from kdfast import objective

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from kdfast._from_pretrained import METHOD
 from kdfast.data import tasks
 from kdfast.data.hub import first_line, why_no_answer
 from kdfast.models import pairing
@@ -79,6 +80,8 @@ def _check_not_quantised(config: Any) -> None:
     """Before weights are loaded, which needs the library of the quantisation, and may end in a crash of it."""
     if (found := getattr(config, "quantization_config", None)) is not None:
         method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+        if method == METHOD:  # smaller, not quantised
+            return
         raise ValueError(
             f"expected weights that are not quantised, got {getattr(method, 'value', method)} (quantization_config in its "
             "config.json): load it, dequantise it and save that"

@@ -22,6 +22,7 @@ def config_name(config: Any, name: str) -> str:
 def config_of(op: str, teacher: Any, layers: Sequence[int], dropout: float | None) -> Any:
     """A copy of the teacher's config that fits these of its layers."""
     config = copy.deepcopy(teacher.config)
+    vars(config).pop("quantization_config", None)  # of a pruned teacher: shapes of its layers, which are not the student's
     before, after = config.num_hidden_layers, len(layers)
     if not after or any(layer not in range(before) for layer in layers):
         raise ValueError(f"{op}: layers: expected numbers from 0 to {before - 1}, got {list(layers)}")

@@ -2,7 +2,8 @@
 May import `ops`, `nn`, `data`, `models`."""
 
 from kdfast.prune.apply import apply, remove
+from kdfast.prune.compact import compact
 from kdfast.prune.layers import Adapter, register
 from kdfast.prune.masks import Masks
 
-__all__ = ["Adapter", "Masks", "apply", "register", "remove"]
+__all__ = ["Adapter", "Masks", "apply", "compact", "register", "remove"]

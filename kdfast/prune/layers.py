@@ -48,7 +48,7 @@ class Adapter:
     where one map makes both. without_heads: what `attention` returns where no head is left, of the module, the hidden
     states and heads' outputs of width 0. width: attributes of `attention` that hold heads · head size. per_head:
     arguments of its forward that have all heads in dimension 1. returns_tuple: whether layers return a tuple. norms:
-    what only the attention and what only the feed-forward network reads, which goes with it. made_later: of modules
+    what the attention and what the feed-forward network reads, and nothing else: without these it goes too. made_later: of modules
     that the first layer is made without, which others they are like.
     """
 
@@ -142,6 +142,7 @@ ADAPTERS: dict[str, Adapter] = {
         "self_attn.dense",
         ("mlp.fc1",),
         "mlp.fc2",
+        norms=("input_layernorm", "input_layernorm"),
         without_heads=lambda attention, hidden, context: (attention.dense(context), None),
     ),
 }
@@ -233,7 +234,7 @@ def _layer(name: str, module: nn.Module, adapter: Adapter) -> Layer:
     query, key = (module.get_submodule(part) for part in adapter.qkv[:2])
     heads = len(matrix(query)) // adapter.qkv.count(adapter.qkv[0]) // size
     groups = heads if query is key else len(matrix(key)) // size
-    repeat = key.repeat.cpu() if isinstance(key, RepeatedHeads) else torch.arange(groups, device="cpu")
+    repeat = torch.tensor(key.repeat if isinstance(key, RepeatedHeads) else range(groups), device="cpu")
     return Layer(name, module, adapter, size, repeat.repeat_interleave(heads // len(repeat)), neurons)
 
 

@@ -7,6 +7,7 @@ import inspect
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, EncoderDecoderCache
@@ -19,26 +20,25 @@ class RepeatedHeads(nn.Linear):
     """A linear map to groups of keys or values, some of which follow one another more than once, so that the same number
     of heads reads each: [..., in] -> [..., repeated · head size], at place i group repeat[i].
 
-    repeat: int64 [repeated], a buffer that is saved with the weights.
+    The numbers are in the config on disk (`kdfast.prune.disk`), not in the state, which is that of `nn.Linear`.
     """
 
-    repeat: Tensor
+    repeat: tuple[int, ...]
     head_size: int
 
     def forward(self, x: Tensor) -> Tensor:
-        groups = F.linear(x, self.weight, self.bias).unflatten(-1, (-1, self.head_size))
-        return groups.index_select(-2, self.repeat).flatten(-2)
+        groups = F.linear(x, self.weight, self.bias).unflatten(-1, (-1, self.head_size)).unbind(-2)
+        return torch.cat([groups[i] for i in self.repeat], -1)  # where index_select's backward adds in any order
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, repeated={len(self.repeat)}"
+        return f"{super().extra_repr()}, repeat={self.repeat}"
 
 
-def repeat_heads(linear: nn.Module, repeat: Tensor | None, head_size: int) -> None:
+def repeat_heads(linear: nn.Module, repeat: tuple[int, ...] | None, head_size: int) -> None:
     """Makes a linear map one that repeats heads, or one that does not, with the same parameters and hooks."""
     if repeat is not None:
         linear.__class__ = RepeatedHeads
-        linear.register_buffer("repeat", repeat)
-        linear.head_size = head_size  # type: ignore[assignment]
+        linear.repeat, linear.head_size = repeat, head_size  # type: ignore[assignment]
     elif isinstance(linear, RepeatedHeads):
         del linear.repeat, linear.head_size
         linear.__class__ = nn.Linear
@@ -112,14 +112,14 @@ def tell_length(arguments: tuple[Any, ...], layer: Any, hidden: Tensor) -> None:
         cache.update(nothing, nothing, layer)
 
 
-def of_own_heads(attention: nn.Module, arguments: tuple[str, ...], heads: Tensor) -> None:
+def of_own_heads(attention: Any, arguments: tuple[str, ...], heads: tuple[int, ...]) -> None:
     """Lets an attention module that gets arguments with all heads of the full model in dimension 1, a bias of positions
-    say, take what is its own heads'. heads: their numbers, a buffer that is saved with the weights."""
+    say, take what is its own heads'. heads: their numbers there."""
     if not hasattr(attention, "own_heads"):
         names = list(inspect.signature(type(attention).forward).parameters)[1:]  # without self
         places = {name: names.index(name) for name in arguments}
         attention.register_forward_pre_hook(partial(_select, places), with_kwargs=True)
-    attention.register_buffer("own_heads", heads)
+    attention.own_heads = heads
 
 
 def _select(
@@ -127,7 +127,15 @@ def _select(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     for name, place in places.items():
         if name in kwargs:
-            kwargs = {**kwargs, name: kwargs[name].index_select(1, attention.own_heads)}
+            kwargs = {**kwargs, name: heads_of(kwargs[name], attention.own_heads)}
         elif place < len(args):
-            args = (*args[:place], args[place].index_select(1, attention.own_heads), *args[place + 1 :])
+            args = (*args[:place], heads_of(args[place], attention.own_heads), *args[place + 1 :])
     return args, kwargs
+
+
+def heads_of(given: Tensor | None, heads: tuple[int, ...]) -> Tensor | None:
+    """Some of the heads, in dimension 1."""
+    if given is None:
+        return None
+    every = given.unbind(1)
+    return torch.stack([every[i] for i in heads], 1)

@@ -6,7 +6,6 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,16 +19,18 @@ _SIZE_NAMES = ("head_dim", "attention_head_size")
 class Shape:
     """Of a layer: its counts, and what its class derives of a config that counts otherwise.
 
-    groups: of keys and values. repeated: groups, each counted as often as it is repeated so that the same number of
-    heads reads each; None where each stands once. scaling: of the scores, None where the class does not keep it. later:
-    modules that the class makes of later layers only (`Adapter.made_later`).
+    groups: of keys and values. repeat: which group stands where, so that the same number of heads reads each; None
+    where each stands once. own_heads: the heads' numbers in the full model, for `Adapter.per_head`; None where these are
+    all. scaling: of the scores, None where the class does not keep it. later: modules that the class makes in later
+    layers only (`Adapter.made_later`).
     """
 
     heads: int
     groups: int
     neurons: int
     head_size: int
-    repeated: int | None = None
+    repeat: tuple[int, ...] | None = None
+    own_heads: tuple[int, ...] | None = None
     scaling: float | None = None
     later: tuple[str, ...] = ()
 
@@ -44,40 +45,38 @@ def shape_of(layer: Layer) -> Shape:
         layer.groups,
         layer.neurons,
         layer.head_size,
-        repeated=len(key.repeat) if isinstance(key, RepeatedHeads) else None,
+        repeat=key.repeat if isinstance(key, RepeatedHeads) else None,
+        own_heads=getattr(layer.attention, "own_heads", None),
         scaling=getattr(layer.attention, "scaling", None),
         later=tuple(made),
     )
 
 
-def reshape(layer: Layer, shape: Shape, repeat: Tensor | None = None, own_heads: Tensor | None = None) -> None:
-    """Gives a layer the modules of a shape. Weights that do not have it yet become empty ones that do.
-
-    Args:
-        layer: with at least as many heads and neurons.
-        repeat: [shape.repeated], which group stands where. None: a tensor to be filled.
-        own_heads: [shape.heads], their numbers in the full model, for `Adapter.per_head`. None: as above, where the
-            layer has more heads.
-    """
+def reshape(layer: Layer, shape: Shape) -> None:
+    """Gives a layer, with at least as many heads and neurons, the modules of a shape. Weights that do not have it yet
+    become empty ones that do."""
     for name, like in layer.adapter.made_later:
         if name in shape.later and isinstance(layer.module.get_submodule(name), nn.Identity):
             layer.module.set_submodule(name, copy.deepcopy(layer.module.get_submodule(like)))
     if layer.heads:
-        _reshape_heads(layer, shape, repeat)
-        if layer.adapter.per_head and shape.heads and (own_heads is not None or shape.heads < layer.heads):
-            of_own_heads(layer.attention, layer.adapter.per_head, _filled(own_heads, shape.heads, layer))
+        _reshape_heads(layer, shape)
+        if shape.own_heads is not None:
+            of_own_heads(layer.attention, layer.adapter.per_head, shape.own_heads)
     if layer.neurons:
         _reshape_neurons(layer, shape)
+    norms = [*zip(layer.adapter.norms, (shape.heads, shape.neurons), strict=False)]
+    for name in layer.adapter.norms:  # whose weights would get no gradient, for which DistributedDataParallel waits
+        if not any(left for other, left in norms if other == name):
+            layer.module.set_submodule(name, nn.Identity())
 
 
-def _reshape_heads(layer: Layer, shape: Shape, repeat: Tensor | None) -> None:
+def _reshape_heads(layer: Layer, shape: Shape) -> None:
     module, adapter, attention = layer.module, layer.adapter, layer.attention
     output = module.get_submodule(adapter.output)
     if not shape.heads:
         width = len(matrix(output))
         module.set_submodule(adapter.output, OnlyBias(output, width))
         module.set_submodule(adapter.attention, WithoutHeads(attention, adapter, shape.head_size, width))
-        _drop_norm(layer, 0)
         return
     _resize(output, columns=shape.heads * shape.head_size)
     counts = (shape.heads, shape.groups, shape.groups)
@@ -85,13 +84,12 @@ def _reshape_heads(layer: Layer, shape: Shape, repeat: Tensor | None) -> None:
         rows = sum(count for other, count in zip(adapter.qkv, counts, strict=True) if other == name)
         _resize(module.get_submodule(name), rows=rows * shape.head_size)
     for name in dict.fromkeys(adapter.qkv[1:]):
-        index = None if shape.repeated is None else _filled(repeat, shape.repeated, layer)
-        repeat_heads(module.get_submodule(name), index, shape.head_size)
+        repeat_heads(module.get_submodule(name), shape.repeat, shape.head_size)
     changed: dict[str, Any] = dict.fromkeys(adapter.width, shape.heads * shape.head_size)
     changed |= {name: shape.head_size for name in _SIZE_NAMES if hasattr(attention, name)}
     changed |= {"scaling": shape.scaling} if shape.scaling is not None else {}
     if hasattr(attention, "num_key_value_groups"):
-        changed["num_key_value_groups"] = shape.heads // (shape.repeated or shape.groups)
+        changed["num_key_value_groups"] = shape.heads // len(shape.repeat or range(shape.groups))
     for name, value in changed.items():
         setattr(attention, name, value)
 
@@ -108,18 +106,6 @@ def _reshape_neurons(layer: Layer, shape: Shape) -> None:
         _resize(contract, columns=shape.neurons)
     else:
         module.set_submodule(adapter.contract, OnlyBias(contract, len(matrix(contract))))
-        _drop_norm(layer, 1)
-
-
-def _drop_norm(layer: Layer, place: int) -> None:
-    """Its weights would get no gradient, which DistributedDataParallel waits for."""
-    for name in layer.adapter.norms[place : place + 1]:
-        layer.module.set_submodule(name, nn.Identity())
-
-
-def _filled(index: Tensor | None, length: int, layer: Layer) -> Tensor:
-    device = next(layer.module.parameters()).device
-    return torch.empty(length, dtype=torch.int64, device=device) if index is None else index.to(device)
 
 
 def _resize(linear: nn.Module, rows: int | None = None, columns: int | None = None) -> None:
