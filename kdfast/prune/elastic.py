@@ -170,6 +170,9 @@ class Elastic:
             ValueError: a width or depth that is neither the whole nor among those it was made for.
         """
         self._check_known(width, depth)
+        for _, attributes in self._of_width[self.width] if width != self.width else ():
+            if isinstance(kept := attributes[_KEPT], KeptPart):
+                kept.packed.forget()  # or every width would hold its slices
         for module, attributes in self._of_width[width]:
             module.__dict__.update(attributes)
         for module, attributes in self._of_depth[depth]:
