@@ -339,9 +339,16 @@ def test_errors() -> None:
         Elastic(kdfast.prune.compact(uneven, masks), (0.5,))
     replaced = tiny_models.make("bert")
     replaced.bert.encoder.layer[1].output.dense = nn.Sequential(replaced.bert.encoder.layer[1].output.dense)
-    message = r"model: bert\.encoder\.layer\.1\.output\.dense: expected nn\.Linear or Conv1D, got Sequential"
+    message = r"model: bert\.encoder\.layer\.1\.output\.dense: expected nn\.Linear or Conv1D, .*, got Sequential"
     with pytest.raises(TypeError, match=message):
         Elastic(replaced, (0.5,))
+    hooked = tiny_models.make("bert")
+    linear = hooked.bert.encoder.layer[1].output.dense
+    linear.forward = linear.forward
+    with pytest.raises(
+        ValueError, match=r"output\.dense: expected the forward of its class, got one that was set on it"
+    ):
+        Elastic(hooked, (0.5,))
 
 
 def masked() -> Any:

@@ -192,7 +192,7 @@ def test_frozen_models_and_gradient_checkpointing(name: str) -> None:
 
 @pytest.mark.parametrize("how", ["bfloat16", "autocast"])
 def test_sums_are_of_float32(how: str) -> None:
-    """What a batch adds is not lost beside thousands that came before."""
+    """What a batch adds is not lost in those that came before."""
     model = tiny_models.make("bert").float()
     batch = labelled(model, 1, rows=1)
     expected = prune.importance(model, [batch])
@@ -200,10 +200,10 @@ def test_sums_are_of_float32(how: str) -> None:
     if how == "bfloat16":
         model.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        one, many = (prune.importance(model, [batch] * times) for times in (1, 300))
+        one, many = (prune.importance(model, [batch] * times) for times in (1, 40))
     for got, single, exact in zip(many, one, expected, strict=True):
         assert got.dtype == torch.float32
-        agree(got, 300 * single, 1e-4)
+        agree(got, 40 * single, 1e-4)
         agree(single, exact, 0.1)
 
 

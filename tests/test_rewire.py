@@ -107,9 +107,7 @@ def test_models_that_cannot_be_sorted() -> None:
     Elastic(elastic_again := tiny_models.make("bert"), (0.5,))
     prune.rewire(elastic_again, *scores)  # as the whole model that it is
     peft.get_peft_model(adapted, peft.LoraConfig(target_modules=["value"]))
-    message = (
-        r"rewire: model: bert\.encoder\.layer\.0\.attention\.self\.value: expected nn\.Linear or Conv1D, got Linear"
-    )
+    message = r"rewire: model: bert\.encoder\.layer\.0\.attention\.self\.value: expected nn\.Linear or Conv1D, .*"
     with pytest.raises(TypeError, match=message):
         prune.rewire(adapted, *scores)
 

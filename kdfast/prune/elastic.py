@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from kdfast.models.inputs import unwrapped
 from kdfast.ops import _checks
@@ -40,6 +39,7 @@ from kdfast.prune.masked import (
     restore,
 )
 from kdfast.prune.masks import Masks
+from kdfast.prune.rewire import linear_maps
 
 __all__ = ["Elastic", "kept_layers", "kept_width"]
 
@@ -170,6 +170,9 @@ class Elastic:
             ValueError: a width or depth that is neither the whole nor among those it was made for.
         """
         self._check_known(width, depth)
+        for _, attributes in self._of_width[self.width] if width != self.width else ():
+            if isinstance(kept := attributes[_KEPT], KeptPart):
+                kept.packed.forget()  # or every width would hold its slices
         for module, attributes in self._of_width[width]:
             module.__dict__.update(attributes)
         for module, attributes in self._of_depth[depth]:
@@ -229,10 +232,10 @@ class Elastic:
                     _OP, f"model: {layer.name}", "heads, as many for each group of keys and values, and neurons",
                     f"groups {layer.group_of.tolist()} and {layer.neurons} neurons",
                 )  # fmt: skip
-            for name in parts(layer, torch.arange(layer.heads), torch.arange(layer.neurons)):
-                of = type(layer.module.get_submodule(name))
-                if of.forward not in (nn.Linear.forward, Conv1D.forward):
-                    _checks.wrong_type(_OP, f"model: {layer.name}.{name}", "nn.Linear or Conv1D", of.__name__)
+            for name, linear in linear_maps(_OP, layer).items():
+                if "forward" in linear.__dict__:
+                    got = "one that was set on it (accelerate does, for a device_map)"
+                    _checks.wrong_value(_OP, f"model: {layer.name}.{name}", "the forward of its class", got)
 
     def _check_known(self, width: float, depth: float) -> None:
         for argument, share, known in (("width", width, self._of_width), ("depth", depth, self._of_depth)):
@@ -250,8 +253,8 @@ class Elastic:
         for layer in self._layers:
             mask(layer.module, UnusedLayer, None)
             mask(layer.attention, MaskedAttention, None)
-            for name in parts(layer, torch.arange(1), torch.arange(1)):
-                mask(layer.module.get_submodule(name), MaskedMap if _is_fused(layer, name) else PrefixMap, None)
+            for name, linear in linear_maps(_OP, layer).items():
+                mask(linear, MaskedMap if _is_fused(layer, name) else PrefixMap, None)
 
 
 def _shares(argument: str, shares: Sequence[float]) -> tuple[float, ...]:

@@ -13,7 +13,8 @@ from kdfast.models.inputs import unwrapped
 from kdfast.ops import _checks
 from kdfast.prune import disk
 from kdfast.prune.layers import Layer, layers_of, matrix, parts
-from kdfast.prune.modules import of_own_heads
+from kdfast.prune.masked import Masked
+from kdfast.prune.modules import RepeatedHeads, of_own_heads
 
 __all__ = ["rewire"]
 
@@ -46,7 +47,7 @@ def rewire(model: nn.Module, heads: Scores, neurons: Scores) -> None:
     of_neurons = _checked("neurons", neurons, [layer.neurons for layer in layers])
     if any(module.__dict__.get("_kdfast_masked") is not None for module in inner.modules()):
         _checks.wrong_value(_OP, "model", "one without masks", "one that has some; kdfast.prune.remove(model) first")
-    maps = [_maps(layer) for layer in layers]
+    maps = [linear_maps(_OP, layer) for layer in layers]
     shared = _shared_bias(inner, layers)
     of_heads = of_heads if shared is None else [torch.stack(of_heads).sum(0)] * len(layers)
     by_group = [_by_group(layer, row) for layer, row in zip(layers, of_heads, strict=True)]
@@ -54,7 +55,7 @@ def rewire(model: nn.Module, heads: Scores, neurons: Scores) -> None:
         for name, part in parts(layer, order, _descending(its)).items():
             _sort(linears[name], part.rows, part.columns)
             if part.repeat is not None:
-                linears[name].repeat = tuple(part.repeat.tolist())  # type: ignore[assignment]
+                linears[name].repeat = tuple(part.repeat.tolist())
         if shared is None and layer.adapter.per_head and layer.heads:
             own = getattr(layer.attention, "own_heads", range(layer.heads))
             of_own_heads(layer.attention, layer.adapter.per_head, tuple(own[i] for i in order.tolist()))
@@ -87,14 +88,21 @@ def _shared_bias(model: Any, layers: list[Layer]) -> nn.Module | None:
     return None if smaller else made
 
 
-def _maps(layer: Layer) -> dict[str, nn.Module]:
-    adapter, found = layer.adapter, dict[str, nn.Module]()
-    for name in (*adapter.qkv, adapter.output) * bool(layer.heads) + (*adapter.expand, adapter.contract) * bool(
-        layer.neurons
-    ):
+def linear_maps(op: str, layer: Layer) -> dict[str, Any]:
+    """The linear maps of a layer, by name below it.
+
+    Raises:
+        TypeError: one is more than weight and bias.
+    """
+    adapter, found = layer.adapter, dict[str, Any]()
+    of_heads = (*adapter.qkv, adapter.output) if layer.heads else ()
+    of_neurons = (*adapter.expand, adapter.contract) if layer.neurons else ()
+    for name in dict.fromkeys((*of_heads, *of_neurons)):
         found[name] = layer.module.get_submodule(name)
-        if not isinstance(found[name], nn.Linear | Conv1D):
-            _checks.wrong_type(_OP, f"model: {layer.name}.{name}", "nn.Linear or Conv1D", type(found[name]).__name__)
+        of = type(found[name])
+        if of.forward not in (nn.Linear.forward, Conv1D.forward) and not issubclass(of, RepeatedHeads | Masked):
+            expected = "nn.Linear or Conv1D, neither quantised nor with an adapter"
+            _checks.wrong_type(op, f"model: {layer.name}.{name}", expected, of.__name__)
     return found
 
 
