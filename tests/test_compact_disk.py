@@ -14,14 +14,11 @@ import tiny_models
 import torch
 import transformers as hf
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-import kdfast
-from kdfast._from_pretrained import METHOD
 from kdfast.prune import Masks, compact
-from kdfast.prune.layers import layers_of
 
-KINDS = {name: hf.AutoModelForCausalLM for name in tiny_models.CAUSAL}
+KINDS = dict.fromkeys(tiny_models.CAUSAL, hf.AutoModelForCausalLM)
 OWN_SIZE = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi")  # a head's size is in the config
 
 

@@ -80,9 +80,9 @@ def compact(model: nn.Module, masks: Masks, optimizer: Optimizer | None = None) 
     return smaller, optimizer_of(OP, optimizer, smaller, copies, cut)
 
 
-def _copied(inner: Any, cut: cuts.Cuts, gone: Sequence[nn.Module]) -> tuple[Any, dict[Tensor, Tensor]]:
-    """A copy of a model with parameters that are cut and without some modules, and the copies of its parameters. Nothing
-    that is cut is copied as a whole."""
+def _copied(inner: Any, cut: cuts.Cuts, gone: Sequence[nn.Module]) -> tuple[Any, dict[Tensor, Tensor | None]]:
+    """A copy of a model with parameters that are cut and without some modules, and the copies of its parameters, None of
+    those that are gone. Nothing that is cut is copied as a whole."""
     memo: dict[int, Any] = {id(module): nn.Identity() for module in gone}
     for parameter, left in cut.items():
         memo[id(parameter)] = nn.Parameter(cuts.taken(parameter.detach(), left), parameter.requires_grad)
@@ -90,7 +90,7 @@ def _copied(inner: Any, cut: cuts.Cuts, gone: Sequence[nn.Module]) -> tuple[Any,
     memo |= {id(kept): kept for kept in packed if kept is not None}  # what `apply` keeps, weights among it
     smaller = copy.deepcopy(inner, memo)
     remove(smaller)
-    return smaller, {x: memo[id(x)] for x in inner.parameters() if id(x) in memo}
+    return smaller, {x: memo.get(id(x)) for x in inner.parameters()}
 
 
 def _remove_layers(smaller: Any, path: str | None, kept: Sequence[int]) -> None:

@@ -51,7 +51,9 @@ def rebuild(model: Any, record: dict[str, Any]) -> None:
     if len(layers) != len(record["layers"]):
         _checks.wrong_value(op, "layers", f"shapes of {len(layers)} layers", len(record["layers"]))
     for layer, listed in zip(layers, record["layers"], strict=True):
-        reshape(layer, Shape(**{name: tuple(x) if isinstance(x, list) else x for name, x in listed.items()}))
+        given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in listed.items()}
+        reshape(layer, Shape(**given))
+        module: Any
         for module in layer.module.modules():
             if any(isinstance(part, (Nothing, OnlyBias)) for part in module.children()):
                 module._is_hf_initialized = True  # some classes initialise the weights of their parts, which are gone
