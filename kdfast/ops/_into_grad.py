@@ -29,6 +29,7 @@ def destination(node: Any) -> Tensor | None:
         or grad.layout is not torch.strided
         or grad.dtype is not weight.dtype
         or grad.requires_grad
+        or 1 not in grad.stride()
         or weight._backward_hooks  # these want to see the gradient
         or weight._post_accumulate_grad_hooks
         or not _accumulates(node)

@@ -86,7 +86,8 @@ class Packed(Selection):
             and (kept.sample is None or torch.equal(kept.sample, weight.take(self._places)))
         ):
             return kept.part
-        with torch.inference_mode(False):  # or no later call could save it for its backward
+        # In inference mode no later call could save it for its backward; leaving that mode turns gradients on.
+        with torch.inference_mode(False), torch.no_grad():
             part = super().part(weight, dtype, recorded)
             self._kept = self._keep(part, weight, recorded) if _is_kept(weight, recorded) else None
         return part

@@ -32,9 +32,12 @@ class Selection:
 
     def part(self, weight: Tensor, dtype: torch.dtype, recorded: bool) -> Tensor:
         self._follow(weight.device)
-        part = weight if self.rows is None else weight.index_select(0, self.rows)
-        if self.columns is not None:
-            part = part.index_select(1, self.columns)
+        if self.columns is None:
+            part = weight if self.rows is None else weight.index_select(0, self.rows)
+        elif _lies_in_rows(weight):
+            part = torch.ops.kdfast.pack_part(weight, self.rows, self.columns)
+        else:
+            part = torch.ops.kdfast.pack_part(weight.t().contiguous(), self.columns, self.rows).t()
         return part if part.dtype is dtype else part.to(dtype)
 
     def part_of_bias(self, bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,25 +48,25 @@ class Selection:
     def add_product_(self, grad: Tensor, left: Tensor, right: Tensor) -> None:
         if self.rows is None and self.columns is None and left.dtype is grad.dtype:
             grad.addmm_(left, right)
-            return
-        part = (left @ right).to(grad.dtype)
-        if self.columns is None:
+        elif self.columns is None:
+            part = _product(left, right, grad.dtype)
             grad.add_(part) if self.rows is None else grad.index_add_(0, self.rows, part)
-        elif self.rows is None:
-            grad.index_add_(1, self.columns, part)
         else:
-            grad.index_put_((self.rows[:, None], self.columns), part, accumulate=True)
+            self._unpack(grad, left, right, accumulate=True)
 
     def product(self, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        part = (left @ right).to(weight.dtype)
         if self.rows is None and self.columns is None:
-            return part
-        gradient = torch.zeros_like(weight)
-        if self.columns is None:
-            return gradient.index_copy_(0, self.rows, part)  # type: ignore[arg-type]
-        if self.rows is None:
-            return gradient.index_copy_(1, self.columns, part)
-        return gradient.index_put_((self.rows[:, None], self.columns), part)
+            return _product(left, right, weight.dtype)
+        gradient = torch.empty_like(weight)
+        self._unpack(gradient, left, right, accumulate=False)
+        return gradient
+
+    def _unpack(self, matrix: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> None:
+        """left · right, or its transpose, into the live part of a matrix that lies in rows or in columns."""
+        rows, columns = self.rows, self.columns
+        if not _lies_in_rows(matrix):
+            matrix, left, right, rows, columns = matrix.t(), right.t(), left.t(), columns, rows
+        torch.ops.kdfast.unpack_part_(matrix, _product(left, right, matrix.dtype), rows, columns, accumulate)
 
     def of_bias(self, bias: Tensor, gradient: Tensor) -> Tensor:
         gradient = gradient.to(bias.dtype)
@@ -80,6 +83,27 @@ class Selection:
             self.rows = self.rows.to(device)
         if self.columns is not None and self.columns.device != device:
             self.columns = self.columns.to(device)
+
+
+def _lies_in_rows(matrix: Tensor) -> bool:
+    return matrix.stride(1) == 1 or matrix.shape[1] <= 1
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    product = left @ right
+    return product if product.dtype is dtype else product.to(dtype)
+
+
+@torch.library.register_fake("kdfast::pack_part")
+def _(matrix: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    return matrix.new_empty(
+        *(n if x is None else x.shape[0] for n, x in zip(matrix.shape, (rows, columns), strict=True))
+    )
+
+
+@torch.library.register_fake("kdfast::unpack_part_")
+def _(matrix: Tensor, part: Tensor, rows: Tensor | None, columns: Tensor | None, accumulate: bool) -> None:
+    return None
 
 
 def selected_linear_reference(

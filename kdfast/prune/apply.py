@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -155,7 +155,9 @@ class _Place:
     """A layer, and how its linear maps are found, in whose place others may have come since (an adapter's)."""
 
     def __init__(self, layer: Layer) -> None:
-        adapter, self.layer = layer.adapter, layer
+        adapter, self._found = layer.adapter, layer.module
+        # of a layer that was compiled by itself, whose wrapper calls what its class was when it was wrapped
+        self.layer = replace(layer, module=getattr(layer.module, "_orig_mod", layer.module))
         of_heads = (*adapter.qkv, adapter.output) if layer.heads else ()
         of_neurons = (*adapter.expand, adapter.contract) if layer.neurons else ()
         takes = (adapter.output, adapter.contract)
@@ -167,13 +169,15 @@ class _Place:
 
     def is_in(self, model: nn.Module) -> bool:
         try:
-            return self._find(model) is self.layer.module  # type: ignore[no-any-return]
+            return self._find(model) is self._found  # type: ignore[no-any-return]
         except AttributeError:
             return False
 
     def maps(self) -> tuple[Maps, Maps]:
         """The linear maps by name, of the heads and of the neurons."""
         place, layer = self.layer.name, self.layer.module
+        if "forward" in layer.__dict__:
+            _wrong_forward(place)
         of_heads, of_neurons = (
             {name: _linear_maps(place, name, find(layer), takes) for name, find, takes in maps} for maps in self._maps
         )
@@ -204,9 +208,13 @@ def _linear_maps(place: str, name: str, module: Any, takes: bool) -> tuple[nn.Mo
             expected = f"nn.Linear, Conv1D, or LoRA of peft on one, as {place}.{name}"
             _checks.wrong_type(_OP, "model", expected, type(one).__name__)
         if "forward" in one.__dict__:
-            expected = f"{place}.{name} with the forward of its class"
-            _checks.wrong_value(_OP, "model", expected, "one that was set on it (accelerate does, for a device_map)")
+            _wrong_forward(f"{place}.{name}")
     return found
+
+
+def _wrong_forward(name: str) -> NoReturn:
+    expected = f"{name} with the forward of its class"
+    _checks.wrong_value(_OP, "model", expected, "one that was set on it (accelerate does, for a device_map)")
 
 
 def _is_map(of: type[nn.Module]) -> bool:
