@@ -91,6 +91,18 @@ def test_loads_without_kdfast_what_the_class_expresses(tmp_path: Path) -> None:
         assert run.stdout.split() == [type(base).__name__, str(sum(x.numel() for x in base.parameters()))]
 
 
+@pytest.mark.parametrize("name", OWN_SIZE)
+def test_numbers_of_heads_that_the_class_refuses(name: str, tmp_path: Path) -> None:
+    """Five heads do not divide a width of 48, which the Llamas' configs want although heads have a size of their own."""
+    model = made(name, num_key_value_heads=tiny_models.HEADS)
+    masks = Masks.full(model)
+    for heads in masks.heads:
+        heads[2] = False
+    smaller = compact(model, masks)
+    smaller.save_pretrained(tmp_path)
+    check_same(smaller, hf.AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
 def alone(folder: Path) -> subprocess.CompletedProcess[str]:
     """The folder, loaded by transformers in a process that does not import kdfast."""
     program = (

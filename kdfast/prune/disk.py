@@ -98,6 +98,7 @@ def _made(base: Any, changes: dict[str, Any]) -> Any:
     config = copy.deepcopy(base.config)
     for name, value in changes.items():
         setattr(config, name, value)
+    config.validate()  # as from_pretrained does
     with torch.device("meta"), no_init_weights():
         return type(base)(config)
 
@@ -106,7 +107,7 @@ def _makes(op: str, base: Any, changes: dict[str, Any], shapes: Sequence[Shape])
     """Whether the class makes layers of these shapes, and nothing else with another, of a changed config."""
     try:
         made = _made(base, changes)
-    except (ValueError, StrictDataclassError):  # heads that do not divide the width
+    except (ValueError, StrictDataclassError):  # heads that do not divide the width: some classes refuse them
         return False
     layers, mine, theirs = layers_of(made, op), _state(base), _state(made)
     inside = tuple(f"{layer.name}." for layer in layers)
