@@ -241,6 +241,11 @@ def test_wrapped_models_and_what_cannot_be_made_smaller() -> None:
     masks.layers[0] = False
     with pytest.raises(ValueError, match=r"kdfast.prune.compact: masks.layers: expected all True for ALBERT"):
         compact(albert, masks)
+    replaced = copy.deepcopy(model)
+    linear = replaced.bert.encoder.layer[0].output.dense
+    linear.forward = linear.forward
+    with pytest.raises(ValueError, match=r"kdfast.prune.compact: model: expected .*layer.0.output.dense with the forward"):
+        compact(replaced, Masks.full(replaced))
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"]))
     with pytest.raises(TypeError, match=r"kdfast.prune.compact: model: expected linear maps.*merge.*at .*self.query"):
         compact(adapted, Masks.full(adapted))
