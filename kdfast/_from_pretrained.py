@@ -56,7 +56,8 @@ def _register(auto: Any) -> None:
         """`quantization_config` of a pruned model, as `kdfast.prune.disk` writes it."""
 
         def __init__(self, **record: Any) -> None:
-            vars(self).update(record)
+            for name, value in record.items():
+                setattr(self, name, value)
 
     class Pruned(auto.HfQuantizer):  # type: ignore[misc]
         """Gives a model the shapes of its record. After that it is one like any other: nothing marks it as quantised, for

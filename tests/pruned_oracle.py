@@ -76,7 +76,7 @@ def _left_of(layer: Layer, heads: list[int], neurons: list[int]) -> dict[str, tu
     return {
         **qkv,
         adapter.output: (1, of(heads, 0)),
-        **{name: (0, expand) for name in adapter.expand},
+        **dict.fromkeys(adapter.expand, (0, expand)),
         adapter.contract: (1, neurons),
     }
 

@@ -74,7 +74,9 @@ def apply(model: nn.Module, masks: Masks) -> None:
     inner = unwrapped(model)
     places = _places(inner)
     kind = inner.config.model_type
-    check(_OP, masks, [place.layer for place in places], kind)
+    check(_OP, masks, [place.layer for place in places], inner.config)
+    if masks.hidden is not None and not bool(masks.hidden.all()):
+        _checks.wrong_value(_OP, "masks.hidden", "None or all True (kdfast.prune.compact takes others)", "some False")
     maps = [place.maps() for place in places]  # which refuses before anything changes
     with torch.inference_mode(False):  # indices made in it could not be saved for a backward
         for i, (place, lives) in enumerate(zip(places, masks.layers.tolist(), strict=True)):

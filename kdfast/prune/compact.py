@@ -19,6 +19,7 @@ from kdfast.prune.layers import Layer, layers_of, sharing
 from kdfast.prune.masks import Masks, check
 from kdfast.prune.optimizer import optimizer_of
 from kdfast.prune.shapes import reshape, shape_of
+from kdfast.prune.width import cut_width, narrow
 
 __all__ = ["compact"]
 
@@ -42,6 +43,9 @@ def compact(model: nn.Module, masks: Masks, optimizer: Optimizer | None = None) 
     same number. A sublayer of which nothing is left is skipped, but for the bias that it adds, and a layer that does not
     live is gone. Tied weights stay tied; dtype, device, hooks, requires_grad and training mode are the model's.
 
+    With `masks.hidden`, every parameter is cut along the hidden states too: embeddings, norms, pooler and heads. Norms
+    then normalise over what is left, so that the result is not what zeros in the model would give: train it again.
+
     What the class can express by its config needs kdfast no more: neurons that are as many in every layer, dropped
     layers, and in the family of Llama heads that are as many in every layer. Else the config keeps a record of the shapes
     (`quantization_config`, by which transformers lets others prepare a model), and loading needs `import kdfast`.
@@ -60,29 +64,33 @@ def compact(model: nn.Module, masks: Masks, optimizer: Optimizer | None = None) 
 
     Raises:
         TypeError: no model of transformers, or one with linear maps that are quantised or have adapters.
-        ValueError: an unknown architecture; masks of another model; no layer lives, or one of ALBERT does not; state of
+        ValueError: an unknown architecture; masks of another model; no layer lives, or one of ALBERT does not; a linear
+            map whose forward was replaced; a width that the class does not take, or Gemma's embeddings scale by; state of
             the optimizer that is not of a parameter's shape, of its rows, of its columns or one number.
     """
     layers, inner = layers_of(model, OP), unwrapped(model)
-    check(OP, masks, layers, inner.config.model_type)
+    check(OP, masks, layers, inner.config)
     kept, path = masks.layers.nonzero().flatten().tolist(), layers_path(OP, inner)
     if not kept:
         _checks.wrong_value(OP, "masks.layers", "at least one that is True", "none")
     cut = cuts.of_layers(OP, layers, kept, masks)
+    width = {} if masks.hidden is None else cut_width(OP, inner, layers, masks.hidden, cut)
     smaller, copies = _copied(inner, cut, [layer.module for i, layer in enumerate(layers) if i not in kept])
     _remove_layers(smaller, path, kept)
     for place, i in enumerate(kept):
         name = layers[i].name if path is None else f"{path}{place}"
         _reshape(layers[i], smaller.get_submodule(name), *masks.kept(i))
+    if width:
+        narrow(smaller, inner.config.hidden_size, width)
     disk.settle(OP, smaller)
     if optimizer is None:
         return smaller
     return smaller, optimizer_of(OP, optimizer, smaller, copies, cut)
 
 
-def _copied(inner: Any, cut: cuts.Cuts, gone: Sequence[nn.Module]) -> tuple[Any, dict[Tensor, Tensor]]:
-    """A copy of a model with parameters that are cut and without some modules, and the copies of its parameters. Nothing
-    that is cut is copied as a whole."""
+def _copied(inner: Any, cut: cuts.Cuts, gone: Sequence[nn.Module]) -> tuple[Any, dict[Tensor, Tensor | None]]:
+    """A copy of a model with parameters that are cut and without some modules, and the copies of its parameters, None of
+    those that are gone. Nothing that is cut is copied as a whole."""
     memo: dict[int, Any] = {id(module): nn.Identity() for module in gone}
     for parameter, left in cut.items():
         memo[id(parameter)] = nn.Parameter(cuts.taken(parameter.detach(), left), parameter.requires_grad)
@@ -90,7 +98,7 @@ def _copied(inner: Any, cut: cuts.Cuts, gone: Sequence[nn.Module]) -> tuple[Any,
     memo |= {id(kept): kept for kept in packed if kept is not None}  # what `apply` keeps, weights among it
     smaller = copy.deepcopy(inner, memo)
     remove(smaller)
-    return smaller, {x: memo[id(x)] for x in inner.parameters() if id(x) in memo}
+    return smaller, {x: memo.get(id(x)) for x in inner.parameters()}
 
 
 def _remove_layers(smaller: Any, path: str | None, kept: Sequence[int]) -> None:

@@ -55,3 +55,6 @@ def _check(op: str, where: str, linear: nn.Module) -> None:
     if not isinstance(linear, (nn.Linear, Conv1D)) or type(weight) is not nn.Parameter:
         got = f"{type(linear).__name__} at {where}"
         _checks.wrong_type(op, "model", "linear maps, neither quantised nor with adapters (merge those first)", got)
+    if "forward" in vars(linear):
+        expected = f"{where} with the forward of its class"
+        _checks.wrong_value(op, "model", expected, "one that was set on it (accelerate does, for a device_map)")

@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.initialization import no_init_weights
 
 from kdfast._from_pretrained import METHOD
+from kdfast.data.hub import first_line
 from kdfast.ops import _checks
 from kdfast.prune.layers import layers_of
 from kdfast.prune.modules import Nothing, OnlyBias
@@ -23,14 +24,19 @@ _NEURONS = ("intermediate_size", "n_inner", "hidden_dim")  # as configs call the
 
 def settle(op: str, model: Any) -> None:
     """Writes into the config of a model whose layers were made smaller what `from_pretrained` makes it of again: the
-    class's own numbers where these express the shapes, else as many of them as do, and a record."""
+    class's own numbers where these express the shapes, else as many of them as do, and a record.
+
+    Raises:
+        ValueError: a width that the class takes with no config.
+    """
     config, base = model.config, model.base_model
     vars(config).pop("quantization_config", None)
     shapes = [shape_of(layer) for layer in layers_of(base, op)]
-    known = _of_neurons(config, shapes)
-    changes = known | _of_heads(config, shapes)
+    size, known = shapes[0].head_size, _of_neurons(config, shapes)
+    changes = _with_size(config, known | _of_heads(config, shapes[0]), size)
     if not _makes(op, base, changes, shapes):
-        changes = known | _to_fail_alone(base, known, shapes)
+        known = _with_size(config, known, size)
+        changes = known | _to_fail_alone(op, base, known, shapes)
         config.quantization_config = {"quant_method": METHOD, "version": VERSION, "layers": [*map(_listed, shapes)]}
     for name, value in changes.items():
         setattr(config, name, value)
@@ -51,7 +57,9 @@ def rebuild(model: Any, record: dict[str, Any]) -> None:
     if len(layers) != len(record["layers"]):
         _checks.wrong_value(op, "layers", f"shapes of {len(layers)} layers", len(record["layers"]))
     for layer, listed in zip(layers, record["layers"], strict=True):
-        reshape(layer, Shape(**{name: tuple(x) if isinstance(x, list) else x for name, x in listed.items()}))
+        given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in listed.items()}
+        reshape(layer, Shape(**given))
+        module: Any
         for module in layer.module.modules():
             if any(isinstance(part, (Nothing, OnlyBias)) for part in module.children()):
                 module._is_hf_initialized = True  # some classes initialise the weights of their parts, which are gone
@@ -69,23 +77,34 @@ def _of_neurons(config: Any, shapes: Sequence[Shape]) -> dict[str, Any]:
     return {_neurons_name(config): max(counts)} if len(counts) == 1 and counts != {0} else {}
 
 
-def _of_heads(config: Any, shapes: Sequence[Shape]) -> dict[str, Any]:
-    """Of the family of Llama, where heads have a size of their own. Others ignore it, which `_makes` sees."""
-    first = shapes[0]
+def _of_heads(config: Any, first: Shape) -> dict[str, Any]:
+    """Those of the first layer, for `_makes` to see whether they are all that there is to say."""
     if not first.heads or first.heads == config.num_attention_heads:
         return {}
     groups = {"num_key_value_heads": first.groups} if hasattr(config, "num_key_value_heads") else {}
-    return {"num_attention_heads": first.heads, "head_dim": first.head_size, **groups}
+    return {"num_attention_heads": first.heads, **groups}
+
+
+def _with_size(config: Any, changes: dict[str, Any], size: int) -> dict[str, Any]:
+    """With the size of heads, where it is not the width by their number. The family of Llama reads it, and rotary
+    embeddings do in other models too."""
+    heads = changes.get("num_attention_heads", config.num_attention_heads)
+    derived = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return changes if size == derived else {**changes, "head_dim": size}
 
 
 def _neurons_name(config: Any) -> str:
     return next(name for name in _NEURONS if hasattr(config, name))
 
 
-def _to_fail_alone(base: Any, known: dict[str, Any], shapes: Sequence[Shape]) -> dict[str, Any]:
+def _to_fail_alone(op: str, base: Any, known: dict[str, Any], shapes: Sequence[Shape]) -> dict[str, Any]:
     """What makes transformers without kdfast fail where it would load the rest and make up what is gone: a number of
     neurons that no layer has."""
-    theirs = _state(_made(base, known))
+    try:
+        theirs = _state(_made(base, known))
+    except (ValueError, StrictDataclassError) as error:
+        expected = f"a width that {type(base).__name__} takes ({first_line(error)})"
+        _checks.wrong_value(op, "masks.hidden", expected, base.config.hidden_size)
     if any(theirs.get(name, shape) != shape for name, shape in _state(base).items()):
         return {}
     return {_neurons_name(base.config): 1 + max(shape.neurons for shape in shapes)}
@@ -96,6 +115,7 @@ def _made(base: Any, changes: dict[str, Any]) -> Any:
     config = copy.deepcopy(base.config)
     for name, value in changes.items():
         setattr(config, name, value)
+    config.validate()  # as from_pretrained does
     with torch.device("meta"), no_init_weights():
         return type(base)(config)
 
@@ -104,7 +124,7 @@ def _makes(op: str, base: Any, changes: dict[str, Any], shapes: Sequence[Shape])
     """Whether the class makes layers of these shapes, and nothing else with another, of a changed config."""
     try:
         made = _made(base, changes)
-    except (ValueError, StrictDataclassError):  # heads that do not divide the width
+    except (ValueError, StrictDataclassError):  # heads that do not divide the width: some classes refuse them
         return False
     layers, mine, theirs = layers_of(made, op), _state(base), _state(made)
     inside = tuple(f"{layer.name}." for layer in layers)

@@ -204,7 +204,7 @@ def layers_of(model: nn.Module, op: str = "kdfast.prune") -> list[Layer]:
         ValueError: an unknown architecture; the message says what to register.
     """
     inner: Any = unwrapped(model)
-    path = layers_path(op, inner)
+    path = layers_path(op, inner, "model")
     adapter = ADAPTERS.get(inner.config.model_type)
     if adapter is None:
         raise ValueError(

@@ -27,8 +27,9 @@ class Masks:
     heads: of every layer, [query heads]. neurons: of every layer, [neurons of the feed-forward network]. layers:
     [layers]; a layer that is False passes on what it gets, where one without heads and neurons still adds its biases.
     groups: of every layer, which group of keys and values each head reads; a group lives where one of its heads does.
-    model_type: the architecture, as `model.config.model_type` has it. ALBERT, whose layers share weights, has masks for
-    each distinct layer.
+    model_type: the architecture, as `model.config.model_type` has it. hidden: the numbers of a hidden state that live,
+    [hidden size], None for all; for `compact` alone. ALBERT, whose layers share weights, has masks for each distinct
+    layer.
 
         masks = Masks.full(model)
         masks.heads[3][[1, 5]] = False      # two heads
@@ -47,6 +48,7 @@ class Masks:
     layers: Tensor
     groups: list[Tensor]
     model_type: str
+    hidden: Tensor | None = None
 
     @classmethod
     def full(cls, model: nn.Module) -> Masks:
@@ -82,12 +84,14 @@ class Masks:
                 layers=torch.tensor([_bool(layer["lives"]) for layer in layers], dtype=torch.bool, device="cpu"),
                 groups=[torch.tensor(_numbers(layer["groups"]), dtype=torch.int64, device="cpu") for layer in layers],
                 model_type=str(plan["model_type"]),
+                hidden=_living(plan["hidden"], "hidden") if "hidden" in plan else None,
             )
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             _wrong_plan("what Masks.to_json writes", f"{type(error).__name__}: {error}")
 
     def to_json(self) -> str:
-        """A plan: by layer, which heads and neurons of how many live, whether the layer does, and the groups."""
+        """A plan: by layer, which heads and neurons of how many live, whether the layer does, and the groups; and what
+        lives of hidden states, if not all."""
         layers = [
             {
                 "lives": bool(self.layers[i]),
@@ -98,7 +102,11 @@ class Masks:
             for i, (heads, neurons) in enumerate(map(self.kept, range(len(self.heads))))
         ]
         lines = ",\n".join(json.dumps(layer) for layer in layers)  # a line each, for those who read or compare them
-        return f'{{"version": {_PLAN}, "model_type": {json.dumps(self.model_type)}, "layers": [\n{lines}\n]}}\n'
+        hidden = ""
+        if self.hidden is not None:
+            kept = {"of": len(self.hidden), "kept": self.hidden.nonzero().flatten().tolist()}
+            hidden = f'"hidden": {json.dumps(kept)}, '
+        return f'{{"version": {_PLAN}, "model_type": {json.dumps(self.model_type)}, {hidden}"layers": [\n{lines}\n]}}\n'
 
     def copy(self) -> Masks:
         """The same in tensors of its own."""
@@ -108,6 +116,7 @@ class Masks:
             layers=self.layers.clone(),
             groups=[groups.clone() for groups in self.groups],
             model_type=self.model_type,
+            hidden=None if self.hidden is None else self.hidden.clone(),
         )
 
     def drop_group(self, layer: int, group: int) -> None:
@@ -134,12 +143,21 @@ class Masks:
                 heads or neurons, of another dtype or on another device.
         """
         op = "kdfast.prune.Masks.check"
-        check(op, self, layers_of(model, op), unwrapped(model).config.model_type)
+        check(op, self, layers_of(model, op), unwrapped(model).config)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Masks):
             return NotImplemented
-        mine, others = ([*masks.heads, *masks.neurons, masks.layers, *masks.groups] for masks in (self, other))
+        mine, others = (
+            [
+                *masks.heads,
+                *masks.neurons,
+                masks.layers,
+                *masks.groups,
+                *([] if masks.hidden is None else [masks.hidden]),
+            ]
+            for masks in (self, other)
+        )
         return (
             self.model_type == other.model_type
             and len(self.heads) == len(other.heads)
@@ -157,11 +175,14 @@ class Masks:
             without = [str(i) for i in live if len(of[i]) and not of[i].any()]
             if without:
                 counts[-1] += f" (none in layer {', '.join(without)})"
+        if self.hidden is not None:
+            counts.append(f"{int(self.hidden.sum())} of {len(self.hidden)} hidden")
         return f"Masks({self.model_type}: {', '.join(counts)})"
 
 
-def check(op: str, masks: object, layers: Sequence[Layer], model_type: str) -> None:
-    """`Masks.check`, of a model's layers."""
+def check(op: str, masks: object, layers: Sequence[Layer], config: Any) -> None:
+    """`Masks.check`, of a model's layers and config."""
+    model_type = config.model_type
     if not isinstance(masks, Masks):
         _checks.wrong_type(op, "masks", "kdfast.prune.Masks", _checks.kind(masks))
     if masks.model_type != model_type:
@@ -171,6 +192,8 @@ def check(op: str, masks: object, layers: Sequence[Layer], model_type: str) -> N
         if count != len(layers):
             _checks.wrong_value(op, f"masks.{name}", f"a tensor for each of {len(layers)} layers", f"{count} tensors")
     _check_mask(op, "layers", masks.layers, len(layers))
+    if masks.hidden is not None:
+        _check_mask(op, "hidden", masks.hidden, config.hidden_size)
     for i, layer in enumerate(layers):
         _check_mask(op, f"heads[{i}]", masks.heads[i], layer.heads)
         _check_mask(op, f"neurons[{i}]", masks.neurons[i], layer.neurons)

@@ -34,14 +34,14 @@ class RepeatedHeads(nn.Linear):
         return f"{super().extra_repr()}, repeat={self.repeat}"
 
 
-def repeat_heads(linear: nn.Module, repeat: tuple[int, ...] | None, head_size: int) -> None:
+def repeat_heads(linear: Any, repeat: tuple[int, ...] | None, head_size: int) -> None:
     """Makes a linear map one that repeats heads, or one that does not, with the same parameters and hooks."""
     if repeat is not None:
         linear.__class__ = RepeatedHeads
-        linear.repeat, linear.head_size = repeat, head_size  # type: ignore[assignment]
+        linear.repeat, linear.head_size = repeat, head_size
     elif isinstance(linear, RepeatedHeads):
         del linear.repeat, linear.head_size
-        linear.__class__ = nn.Linear
+        linear.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 class Nothing(nn.Module):
@@ -53,6 +53,8 @@ class Nothing(nn.Module):
 
 class OnlyBias(nn.Module):
     """A linear map of which no column is left: [..., 0] -> [..., out], its bias, or zeros where it has none."""
+
+    bias: nn.Parameter | None
 
     def __init__(self, linear: nn.Module, out_features: int) -> None:
         super().__init__()

@@ -16,11 +16,13 @@ from kdfast.prune.cuts import Cut, Cuts, taken
 _SIDES = ("row", "col")  # of a matrix, as optimizers name what they keep of one of them
 
 
-def optimizer_of(op: str, optimizer: Any, smaller: nn.Module, copies: Mapping[Tensor, Tensor], cuts: Cuts) -> Any:
+def optimizer_of(
+    op: str, optimizer: Any, smaller: nn.Module, copies: Mapping[Tensor, Tensor | None], cuts: Cuts
+) -> Any:
     """`compact`'s optimizer of `smaller`. Parameters that are not the model's stay in it.
 
     Args:
-        copies: of the model's parameters; those that `smaller` does not have are gone.
+        copies: of all of the model's parameters; those that are None, or none of `smaller`, are gone.
         cuts: which of the model's parameters are cut.
 
     Raises:
@@ -31,8 +33,8 @@ def optimizer_of(op: str, optimizer: Any, smaller: nn.Module, copies: Mapping[Te
     if not isinstance(optimizer, Optimizer) or isinstance(optimizer, LBFGS) or wrapped:
         expected = "an optimizer of torch with state by parameter, not wrapped"
         _checks.wrong_type(op, "optimizer", expected, type(optimizer).__name__)
-    names = {parameter: name for name, parameter in smaller.named_parameters()}
-    new = {old: mine for old, mine in copies.items() if mine in names}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in smaller.named_parameters()}
+    new = {old: mine for old, mine in copies.items() if mine is not None and mine in names}
     made: Any = copy.copy(optimizer)  # without what a scheduler or its maker put on it
     own = {name: value for name, value in vars(optimizer).items() if name not in vars(made) and not callable(value)}
     vars(made).update(own)
@@ -50,7 +52,10 @@ def optimizer_of(op: str, optimizer: Any, smaller: nn.Module, copies: Mapping[Te
 
 
 def _group(
-    group: dict[str, Any], copies: Mapping[Tensor, Tensor], new: Mapping[Tensor, Tensor], names: Mapping[Tensor, str]
+    group: dict[str, Any],
+    copies: Mapping[Tensor, Tensor | None],
+    new: Mapping[Tensor, Tensor],
+    names: Mapping[Tensor, str],
 ) -> dict[str, Any]:
     left = [i for i, parameter in enumerate(group["params"]) if parameter not in copies or parameter in new]
     parameters = [new.get(group["params"][i], group["params"][i]) for i in left]
@@ -70,7 +75,9 @@ def _of_state(op: str, what: str, name: str, value: Any, parameter: Tensor, cut:
     if value.shape == parameter.shape:
         return taken(value, cut)
     size = parameter.shape
-    sides = [i for i in range(len(size)) if value.shape in ((size[i],), (*(1,) * i, size[i], *(1,) * (len(size) - i - 1)))]
+    sides = [
+        i for i in range(len(size)) if value.shape in ((size[i],), (*(1,) * i, size[i], *(1,) * (len(size) - i - 1)))
+    ]
     if len(sides) == 2:
         sides = [i for i in sides if _SIDES[i] in name]
     if len(size) != 2 or len(sides) != 1:
