@@ -258,6 +258,30 @@ def test_compiled_models(name: str) -> None:
         zero.same({n.removeprefix("_orig_mod."): x for n, x in got.items()}, expected, 1e-12)
 
 
+def test_models_that_were_compiled_before() -> None:
+    torch._dynamo.reset()
+    expected = tiny_models.make("bert", num_hidden_layers=2)
+    batch = tiny_models.batch(expected)
+    of_expected = Elastic(expected, (0.5,), (0.5,))
+    for how in ("in place", "layers", "wrapped layers"):
+        model = tiny_models.make("bert", num_hidden_layers=2)
+        layers = model.bert.encoder.layer
+        if how == "in place":
+            model.compile(backend="eager")
+        for i, layer in enumerate(layers):
+            if how == "layers":
+                layer.compile(backend="eager")
+            elif how == "wrapped layers":
+                layers[i] = torch.compile(layer, backend="eager")
+        with torch.no_grad():
+            whole = model(**batch).logits
+            with Elastic(model, (0.5,), (0.5,)) as elastic:
+                elastic.set(0.5, 0.5)
+                of_expected.set(0.5, 0.5)
+                torch.testing.assert_close(model(**batch).logits, expected(**batch).logits, rtol=0, atol=1e-13)
+            assert torch.equal(model(**batch).logits, whole)
+
+
 # ---- the model itself ----
 @pytest.mark.parametrize("name", tiny_models.NAMES)
 def test_close_gives_the_model_back(name: str) -> None:

@@ -1,21 +1,24 @@
 """Sub-networks of one set of weights, by width and depth: DynaBERT (Hou et al., 2020).
 
-heads, neurons = kdfast.prune.importance(model, batches)
-kdfast.prune.rewire(model, heads, neurons)                    # the best first, once
-elastic = kdfast.elastic.Elastic(model, widths=(0.25, 0.5, 0.75, 1.0), depths=(0.5, 0.75, 1.0))
-for batch in data:
-    for width, depth in elastic.subnetworks:                  # their gradients add up
-        elastic.set(width, depth)
-        model(**batch).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=False)                    # the next gradients are added where these were
-small = elastic.export(0.5, 0.75)
+    heads, neurons = kdfast.prune.importance(model, batches)
+    kdfast.prune.rewire(model, heads, neurons)                    # the best first, once
+    elastic = kdfast.elastic.Elastic(model, widths=(0.25, 0.5, 0.75, 1.0), depths=(0.5, 0.75, 1.0))
+    for batch in data:
+        for width, depth in elastic.subnetworks:                  # their gradients add up
+            elastic.set(width, depth)
+            model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)                    # the next gradients are added where these were
+    small = elastic.export(0.5, 0.75)
+
+What `kdfast.prune.apply` does with masks that may be any, this does with first heads and neurons, which need no packing.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -150,13 +153,16 @@ class Elastic:
     ) -> None:
         inner = unwrapped(model)
         self.model, self.widths, self.depths = model, _shares("widths", widths), _shares("depths", depths)
-        self._layers = layers_of(inner, _OP)
+        self._layers = [  # where one is compiled by itself, what it was made of
+            replace(layer, module=getattr(layer.module, "_orig_mod", layer.module)) for layer in layers_of(inner, _OP)
+        ]
         self._kept = {depth: kept_layers(len(self._layers), depth, keep_last) for depth in (*self.depths, 1.0)}
         self._check(inner)
         self.width = self.depth = 1.0
         self._of_width: dict[float, list[_Change]] = {}
         self._of_depth: dict[float, list[_Change]] = {}
-        self._open(inner.config.model_type)
+        with torch.inference_mode(False):  # indices made in it could not be saved for a backward
+            self._open(inner.config.model_type)
 
     @property
     def subnetworks(self) -> list[tuple[float, float]]:
@@ -232,10 +238,12 @@ class Elastic:
                     _OP, f"model: {layer.name}", "heads, as many for each group of keys and values, and neurons",
                     f"groups {layer.group_of.tolist()} and {layer.neurons} neurons",
                 )  # fmt: skip
-            for name, linear in linear_maps(_OP, layer).items():
-                if "forward" in linear.__dict__:
+            own = {"": layer.module, f".{layer.adapter.attention}": layer.attention}
+            own |= {f".{name}": linear for name, linear in linear_maps(_OP, layer).items()}
+            for name, module in own.items():
+                if "forward" in module.__dict__:
                     got = "one that was set on it (accelerate does, for a device_map)"
-                    _checks.wrong_value(_OP, f"model: {layer.name}.{name}", "the forward of its class", got)
+                    _checks.wrong_value(_OP, f"model: {layer.name}{name}", "the forward of its class", got)
 
     def _check_known(self, width: float, depth: float) -> None:
         for argument, share, known in (("width", width, self._of_width), ("depth", depth, self._of_depth)):
@@ -278,7 +286,7 @@ def _changes(layer: Layer, width: float, model_type: str) -> Iterable[_Change]:
     """What is to be set in a layer's modules for a width."""
     adapter, attention = layer.adapter, layer.attention
     heads, neurons = kept_width(layer.heads, layer.groups, layer.neurons, width)
-    for name, part in parts(layer, torch.arange(heads), torch.arange(neurons)).items():
+    for name, part in parts(layer, *(torch.arange(count, device="cpu") for count in (heads, neurons))).items():
         module = layer.module.get_submodule(name)
         shape = matrix(module).shape
         rows, columns = (

@@ -1,7 +1,9 @@
 """How much the loss hangs on each head and neuron: DynaBERT's importance (Hou et al., 2020) and Michel's (2019).
 
-heads, neurons = kdfast.prune.importance(model, batches)      # on the development set, with labels
-kdfast.prune.rewire(model, heads, neurons)                    # the important ones first
+    heads, neurons = kdfast.prune.importance(model, batches)      # on the development set, with labels
+    kdfast.prune.rewire(model, heads, neurons)                    # the important ones first
+
+Gates on what linear maps get and make see values and gradients; no weight is given one.
 """
 
 from __future__ import annotations
@@ -99,7 +101,8 @@ def importance(
     wide = torch.promote_types(inner.dtype, torch.float32)
     sums = [_Sums(layer, criterion == "michel", wide, inner.device) for layer in layers]
     counted = torch.zeros((), dtype=torch.float64, device=inner.device)
-    with _evaluation(inner), _gates(sums) as root, torch.enable_grad():
+    eager = torch.compiler.set_stance("force_eager")  # compiled models do not call hooks that came later
+    with _evaluation(inner), _gates(sums) as root, torch.enable_grad(), eager:
         for batch in batches:
             _backward(_own_loss(inner, batch) if loss is None else loss(inner, batch), root)
             counted += max(1, *(layer.close(keep=accumulate) for layer in sums))
