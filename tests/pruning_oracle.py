@@ -45,7 +45,7 @@ def patterns(model: Any) -> dict[str, Masks]:
         for neurons in masks.neurons:
             neurons[torch.randperm(len(neurons), generator=generator)[:11]] = False
     some, empty, first = made.values()
-    some.heads[0][[3, 5]] = False  # of two groups three and one are left: the first is repeated three times
+    some.heads[0][[3, 5]] = False  # three and one of two groups are left: the first is repeated three times
     some.heads[1][:3] = False  # a whole group, where there are any
     for heads in some.heads[2:]:
         heads[[0, 1, 4]] = False  # one and two
@@ -84,7 +84,7 @@ def same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) 
 
 
 def dead(model: Any, masks: Masks) -> dict[str, Tensor]:
-    """Of the parameters of linear maps of which something is dead: True where they are. Dropped layers are dead as a
+    """By name of those parameters of linear maps of which something is dead: True where they are. Dropped layers are dead as a
     whole."""
     made = {}
     for i, layer in enumerate(layers_of(model)):

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kdfast.hf
 from kdfast.prune import Adapter, Masks, apply, compact, register, remove
 from kdfast.prune.layers import ADAPTERS
+from kdfast.prune.masked import MaskedMap
 
 
 def tolerance(name: str) -> float:
@@ -141,6 +142,26 @@ def test_groups_are_made_once_and_then_repeated() -> None:
     assert "rows=16" in repr(attention.k_proj)
 
 
+def test_only_what_changes_is_packed_anew() -> None:
+    model = tiny_models.make("bert")
+    masks = oracle.patterns(model)["some"]
+
+    def kept() -> dict[str, Any]:
+        return {name: m._kdfast_masked for name, m in model.named_modules() if isinstance(m, MaskedMap)}
+
+    apply(model, masks)
+    before = kept()
+    assert len(before) == 18
+    apply(model, masks.copy())
+    masks.heads[1][4] = False
+    masks.neurons[2][3] ^= True
+    apply(model, masks)
+    changed = {name for name, now in kept().items() if now is not before[name]}
+    of_heads = ("self.query", "self.key", "self.value", "output.dense")
+    expected = {f"bert.encoder.layer.1.attention.{name}" for name in of_heads}
+    assert changed == expected | {f"bert.encoder.layer.2.{name}.dense" for name in ("intermediate", "output")}
+
+
 @pytest.mark.parametrize("pattern", ["some", "empty", "first"])
 @pytest.mark.parametrize("name", tiny_models.CAUSAL)
 def test_generates_with_a_cache(name: str, pattern: str) -> None:
@@ -207,6 +228,18 @@ def test_the_state_is_that_of_the_whole_model(tmp_path: Path) -> None:
     model.load_state_dict({name: 1.5 * x for name, x in state.items()})  # what is packed is packed anew
     again.load_state_dict({name: 1.5 * x for name, x in state.items()})
     assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["bert", "mpnet", "gpt2", "llama"])
+def test_indices_follow_the_model_to_its_device(name: str) -> None:
+    model = tiny_models.make(name).float()
+    batch = tiny_models.batch(model)
+    for masks in oracle.patterns(model).values():
+        apply(model.cpu(), masks)
+        expected = oracle.results(model, batch)
+        got = oracle.results(model.cuda(), {key: x.cuda() for key, x in batch.items()})
+        oracle.same({key: x.cpu() for key, x in got.items()}, expected, 1e-4)
 
 
 def test_masks_of_the_model_below_a_head_are_those_of_the_model() -> None:

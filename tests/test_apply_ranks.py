@@ -20,7 +20,7 @@ RANKS = 2
 
 
 def loss(model: Any, rank: int) -> Tensor:
-    """Of a rank's own rows; the gradient of their mean over ranks is what both have after a backward."""
+    """By a rank's own rows; the gradient of the mean over ranks is what both have after a backward."""
     logits = model(**tiny_models.batch(model, seed=rank)).logits
     generator = torch.Generator().manual_seed(rank)
     return (logits * torch.randn(logits.shape, generator=generator).to(logits)).sum() / RANKS

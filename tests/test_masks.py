@@ -143,7 +143,7 @@ def test_masks_of_another_model_are_refused(name: str, kind: type[Exception], me
 def test_layers_of_albert_cannot_be_dropped() -> None:
     model = tiny_models.make("albert")
     masks = Masks.full(model)
-    assert len(masks.heads) == 2  # of four layers, two of which share their weights
+    assert len(masks.heads) == 2  # four layers, two of which share their weights
     masks.layers[1] = False
     with pytest.raises(ValueError, match=r"masks.layers: expected all True for ALBERT, .* got False at \[1\]"):
         apply(model, masks)

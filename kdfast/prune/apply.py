@@ -158,7 +158,7 @@ class _Place:
 
     def __init__(self, layer: Layer) -> None:
         adapter, self._found = layer.adapter, layer.module
-        # of a layer that was compiled by itself, whose wrapper calls what its class was when it was wrapped
+        # a layer may be compiled by itself, and its wrapper's forward is no method that another class would replace
         self.layer = replace(layer, module=getattr(layer.module, "_orig_mod", layer.module))
         of_heads = (*adapter.qkv, adapter.output) if layer.heads else ()
         of_neurons = (*adapter.expand, adapter.contract) if layer.neurons else ()
@@ -186,7 +186,7 @@ class _Place:
         return of_heads, of_neurons
 
 
-# Of models that were masked: to see that a layer is still there takes a tenth of the time of finding it.
+# To see that a model's layers are still there takes a tenth of the time of finding them.
 _known: WeakKeyDictionary[nn.Module, list[_Place]] = WeakKeyDictionary()
 
 

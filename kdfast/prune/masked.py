@@ -18,7 +18,7 @@ from kdfast.ops._packed import Packed
 from kdfast.prune.layers import ADAPTERS, matrix
 from kdfast.prune.modules import tell_length
 
-_OURS = "_kdfast_is_ours"  # what classes made here have of their own
+_OURS = "_kdfast_is_ours"  # an attribute that classes made here have of their own
 
 
 class Masked(nn.Module):
@@ -142,7 +142,7 @@ def _of_heads(given: Tensor | None, heads: tuple[int, ...]) -> Tensor | None:
 # ---- layers ----
 @dataclass
 class Passing:
-    """Of a layer that does not live. number: of its keys and values in a cache, None where it has none."""
+    """How a dropped layer passes on. number: of its keys and values in a cache, None where it has none."""
 
     returns_tuple: bool
     number: int | None
