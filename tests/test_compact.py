@@ -202,6 +202,21 @@ def test_of_a_masked_model_and_again(name: str) -> None:
     assert once.config.quantization_config == smallest.config.quantization_config
 
 
+@pytest.mark.parametrize("name", ["mpnet", "modernbert", "llama"])
+def test_compiles_as_one_graph(name: str) -> None:
+    model = tiny_models.make(name)
+    smaller, batch = compact(model, nothing(model)).train(), tiny_models.batch(model)
+    expected = loss_of(smaller, batch)
+    expected.backward()
+    gradients = {name: x.grad for name, x in smaller.named_parameters()}
+    smaller.zero_grad()
+    options = {"use_cache": False} if name in tiny_models.CAUSAL else {}
+    loss = loss_of(torch.compile(smaller, backend="aot_eager", fullgraph=True), batch | options)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    torch.testing.assert_close({name: x.grad for name, x in smaller.named_parameters()}, gradients)
+
+
 def test_copies_nothing_that_is_cut() -> None:
     class Copied(TorchDispatchMode):
         numbers = 0
@@ -244,7 +259,9 @@ def test_wrapped_models_and_what_cannot_be_made_smaller() -> None:
     replaced = copy.deepcopy(model)
     linear = replaced.bert.encoder.layer[0].output.dense
     linear.forward = linear.forward
-    with pytest.raises(ValueError, match=r"kdfast.prune.compact: model: expected .*layer.0.output.dense with the forward"):
+    with pytest.raises(
+        ValueError, match=r"kdfast.prune.compact: model: expected .*layer.0.output.dense with the forward"
+    ):
         compact(replaced, Masks.full(replaced))
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"]))
     with pytest.raises(TypeError, match=r"kdfast.prune.compact: model: expected linear maps.*merge.*at .*self.query"):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kdfast.prune import Masks, compact
+from kdfast.prune.layers import ADAPTERS
 
 KINDS = dict.fromkeys(tiny_models.CAUSAL, hf.AutoModelForCausalLM)
 OWN_SIZE = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi")  # a head's size is in the config
@@ -76,6 +77,33 @@ def test_reloaded_is_the_same(name: str, masks_of: Any, tmp_path: Path) -> None:
     loaded.save_pretrained(tmp_path / "again")
     check_same(smaller, type(loaded).from_pretrained(tmp_path / "again"))
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} <= {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("name", tiny_models.NAMES)
+def test_neurons_and_dropped_layers_are_in_every_config(name: str, tmp_path: Path) -> None:
+    model = made(name)
+    masks = uniform(model, heads=False)
+    masks.layers[-1] = name == "albert"
+    smaller = compact(model, masks)
+    smaller.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    check_same(smaller, KINDS.get(name, hf.AutoModelForSequenceClassification).from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("gpt2", {"scale_attn_by_inverse_layer_idx": True}), ("phi", {"qk_layernorm": True})]
+)
+def test_what_classes_derive_of_numbers_that_changed(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """The scale of scores of a layer's number, and the size of norms of the number of heads."""
+    model = made(name, **options)
+    masks = uniform(model)
+    masks.layers[0] = False
+    smaller = compact(model, masks)
+    batch = tiny_models.batch(model)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(smaller(**batch).logits, oracle.masked(model, masks)(**batch).logits, **close)
+    smaller.save_pretrained(tmp_path)
+    check_same(smaller, hf.AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
 def test_loads_without_kdfast_what_the_class_expresses(tmp_path: Path) -> None:
@@ -207,6 +235,16 @@ def test_records_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps(config | {"quantization_config": config["quantization_config"] | changes}))
         with pytest.raises(ValueError, match=f"kdfast: config.json: {message}"):
             hf.AutoModel.from_pretrained(tmp_path)
+
+
+def test_an_architecture_must_be_registered_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_models.make("bert")
+    compact(model, oracle.random_masks(model)).save_pretrained(tmp_path)
+    monkeypatch.delitem(ADAPTERS, "bert")
+    with pytest.raises(ValueError, match=r"kdfast: config.json: model: .*kdfast.prune.register\('bert', "):
+        hf.AutoModel.from_pretrained(tmp_path)
 
 
 def test_kdfast_itself_takes_it(tmp_path: Path) -> None:
