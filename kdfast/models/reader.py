@@ -298,7 +298,8 @@ class Reader:
             raise RuntimeError("kdfast.hf.Reader: expected one that is open, this one was closed")
         if inputs.get("output_attentions"):
             raise ValueError(
-                "kdfast.hf.Reader: output_attentions: expected none, fused attention has none; see Features.scores"
+                "kdfast.hf.Reader: output_attentions: expected none, as fused attention has none, got some; see "
+                "Features.scores"
             )
         mine = _Record(wants_bias=self.bias)
         before, _record = _record, mine

@@ -145,7 +145,7 @@ def narrower(
         follow(op, teacher.config, config, changes)
         config.validate()
     except StrictDataclassError as error:
-        raise ValueError(f"{op}: config_changes: {error}") from None
+        raise ValueError(f"{op}: config_changes: expected values that its config takes, got {error}") from None
     student = new_model(teacher, type(teacher), config)
     return Narrowed(student, *copy_weights(teacher, student, renamed(path, layers), dtype))
 

@@ -67,8 +67,7 @@ class Recipe(base.Recipe):
         super().__post_init__()
         self.at_least(1, "max_new_tokens", "steps", "batch_size", "train_rows", "test_rows")
         self.at_least(8, "max_length")
-        if not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning_rate must be between 0 and 1, got {self.learning_rate}")
+        self.inside(0, 1, "learning_rate")
         self.between(0, 1, "on_policy")
         self.objective()  # checks the rest
 

@@ -84,8 +84,8 @@ class DistillationTrainer(ObjectiveTrainer):
         check_objective(objective)
         if kwargs.get("compute_loss_func") is not None or (args is not None and args.label_smoothing_factor):
             raise ValueError(
-                "DistillationTrainer: compute_loss_func and label_smoothing_factor have no effect here; "
-                "the objective is the loss"
+                "DistillationTrainer: compute_loss_func, label_smoothing_factor: expected neither, as the objective is the "
+                "loss, got one"
             )
         super().__init__(model, args, **kwargs)
         check_apart(teacher, self.model)
