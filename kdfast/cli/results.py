@@ -24,8 +24,8 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Labelled text, as of distill: a task of GLUE, another Hub name, a file or a folder. Default: the run's "
-            "that the model lies in, else movie reviews.",
+            help="Labelled text, as of distill: a task of GLUE, another Hub name, a file or a folder. Default: the "
+            "run's that the model lies in, else movie reviews.",
         ),
     ] = None,
     text_columns: Annotated[
@@ -154,12 +154,13 @@ def _chosen(model: str, teacher: str | None) -> _Chosen:
         )
     if teacher is not None:
         raise ValueError(
-            f"teacher: expected none beside the run {model}, which has its own, got {teacher}; one of its models, such as "
-            f"{folder / 'student'}, has none"
+            f"teacher: expected none beside the run {model}, which has its own, got {teacher}; one of its models, "
+            f"such as {folder / 'student'}, has none"
         )
     if not (folder / "metrics.json").is_file():
         raise ValueError(
-            f"model {model}: expected a finished run, got one without metrics.json; the same kdfast distill continues it"
+            f"model {model}: expected a finished run, got one without metrics.json; the same kdfast distill continues "
+            "it"
         )
     titles = json.loads((folder / "metrics.json").read_text())["task"]["titles"]
     sources = {title: folder / name for name, title in titles.items()}

@@ -222,8 +222,8 @@ class _Call:
         finish = seen(self.passed, logits)
         if finish is None:
             raise ValueError(
-                f"kdfast: {self.name}: expected logits that are those of its output embeddings but for a scale, a constant "
-                "bias and a soft-cap, got others"
+                f"kdfast: {self.name}: expected logits that are those of its output embeddings but for a scale, a "
+                "constant bias and a soft-cap, got others"
             )
         self.finish = finish
         _seen[self.inner] = self.state, finish, self.disguised

@@ -88,8 +88,8 @@ def _check_not_quantised(who: str, config: Any) -> None:
     if (found := getattr(config, "quantization_config", None)) is not None:
         method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
         raise ValueError(
-            f"{who}: expected weights that are not quantised, got {getattr(method, 'value', method)} (quantization_config "
-            "in its config.json); load it, dequantise it and save that"
+            f"{who}: expected weights that are not quantised, got {getattr(method, 'value', method)} "
+            "(quantization_config in its config.json); load it, dequantise it and save that"
         )
 
 

@@ -71,8 +71,8 @@ def pad_alike(named: str, model: Any, tokenizer: Any) -> None:
     pad = tokenizer.pad_token_id
     if pad is None:
         raise ValueError(
-            f"{named}: expected a tokenizer with a pad token, got one without; set its pad_token, to its eos_token say, and "
-            "save it beside the model"
+            f"{named}: expected a tokenizer with a pad token, got one without; set its pad_token, to its eos_token "
+            "say, and save it beside the model"
         )
     check_ids(named, model, [{"input_ids": [pad]}])
     config = model.config.get_text_config()

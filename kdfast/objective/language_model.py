@@ -230,8 +230,8 @@ class LanguageModel:
         known = inputs.get("teacher_vocab_size", student.vocabulary)
         if self.vocab_size is None and known != student.vocabulary:
             raise ValueError(
-                f"LanguageModel: student: expected one of the cache's {known} tokens, got {student.vocabulary}; for padded "
-                "vocabularies pass vocab_size=, the tokens that count"
+                f"LanguageModel: student: expected one of the cache's {known} tokens, got {student.vocabulary}; for "
+                "padded vocabularies pass vocab_size=, the tokens that count"
             )
 
 

@@ -102,8 +102,8 @@ class Terms(nn.Module):
             if "output_hidden_states" not in str(error):
                 raise
             raise TypeError(
-                f"{type(self).__name__}: model: expected one whose forward takes output_hidden_states, as those of transformers "
-                f"do, got {type(unwrapped(model)).__name__}"
+                f"{type(self).__name__}: model: expected one whose forward takes output_hidden_states, as those of "
+                f"transformers do, got {type(unwrapped(model)).__name__}"
             ) from error
 
     def num_items(self, inputs: Inputs) -> Tensor:

@@ -37,8 +37,8 @@ class Recipe:
     seed: int = setting(0, "Seed of initialisation, order of rows and dropout.")
     precision: str = setting(
         "auto",
-        "Of the products in training: float32, bfloat16, or on a GPU float16; auto: bfloat16 where it is native. Weights are "
-        "float32.",
+        "Of the products in training: float32, bfloat16, or on a GPU float16; auto: bfloat16 where it is native. "
+        "Weights are float32.",
     )
     save_dtype: str = setting(
         "float32", "Of the saved student's weights: float32, bfloat16 or float16; it is measured as it is saved."

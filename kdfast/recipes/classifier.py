@@ -60,14 +60,15 @@ class ClassifierRecipe(Recipe):
 
     data: str | None = setting(
         None,
-        "Labelled text: a task of GLUE (sst2), another Hub name, a CSV, TSV, JSON or Parquet file, or a folder of such files "
-        "(train*, test*). Default: 10,568 movie reviews.",
+        "Labelled text: a task of GLUE (sst2), another Hub name, a CSV, TSV, JSON or Parquet file, or a folder of "
+        "such files (train*, test*). Default: 10,568 movie reviews.",
     )
     text_columns: tuple[str, ...] | None = setting(None, "Column of the text, or two of pairs. Default: found by name.")
     label_column: str | None = setting(None, "Default: found by name.")
     kind: str | None = setting(
         None,
-        "classification, regression or multi_label. Default: by the labels; decimal numbers are a regression, lists multi_label.",
+        "classification, regression or multi_label. Default: by the labels; decimal numbers are a regression, lists "
+        "multi_label.",
     )
     base: str | None = setting(None, "Pre-trained encoder, a folder or Hub name. Default: MiniLM, 6 layers, 384 wide.")
     teacher: str | None = setting(None, "Classifier of this data, a folder or Hub name. Default: the base, fine-tuned.")

@@ -55,7 +55,8 @@ class Recipe(base.Recipe):
 
     data: str | None = setting(
         None,
-        "Text file with empty lines between the texts, at least 10. Default: 117,659 definitions and examples of WordNet.",
+        "Text file with empty lines between the texts, at least 10. Default: 117,659 definitions and examples of "
+        "WordNet.",
     )
     teacher: str | None = setting(
         None, "Masked language model, a folder or Hub name. Default: MiniLM, 6 layers, 384 wide, trained to be one."

@@ -66,8 +66,8 @@ def check_causal(teacher: Any, source: str | Path) -> None:
         raise ValueError(f"teacher {source}: {error}") from None
     if (first - second)[:-1].abs().max() > 1e-3 * first.abs().max():
         raise ValueError(
-            f"teacher {source}: expected a causal language model, got one whose prediction of a token depends on the tokens "
-            "after it"
+            f"teacher {source}: expected a causal language model, got one whose prediction of a token depends on the "
+            "tokens after it"
         )
 
 

@@ -162,8 +162,8 @@ class DistilBERTRun(LanguageRun):
                 rows = masking.blocks(some, self.tokenizer, r.max_length, tell=notes.append)
             except ValueError:  # the tokenizer is a fast one: nothing is left
                 raise ValueError(
-                    f"data {r.data or 'by default'}: expected texts of at least 12 tokens that the teacher knows, to train "
-                    f"on and to hold out, got none among {len(some)}"
+                    f"data {r.data or 'by default'}: expected texts of at least 12 tokens that the teacher knows, to "
+                    f"train on and to hold out, got none among {len(some)}"
                 ) from None
             self.notes += [f"{which} texts: {note}" for note in notes]
             parts.append(rows if count is None else rows.select(range(min(count, len(rows)))))
@@ -173,8 +173,8 @@ class DistilBERTRun(LanguageRun):
         texts: list[str] = self.read(text.read_texts)
         if len(texts) < 10:
             raise ValueError(
-                f"data {self.recipe.data}: expected at least 10 texts with empty lines between them, a tenth of them to hold out, got "
-                f"{len(texts)}"
+                f"data {self.recipe.data}: expected at least 10 texts with empty lines between them, a tenth of them "
+                f"to hold out, got {len(texts)}"
             )
         return texts
 

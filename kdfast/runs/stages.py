@@ -190,8 +190,8 @@ def anew(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         value = settings.get(name)
         if value is not None and Path(value).resolve().is_relative_to(folder.resolve()):
             raise ValueError(
-                f"{name} {value}: expected a place outside of the output folder {folder}, which would be removed, got one "
-                "inside; choose another"
+                f"{name} {value}: expected a place outside of the output folder {folder}, which would be removed, got "
+                "one inside; choose another"
             )
     held = (folder / CONFIG).is_file()
     if held:
