@@ -107,7 +107,8 @@ class Recipe:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(
-                f"config {path}: expected settings of {cls.name}, {', '.join(sorted(known))}, got {', '.join(unknown)}"
+                f"config {path}: expected settings of {cls.name}, got {', '.join(unknown)}; it has "
+                f"{', '.join(sorted(known))}"
             )
         found = {name: located(name, value, path.parent) for name, value in values.items()}
         return {name: _converted(f"config {path}: {name}", fields[name], value) for name, value in found.items()}
