@@ -208,6 +208,17 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
     _refused(tmp_path / "run", f"data {tmp_path}: {kinds} between the texts, got no file", data=str(tmp_path))
 
 
+def test_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_text(path: Path, encoding: str | None = None) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    data = tmp_path / "texts.txt"
+    data.touch()
+    monkeypatch.setattr(Path, "read_text", read_text)
+    expected = f"data {data}: expected a file that can be read, got permission denied"
+    _refused(tmp_path / "run", expected, data=str(data))
+
+
 def test_teachers_that_are_no_causal_language_models(assets: dict[str, Path], tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(assets[demo.SMOLLM2.folder])
     decoder = bert(0, layers=3).config

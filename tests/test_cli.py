@@ -295,6 +295,18 @@ def test_mistakes_in_a_cache_give_one_line(
     assert expected in err
 
 
+def test_mistakes_in_a_cache_name_the_commands_arguments(
+    teacher: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which are `folder` and `rows` of `kdfast.teacher_cache`."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "thesis.tex").touch()
+    assert _run(monkeypatch, *teacher) == 2
+    assert capsys.readouterr().err.startswith(
+        "kdfast: output: expected a new folder, or one that holds a teacher cache"
+    )
+
+
 def test_models_that_cannot_be_loaded_give_one_line(
     teacher: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
