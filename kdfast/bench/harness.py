@@ -293,7 +293,8 @@ def table(results: list[Result]) -> list[tuple[str, ...]]:
     """The rows under `HEADER`."""
     return [
         (
-            f"{r.case.operator} {'×'.join(map(str, r.case.shape))} {SHORT[r.case.dtype]} {'grad' if r.case.gradient else 'loss'}",
+            f"{r.case.operator} {'×'.join(map(str, r.case.shape))} {SHORT[r.case.dtype]} "
+            f"{'grad' if r.case.gradient else 'loss'}",
             f"{r.kdfast:.2f}",
             f"{r.eager / r.kdfast:.1f}",
             f"{r.compiled / r.kdfast:.1f}" if r.compiled else "–",
