@@ -196,3 +196,10 @@ def test_subclasses_of_tensors() -> None:
     y.sum().backward()
     assert weight.grad is not None
     assert isinstance(weight.grad, Tensor)
+
+
+def test_autocast_refuses_what_it_does_not_cast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for x, weight in ((X.double(), W), (X, W.double())):
+            with pytest.raises(TypeError, match="prefix_linear: weight: expected the dtype of x"):
+                kdfast.prefix_linear(x, weight)

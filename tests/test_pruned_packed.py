@@ -151,3 +151,77 @@ def test_a_compiled_module(layer: Any, backend: str) -> None:
     torch.testing.assert_close(compiled(x), reference_of(layer, x))
     compiled(x).sum().backward()
     assert layer.weight.grad.any()
+
+
+def test_transforms_of_a_module(layer: Any) -> None:
+    """Other parameters, gradients per row: nothing that is kept leaks into another call."""
+    x = torch.randn(3, len(COLUMNS))
+    kept = layer(x)
+    others = {name: 2 * p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (row,)).square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(others, x)
+    for i in range(3):
+        leaves = {name: p.clone().requires_grad_() for name, p in others.items()}
+        y = selected_linear_reference(x[i], leaves["weight"], leaves["bias"], rows=ROWS, columns=COLUMNS)
+        wanted = torch.autograd.grad(y.square().sum(), list(leaves.values()))
+        torch.testing.assert_close([g[i] for g in got.values()], list(wanted))
+    assert torch.equal(layer(x), kept)
+    with pytest.raises(RuntimeError, match="selected_linear: forward-mode differentiation is not available"):
+        torch.func.jvp(layer, (x,), (x,))
+
+
+def test_autocast_of_a_module(layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part is packed and cast once; calls in another dtype pack their own."""
+    counted = packs(monkeypatch)
+    x = torch.randn(3, len(COLUMNS))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (layer(x) + layer(2 * x)).float().sum().backward()
+        assert len(counted) == 1
+        assert torch.equal(layer(x), reference_of(layer, x))
+    assert layer.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(layer(x), reference_of(layer, x))
+    assert len(counted) == 3
+
+
+def test_tracers_see_the_packing(layer: Any) -> None:
+    """What is kept is no constant of a graph that is traced."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = torch.randn(3, len(COLUMNS))
+    with torch.no_grad():
+        layer(x)
+        graph = make_fx(lambda weight: torch.func.functional_call(layer, {"weight": weight}, (x,)))(layer.weight)
+        weight = 2 * layer.weight
+        torch.testing.assert_close(
+            graph(weight), selected_linear_reference(x, weight, layer.bias, rows=ROWS, columns=COLUMNS)
+        )
+
+
+def test_a_module_that_moves() -> None:
+    """Indices stay where a weight without memory cannot take them."""
+    layer = kdfast.nn.SelectedLinear(IN, OUT, device="meta")
+    layer.rows, layer.columns = ROWS, COLUMNS
+    assert layer(torch.empty(3, len(COLUMNS), device="meta")).shape == (3, len(ROWS))
+    layer.to_empty(device="cpu").reset_parameters()
+    x = torch.randn(3, len(COLUMNS))
+    torch.testing.assert_close(layer(x), reference_of(layer, x))
+
+
+def test_modules_refuse() -> None:
+    layer = kdfast.nn.SelectedLinear(IN, OUT)
+    with pytest.raises(ValueError, match="SelectedLinear: rows: expected indices from 0 to 11, got 12"):
+        layer.rows = torch.tensor([0, 12])
+    layer.columns = COLUMNS
+    with pytest.raises(ValueError, match="SelectedLinear: x: expected 9 features, those that live, got shape"):
+        layer(torch.randn(3, IN))
+    with pytest.raises(
+        TypeError, match=r"PrefixLinear\.from_linear: linear: expected an nn.Linear that is no more than"
+    ):
+        kdfast.nn.PrefixLinear.from_linear(layer)
+    elastic = kdfast.nn.PrefixLinear(IN, OUT)
+    elastic.out_features = OUT + 1
+    with pytest.raises(ValueError, match="prefix_linear: out_features: expected 0 to 12, got 13"):
+        elastic(torch.randn(3, IN))

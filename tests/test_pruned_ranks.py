@@ -12,9 +12,10 @@ from ranks import spawn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+import kdfast
 from kdfast.nn import PrefixLinear, SelectedLinear
 
 WIDTH, INNER, ROWS = 8, 24, 6
@@ -122,11 +123,34 @@ def check_fsdp(rank: int) -> None:
                 torch.testing.assert_close(model(x), reference(x))
 
 
+def check_dtensors(rank: int) -> None:
+    """Weights that tensor parallelism splits, or does not."""
+    mesh, kwargs = init_device_mesh("cpu", (RANKS,)), {"rows": LIVE, "columns": torch.tensor([0, 2, 5])}
+    torch.manual_seed(0)
+    given = torch.randn(ROWS, 3), torch.randn(INNER, WIDTH), torch.randn(INNER)
+    for split in (Replicate(), Shard(0), Shard(1)):
+        placements = Replicate(), split, split if split == Shard(0) else Replicate()
+        for function, part in ((kdfast.selected_linear, kwargs), (kdfast.prefix_linear, {"in_features": 3})):
+            whole = [t.clone().requires_grad_() for t in given]
+            spread = [distribute_tensor(t, mesh, [p]).requires_grad_() for t, p in zip(given, placements, strict=True)]
+            results = []
+            for leaves in (whole, spread):
+                y = function(*leaves, **part)  # type: ignore[operator]
+                y.square().sum().backward()
+                results.append(
+                    [t.full_tensor() if isinstance(t, DTensor) else t for t in (y, *(x.grad for x in leaves))]
+                )
+            for got, wanted in zip(results[1], results[0], strict=True):
+                assert wanted.any()
+                torch.testing.assert_close(got, wanted, msg=lambda text: f"{function.__name__} {split}: {text}")  # noqa: B023
+
+
 CHECKS = [
     pytest.param(check_ddp, (False, False), id="ddp"),
     pytest.param(check_ddp, (True, False), id="ddp-gradient_as_bucket_view"),
     pytest.param(check_ddp, (True, True), id="ddp-static_graph"),
     pytest.param(check_fsdp, (), id="fully_shard"),
+    pytest.param(check_dtensors, (), id="dtensors"),
 ]
 
 
