@@ -109,10 +109,11 @@ def test_other_indices_between_forward_and_backward(layer: Any) -> None:
 
 
 def test_inference_mode_then_training(layer: Any) -> None:
-    layer.weight.requires_grad_(False)
     x = torch.randn(3, len(COLUMNS))
     with torch.inference_mode():
         layer(x)
+    assert not layer.packed._kept.part.requires_grad
+    layer.weight.requires_grad_(False)
     layer(x.requires_grad_()).sum().backward()
     layer(x).sum().backward()
     assert x.grad.any()
