@@ -146,6 +146,7 @@ def _checked(op: str, argument: str, indices: Tensor | None, count: int) -> Tens
         _checks.wrong_type(op, argument, "an int64 tensor of indices (mask.nonzero().flatten())", indices.dtype)
     if indices.dim() != 1:
         _checks.wrong_value(op, argument, "one dimension", f"shape {list(indices.shape)}")
+    indices = indices.contiguous()
     if indices.device.type != "cpu" or torch.compiler.is_compiling() or not indices.shape[0]:
         return indices
     first, last = int(indices[0]), int(indices[-1])
