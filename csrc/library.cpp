@@ -49,6 +49,10 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
       "qk_distance_backward(Tensor grad_loss, Tensor[] student_q, Tensor[] student_k, Tensor[] teacher_q, "
       "Tensor[] teacher_k, Tensor? query_mask, Tensor? key_mask, Tensor? divisor, int kind, float student_scale, "
       "float teacher_scale, bool causal, int[] head_map, float[] weight, bool per_head) -> Tensor[]");
+  // The part of a matrix, whose rows lie side by side, where live rows and columns meet; and such a part put back:
+  // added to what is there, or with zeros in all the rest. Indices are sorted, each once; none: all.
+  m.def("pack_part(Tensor matrix, Tensor? rows, Tensor? columns) -> Tensor");
+  m.def("unpack_part_(Tensor(a!) matrix, Tensor part, Tensor? rows, Tensor? columns, bool accumulate) -> ()");
   // x *= factor, skipped on the device where the factor is 1. CUDA only: elsewhere the factor can be looked at.
   m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");
 }

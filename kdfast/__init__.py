@@ -35,6 +35,8 @@ from kdfast.ops.hidden import cls_distance, cosine_distance, hidden_mse  # noqa:
 from kdfast.ops.qk import qk_attention_mse, qk_relation_kl  # noqa: E402
 from kdfast.ops.kd_loss import KDLossComponents, kd_loss  # noqa: E402
 from kdfast.ops.linear import linear_kd_loss, linear_topk_kd_loss  # noqa: E402
+from kdfast.ops.prefix import prefix_linear  # noqa: E402
+from kdfast.ops.selected import selected_linear  # noqa: E402
 from kdfast.ops.topk import topk_kl_div  # noqa: E402
 from kdfast import nn  # noqa: E402
 
@@ -58,9 +60,11 @@ __all__ = [
     "logit_mse",
     "nn",
     "objective",
+    "prefix_linear",
     "qk_attention_mse",
     "qk_relation_kl",
     "reverse_kl_div",
+    "selected_linear",
     "skew_kl_div",
     "skew_reverse_kl_div",
     "soft_cross_entropy",

@@ -7,6 +7,7 @@ namespace kdfast::KDFAST_VARIANT {
 extern const DivergenceKernels kDivergences[];
 extern const LayerKernels kLayers;
 extern const QkKernels kQkMse, kQkKl;
+extern const PartKernels kParts;
 
 namespace {
 
@@ -19,6 +20,6 @@ void log2_all(const float* x, float* y, int64_t n) {
 
 }  // namespace
 
-const VariantKernels kKernels = {kDivergences, &kLayers, {&kQkMse, &kQkKl}, exp2_all, log2_all};
+const VariantKernels kKernels = {kDivergences, &kLayers, {&kQkMse, &kQkKl}, &kParts, exp2_all, log2_all};
 
 }  // namespace kdfast::KDFAST_VARIANT

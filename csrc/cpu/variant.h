@@ -2,6 +2,7 @@
 #pragma once
 #include "cpu/divergence_rows.h"
 #include "cpu/layer_rows.h"
+#include "cpu/part_rows.h"
 #include "cpu/qk_rows.h"
 
 namespace kdfast {
@@ -10,6 +11,7 @@ struct VariantKernels {
   const DivergenceKernels* divergence;  // by Divergence
   const LayerKernels* layers;
   const QkKernels* qk[2];  // by QkLoss
+  const PartKernels* parts;
   // y[i] = 2^x[i] and log2(x[i]): the vector functions on their own, for their tests.
   void (*exp2)(const float* x, float* y, int64_t count);
   void (*log2)(const float* x, float* y, int64_t count);

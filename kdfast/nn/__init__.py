@@ -1,6 +1,8 @@
-"""Losses as modules: `Loss` holds a function of kdfast with its settings, others hold parameters too."""
+"""Losses as modules: `Loss` holds a function of kdfast with its settings, others hold parameters too. And linear layers
+of which a part lives."""
 
 from kdfast.nn.hidden import HiddenMSELoss
 from kdfast.nn.loss import Loss
+from kdfast.nn.pruned import PrefixLinear, SelectedLinear
 
-__all__ = ["HiddenMSELoss", "Loss"]
+__all__ = ["HiddenMSELoss", "Loss", "PrefixLinear", "SelectedLinear"]

@@ -141,8 +141,6 @@ def is_batched(gradient: Tensor) -> bool:
     return functorch.is_legacy_batchedtensor(gradient) or functorch.is_batchedtensor(gradient)
 
 
-def refuse_batched(op: str, gradient: Tensor) -> None:
+def refuse_batched(op: str, gradient: Tensor, of: str = "with reduction='none'") -> None:
     if not torch.compiler.is_compiling() and is_batched(gradient):
-        raise RuntimeError(
-            f"{op}: batched gradients are not available with reduction='none': expected torch.func.jacrev"
-        )
+        raise RuntimeError(f"{op}: batched gradients are not available {of}: expected torch.func.jacrev")
