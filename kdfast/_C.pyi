@@ -5,7 +5,7 @@ from typing import Any
 version: str
 compiler: str
 cuda: dict[str, str] | None
-divergences: tuple[tuple[str, bool, bool], ...]
+divergences: tuple[tuple[str, bool, bool, str, str, str], ...]
 divergence_arguments: str
 
 def cpu_variants() -> list[str]: ...

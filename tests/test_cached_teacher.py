@@ -55,13 +55,13 @@ def test_the_loss_of_a_batch_from_its_topk(tmp_path: Path) -> None:
     torch.testing.assert_close(terms["kd"], 0.7 * 1.5**2 * soft)
     torch.testing.assert_close(terms["ce"], 0.3 * hard)
     other, outputs = LanguageModel(alpha=1.0, divergence="js_div"), objective.run(student, batch)
-    with pytest.raises(ValueError, match="a teacher's top-k has kl_div alone, got 'js_div'"):
+    with pytest.raises(ValueError, match="divergence: expected 'kl_div' with a teacher's top-k, got 'js_div'"):
         other(outputs, None, batch)
     with pytest.raises(ValueError, match=r"temperature: expected 1\.5, the cache's, got 1.0"):
         LanguageModel(alpha=1.0)(outputs, None, batch)
-    with pytest.raises(ValueError, match="expected a teacher or rows with its top-k, got both"):
+    with pytest.raises(ValueError, match="teacher: expected one, or rows with its top-k, got both"):
         objective(outputs, outputs, batch)
-    with pytest.raises(ValueError, match=r"expected a student of the cache's 40 tokens .* got 50"):
+    with pytest.raises(ValueError, match=r"student: expected one of the cache's 40 tokens, got 50; for padded"):
         objective(outputs, None, batch | {"labels": labels, "teacher_vocab_size": 40})
-    with pytest.raises(ValueError, match="needs a teacher, or rows with its top-k"):
+    with pytest.raises(ValueError, match="teacher: expected one, or rows with its top-k"):
         objective(outputs, None, {"input_ids": batch["input_ids"]})

@@ -165,14 +165,14 @@ def test_rows_of_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"learning_rate": 2.0}, "learning_rate must be between 0 and 1"),
-        ({"on_policy": -1.0}, "on_policy must be between 0 and 1"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"learning_rate": 2.0}, "learning_rate: expected above 0 and below 1, got 2.0"),
+        ({"on_policy": -1.0}, "on_policy: expected 0 to 1, got -1"),
         ({"divergence": "kl"}, "divergence: expected one of"),
         ({"student_layers": (7,)}, "layers: expected numbers from 0 to 3, got"),
-        ({"data": "no-such.jsonl"}, "data no-such.jsonl is not a file"),
+        ({"data": "no-such.jsonl"}, "data no-such.jsonl: expected a .jsonl file .*, got no file"),
         ({"teacher": "/no/such/model"}, "teacher /no/such/model: "),
-        ({"max_length": 500}, "max_length must be at most 64, the positions of teacher .*, got 500"),
+        ({"max_length": 500}, "max_length: expected at most 64, the positions of teacher .*, got 500"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -205,25 +205,40 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_bytes(content)
         _refused(tmp_path / "run", f"data {tmp_path / name}{expected}", data=str(tmp_path / name))
-    _refused(tmp_path / "run", f"data {tmp_path} is not a file: {kinds}", data=str(tmp_path))
+    _refused(tmp_path / "run", f"data {tmp_path}: {kinds} between the texts, got no file", data=str(tmp_path))
+
+
+def test_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_text(path: Path, encoding: str | None = None) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    data = tmp_path / "texts.txt"
+    data.touch()
+    monkeypatch.setattr(Path, "read_text", read_text)
+    expected = f"data {data}: expected a file that can be read, got permission denied"
+    _refused(tmp_path / "run", expected, data=str(data))
 
 
 def test_teachers_that_are_no_causal_language_models(assets: dict[str, Path], tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(assets[demo.SMOLLM2.folder])
     decoder = bert(0, layers=3).config
     decoder.is_decoder = True
-    no_model = " is no causal language model: "
+    no_model = ": expected a causal language model, got "
     for name, model, expected in (
-        ("encoder", bert(0, kind=BertModel), no_model + "it has no cls.predictions.bias, "),
+        ("encoder", bert(0, kind=BertModel), no_model + "a model without cls.predictions.bias, "),
         # Has all the weights of BertLMHeadModel.
         (
             "masked",
             bert(0, kind=BertForMaskedLM),
-            no_model + "its prediction of a token depends on the tokens after it",
+            no_model + "one whose prediction of a token depends on the tokens after it",
         ),
-        ("small", BertLMHeadModel(decoder), " knows 40 tokens, its tokenizer made number 42"),
+        (
+            "small",
+            BertLMHeadModel(decoder),
+            ": expected a tokenizer of the 40 tokens that it knows, got one that made 42",
+        ),
         ("endless", llama(0, 2), ": expected a tokenizer with an end-of-text token (eos_token)"),
-        ("mute", llama(0, 2), " has no tokenizer: save it beside the model"),
+        ("mute", llama(0, 2), ": expected a model with a tokenizer, got one without; save it beside the model"),
     ):
         tokenizer.eos_token = None if name == "endless" else "<end>"
         model.save_pretrained(tmp_path / name)

@@ -199,7 +199,7 @@ def test_classes_in_another_order_are_refused(runs: Callable[[str], Finished], t
     AutoTokenizer.from_pretrained(folder / "teacher").save_pretrained(tmp_path / "teacher")
     recipe = dataclasses.replace(RECIPES["hinton"], teacher=str(tmp_path / "teacher"))
     with pytest.raises(
-        ValueError, match="has the classes in the order positive, negative, the data negative, positive"
+        ValueError, match="expected the classes in the data's order, negative, positive, got positive, negative"
     ):
         _run(tmp_path / "run", recipe)
 
@@ -208,11 +208,11 @@ def test_folder_with_other_settings(tmp_path: Path) -> None:
     folder, recipe = tmp_path / "run", RECIPES["hinton"]
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump({**recipe.as_dict(), "epochs": 7}))
-    with pytest.raises(ValueError, match="with epochs 7, not 3"):
+    with pytest.raises(ValueError, match=r"epochs: expected 7, as the run in .* has, got 3"):
         _run(folder, recipe)
     (folder / "config.yaml").unlink()
     (folder / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="holds no run"):
+    with pytest.raises(ValueError, match="an empty folder or one with a run, got other files"):
         _run(folder, recipe, fresh=True)
     assert (folder / "thesis.tex").exists()
 
@@ -220,10 +220,10 @@ def test_folder_with_other_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("recipe: minilm", "is of the recipe minilm, not hinton"),
-        ("epoch: 3", "hinton has no setting epoch; it has alpha, base"),
-        ("- 3", "holds no settings"),
-        ("a: [", "is no YAML"),
+        ("recipe: minilm", "expected the recipe hinton, got minilm"),
+        ("epoch: 3", "expected settings of hinton, got epoch; it has alpha, base"),
+        ("- 3", "expected settings by name, got none"),
+        ("a: [", "expected YAML, got other text: "),
     ],
 )
 def test_mistakes_in_a_config(tmp_path: Path, content: str, expected: str) -> None:

@@ -84,10 +84,13 @@ def test_refused_before_anything_is_trained(assets: dict[str, Path], tmp_path: P
     (tmp_path / "numbers.csv").write_text("text,label\n" + "\n".join(f"film {i},{i}" for i in range(40)))
     for recipe, expected in (
         (hinton.Recipe(**SHORT, student_layers=(0, 9)), "layers: expected .* got .*9"),
-        (hinton.Recipe(**SHORT, student="./nofolder"), "student ./nofolder: there is no such folder"),
+        (
+            hinton.Recipe(**SHORT, student="./nofolder"),
+            "student ./nofolder: expected the folder of a model, got no folder",
+        ),
         (hinton.Recipe(**SHORT, student_config="hidden_sise=16"), "hidden_sise"),
         (hinton.Recipe(**SHORT, student_config="hidden_size=15"), "hidden_size"),
-        (hinton.Recipe(**SHORT, teacher=str(teacher)), "has 3 classes, the data 2"),
+        (hinton.Recipe(**SHORT, teacher=str(teacher)), "expected 2 classes, as the data has, got 3"),
         (
             patient_kd.Recipe(**SHORT, student_config=narrow),
             "patient-kd, student, patient: cls_distance: .*equal widths",

@@ -37,21 +37,27 @@ def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["distill", "hintn"], "No such command 'hintn'"),
         (["distill", "hinton", "--epoch", "2"], "--epoch"),
         (["distill", "hinton", "--epochs", "two"], "valid integer"),
-        (["distill", "hinton", "--epochs", "0"], "epochs must be at least 1, got 0"),
-        (["distill", "hinton", "--alpha", "1.5"], "alpha must be between 0 and 1, got 1.5"),
-        (["distill", "hinton", "--temperature", "0"], "temperature must be positive, got 0"),
-        (["distill", "hinton", "--student-layers", "0;2"], "'0;2' is not a list of layer numbers such as 0,2,4"),
-        (["distill", "hinton", "--student-layers=-1,2"], "student_layers must be numbers from 0 on, got [-1, 2]"),
+        (["distill", "hinton", "--epochs", "0"], "epochs: expected at least 1, got 0"),
+        (["distill", "hinton", "--alpha", "1.5"], "alpha: expected 0 to 1, got 1.5"),
+        (["distill", "hinton", "--temperature", "0"], "temperature: expected a positive number, got 0"),
+        (
+            ["distill", "hinton", "--student-layers", "0;2"],
+            "student_layers: expected layer numbers such as 0,2,4, got '0;2'",
+        ),
+        (["distill", "hinton", "--student-layers=-1,2"], "student_layers: expected numbers from 0 on, got [-1, 2]"),
         (["distill", "hinton", "--learning-rate", "-1"], "learning_rate"),
         (["cache-teacher"], "Missing argument"),
         (["cache-teacher", "/none", "a.txt", "out"], "model: expected a folder /none, got none"),
         (
             ["cache-teacher", "m", "a.txt", "out", "--layers", "1;2"],
-            "'1;2' is not a list of layer numbers such as 0,2,4",
+            "layers: expected layer numbers such as 0,2,4, got '1;2'",
         ),
         (["cache-teacher", "m", "a.txt", "out", "--max-length", "0"], "--max-length"),
-        (["distill", "hinton", "--output", __file__], "is not a folder"),
-        (["distill", "hinton", "--output", str(Path(__file__).parent)], "is not empty and holds no run"),
+        (["distill", "hinton", "--output", __file__], f"output {__file__}: expected a folder, got a file"),
+        (
+            ["distill", "hinton", "--output", str(Path(__file__).parent)],
+            "expected an empty folder or one with a run, got other files; choose another",
+        ),
     ],
 )
 def test_mistakes_give_one_line_and_exit_code_2(
@@ -70,7 +76,9 @@ def test_other_settings_in_the_same_folder_are_refused(
 ) -> None:
     (tmp_path / "config.yaml").write_text(hinton.Recipe(epochs=5).to_yaml())
     assert _run(monkeypatch, "distill", "hinton", "--output", str(tmp_path)) == 2
-    assert "holds a run with epochs 5, not 3" in capsys.readouterr().err
+    assert (
+        f"epochs: expected 5, as the run in the output folder {tmp_path} has, got 3; choose" in capsys.readouterr().err
+    )
 
 
 def test_help_names_recipe_and_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,9 +290,21 @@ def test_mistakes_in_a_cache_give_one_line(
     assert _run(monkeypatch, *teacher, *options) == code
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("kdfast: teacher_cache: ")
+    assert err.startswith(f"kdfast: {expected}")
     assert err.count("\n") == 1
     assert expected in err
+
+
+def test_mistakes_in_a_cache_name_the_commands_arguments(
+    teacher: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which are `folder` and `rows` of `kdfast.teacher_cache`."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "thesis.tex").touch()
+    assert _run(monkeypatch, *teacher) == 2
+    assert capsys.readouterr().err.startswith(
+        "kdfast: output: expected a new folder, or one that holds a teacher cache"
+    )
 
 
 def test_models_that_cannot_be_loaded_give_one_line(
@@ -299,7 +319,7 @@ def test_models_that_cannot_be_loaded_give_one_line(
         assert _run(monkeypatch, "cache-teacher", str(tmp_path / folder), *teacher[2:]) == 2
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1)
-        assert f"kdfast: teacher_cache: model: expected {expected}" in err
+        assert f"kdfast: model: expected {expected}" in err
 
 
 def test_module_can_be_run() -> None:

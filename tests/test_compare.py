@@ -161,7 +161,7 @@ def test_another_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     shown = capsys.readouterr().out
     assert " 50.0" in shown
     assert "75.0" not in shown
-    assert "metric must be one of accuracy, f1, got auc" in refused(
+    assert "metric: expected one of accuracy, f1, got auc" in refused(
         monkeypatch, capsys, "compare", run, "--metric", "auc"
     )
 
@@ -186,17 +186,18 @@ def test_language_models_among_themselves(
     assert "1.5e+06±0.0e+00" in shown
     other = _language_run(tmp_path / "short", {**settings, "max_length": 128, "seed": 5}, student=9.0)
     message = refused(monkeypatch, capsys, "compare", runs[0], other)
-    assert "are measured on different rows: max_length 256 and 128" in message
+    assert f"short: expected a run measured on the rows of {runs[0]}, max_length 256, got max_length 128" in message
     for name, known in (("kd-0", "0a"), ("kd-1", "0b"), ("ce-0", "0a")):
         path = tmp_path / name / "metrics.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer": known}))
     message = refused(monkeypatch, capsys, "compare", *runs)
     assert (
-        f"{tmp_path}/kd-0 and {tmp_path}/kd-1 have different tokenizers: what is measured per token does not" in message
+        f"{tmp_path}/kd-1: expected the tokenizer of {tmp_path}/kd-0, got another; what is measured per token"
+        in message
     )
     assert len(compare([runs[0], *runs[2:]]).rows) == 5  # ce-1 does not tell
     sampled = _language_run(tmp_path / "gkd", {**settings, "on_policy": 1.0}, student=9.0)
-    assert "different rows: on_policy 0.0 and above 0" in refused(monkeypatch, capsys, "compare", runs[0], sampled)
+    assert "on_policy 0.0, got on_policy above 0" in refused(monkeypatch, capsys, "compare", runs[0], sampled)
 
 
 def test_what_cannot_be_compared(
@@ -214,15 +215,18 @@ def test_what_cannot_be_compared(
     (tmp_path / "old" / "metrics.json").write_text('{"settings": {}, "models": {"student": {"accuracy": 0.8}}}')
     (tmp_path / "empty").mkdir()
     for given, expected in (
-        ((runs[0], causal), f"{runs[0]} is a run of classifiers, {causal} of language models (causal-lm)"),
-        ((causal, masked), "language models (causal-lm), "),
-        ((runs[0], other), "are measured on different rows: test 2000 rows, 0f and 872 rows, a1"),
-        ((other, again), f"{other} and {again} have the same settings and seed, 0"),
-        ((tmp_path / "none",), "none: there is no such folder"),
-        ((tmp_path / "empty",), "empty is no finished run: it has no metrics.json"),
-        ((tmp_path,), f"it has no metrics.json; there are runs in it: {tmp_path / 'again'}"),
-        ((tmp_path / "old",), "metrics.json is not of a run of this version of kdfast: KeyError('task')"),
-        ((runs[0], "--output", runs[0] / "metrics.json"), "metrics.json is not a folder"),
+        (
+            (runs[0], causal),
+            f"{causal}: expected a run of classifiers, as {runs[0]} is, got one of language models (causal-lm); com",
+        ),
+        ((causal, masked), "language models (causal-lm), as "),
+        ((runs[0], other), f"rows of {runs[0]}, test 2000 rows, 0f, got test 872 rows, a1"),
+        ((other, again), f"{again}: expected other settings or another seed than {other}, got the same and seed 0"),
+        ((tmp_path / "none",), "none: expected the folder of a run, got no folder"),
+        ((tmp_path / "empty",), "empty: expected a finished run, got no metrics.json"),
+        ((tmp_path,), f"got no metrics.json; there are runs in it: {tmp_path / 'again'}"),
+        ((tmp_path / "old",), "metrics.json: expected what a run of this version of kdfast has, got KeyError('task')"),
+        ((runs[0], "--output", runs[0] / "metrics.json"), "metrics.json: expected a folder, got a file"),
         ((), "Missing argument"),
     ):
         assert expected in refused(monkeypatch, capsys, "compare", *given)

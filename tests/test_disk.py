@@ -189,7 +189,7 @@ def test_folder_that_cannot_be_written(
         assert call(monkeypatch, "distill", "causal-lm", "--output", output) == 2
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1)
-        assert f"output folder {output} cannot be written: {reason}" in err
+        assert f"output {output}: expected a folder that can be written, got {reason}" in err
     assert not (tmp_path / "new").exists()
 
 

@@ -297,17 +297,20 @@ def test_teacher_of_another_architecture(assets: dict[str, Path], tmp_path: Path
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"learning_rate": 2.0}, "learning_rate must be between 0 and 1"),
-        ({"dropout": 1.0}, "dropout must be from 0 to below 1"),
-        ({"temperature": 0.0}, "temperature must be positive"),
-        ({"mask_probability": 1.5}, "mask_probability must be between 0 and 1"),
-        ({"mlm_weight": -1.0}, "mlm_weight must be at least 0"),
-        ({"ce_weight": 0.0, "mlm_weight": 0.0, "cosine_weight": 0.0}, "one of ce_weight, mlm_weight"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"learning_rate": 2.0}, "learning_rate: expected above 0 and below 1, got 2.0"),
+        ({"dropout": 1.0}, "dropout: expected 0 or more and less than 1"),
+        ({"temperature": 0.0}, "temperature: expected a positive number"),
+        ({"mask_probability": 1.5}, "mask_probability: expected 0 to 1"),
+        ({"mlm_weight": -1.0}, "mlm_weight: expected at least 0"),
+        (
+            {"ce_weight": 0.0, "mlm_weight": 0.0, "cosine_weight": 0.0},
+            "^ce_weight, mlm_weight, .*: expected a positive one",
+        ),
         ({"student_layers": (7,)}, "layers: expected numbers from 0 to 3, got"),
-        ({"data": "no-such.txt"}, "data no-such.txt is not a file"),
+        ({"data": "no-such.txt"}, "data no-such.txt: expected a text file .*, got no file"),
         ({"teacher": "/no/such/model"}, "teacher /no/such/model: "),
-        ({"max_length": 500}, "max_length must be at most 32, the positions of teacher .*, got 500"),
+        ({"max_length": 500}, "max_length: expected at most 32, the positions of teacher .*, got 500"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -319,7 +322,9 @@ def test_mistakes(wrong: dict[str, Any], match: str, tmp_path: Path) -> None:
 
 def test_teacher_without_a_head_and_short_texts(assets: dict[str, Path], tmp_path: Path) -> None:
     encoder = dataclasses.replace(SHORT, teacher=str(assets[demo.MINILM.requirement]))
-    with pytest.raises(ValueError, match=r"is no masked language model: it has no cls\.predictions\.bias"):
+    with pytest.raises(
+        ValueError, match=r"expected a masked language model, got a model without cls\.predictions\.bias"
+    ):
         _prepared(tmp_path / "run", encoder)
     maskless = tmp_path / "maskless"
     AutoModelForMaskedLM.from_pretrained(assets["masked-lm"]).save_pretrained(maskless)

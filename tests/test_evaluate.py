@@ -237,27 +237,33 @@ def test_what_cannot_be_evaluated(
     (unfinished / "config.yaml").write_text(hinton.Recipe().to_yaml())
     data = ["--data", reviews]
     for given, expected in (
-        ((tmp_path / "none", *data), f"{tmp_path}/none: there is no such folder"),
-        ((three, *data), f"three {three} has 3 classes, the data 2"),
+        ((tmp_path / "none", *data), f"{tmp_path}/none: expected the folder of a model, got no folder"),
+        ((three, *data), f"three {three}: expected 2 classes, as the data has, got 3"),
         (
             (turned, *data),
-            f"turned {turned} has the classes in the order positive, negative, the data negative, positive",
+            f"turned {turned}: expected the classes in the data's order, negative, positive, got positive, negative",
         ),
-        ((run / "student", "--teacher", three), f"teacher {three} has 3 classes, the data 2"),
-        ((headless, *data), f"headless {headless} is no classifier: it has no weights for classifier.bias"),
-        ((bare, *data), f"bare {bare} has no tokenizer"),
-        ((reviews, *data), f"reviews {reviews}: Unrecognized model"),
-        ((run / "student", *data, "--max-length", "65"), "max_length must be at most 64, the positions of student"),
-        ((run / "student", "--data", tmp_path / "none.csv"), "source: expected a file"),
+        ((run / "student", "--teacher", three), f"teacher {three}: expected 2 classes, as the data has, got 3"),
+        (
+            (headless, *data),
+            f"headless {headless}: expected a classifier, got a model without weights for classifier.bias",
+        ),
+        ((bare, *data), f"bare {bare}: expected a model with a tokenizer, got one without; save it"),
+        ((reviews, *data), f"reviews {reviews}: expected what transformers loads, got Unrecognized model"),
+        ((run / "student", *data, "--max-length", "65"), "max_length: expected at most 64, the positions of student"),
+        ((run / "student", "--data", tmp_path / "none.csv"), "value: data: expected a file"),
         ((run / "student", "--label-column", "mood"), "label_column: expected mood"),
-        ((run, "--teacher", three), f"teacher: the run {run} has its own"),
-        ((run, "--output", tmp_path), "is a folder, not a JSON file"),
+        (
+            (run, "--teacher", three),
+            f"teacher: expected none beside the run {run}, which has its own, got {three}; one of its models",
+        ),
+        ((run, "--output", tmp_path), f"output {tmp_path}: expected a JSON file, got a folder"),
         ((run, "--test-rows", "0"), "--test-rows"),
         (
             (language,),
-            "language is a run, but not of classifiers: evaluate measures those of hinton, patient-kd, minilm",
+            "language: expected a run of classifiers (hinton, patient-kd, minilm), got one of another recipe",
         ),
-        ((unfinished,), "unfinished is not finished: no metrics.json"),
+        ((unfinished,), "unfinished: expected a finished run, got one without metrics.json; the same kdfast distill"),
         ((), "Missing argument"),
     ):
         assert expected in refused(monkeypatch, capsys, "evaluate", *given)
@@ -284,7 +290,7 @@ def test_models_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             raise OSError(f"{source} is nowhere\nat all")
 
     answer(ConnectionError("no network\nat all"))
-    nowhere = "there is no such folder, and the Hub cannot be reached (no network)"
+    nowhere = "expected a folder or a name on the Hub, got no folder, and no answer from the Hub (no network)"
     for argument, source, expected in (
         ("base", "org/model", f"base org/model: {nowhere}"),
         ("base", "base", f"base: {nowhere}"),
@@ -294,15 +300,20 @@ def test_models_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert loading.pretrained(Kind, "base", "here", dtype=1) == {"dtype": 1, "local_files_only": True}
     answer(None)
     assert loading.pretrained(Kind, "base", "here") == {}
-    with pytest.raises(ValueError, match=r"^base org/model: org/model is nowhere$"):
+    with pytest.raises(
+        ValueError, match=r"^base org/model: expected what transformers loads, got org/model is nowhere$"
+    ):
         loading.pretrained(Kind, "base", "org/model")
     answer(HFValidationError("no name"))
-    with pytest.raises(ValueError, match=r"^base a b: there is no such folder, and the Hub has no such model"):
+    with pytest.raises(
+        ValueError,
+        match=r"^base a b: expected a folder or a name on the Hub, got no folder, and no model that you may read",
+    ):
         loading.pretrained(Kind, "base", "a b")
     asked.clear()
     (tmp_path / "file").touch()
     for source in ("./none", "runs/mine/student", "~/none", tmp_path / "none"):
-        with pytest.raises(ValueError, match=r"there is no such folder$"):
+        with pytest.raises(ValueError, match=r"expected the folder of a model, got no folder$"):
             loading.pretrained(Kind, "base", source)
     with pytest.raises(ValueError, match=r"expected a folder or a name on the Hub, got a file$"):
         loading.pretrained(Kind, "base", tmp_path / "file")

@@ -47,7 +47,10 @@ def test_a_mistake_takes_nothing_away(wrong: dict[str, object], finished: Path) 
 def test_what_a_run_is_made_of_stays(finished: Path) -> None:
     before = contents(finished)
     own = dataclasses.replace(RECIPE, teacher=str(finished / "student"))
-    with pytest.raises(ValueError, match=r"teacher .*student lies in the output folder .*run, which would be removed"):
+    with pytest.raises(
+        ValueError,
+        match=r"^teacher .*student: expected a place outside of the output folder .*run, which would be removed, got",
+    ):
         run(own, finished, Console(file=io.StringIO()), fresh=True)
     assert contents(finished) == before
 
@@ -55,7 +58,9 @@ def test_what_a_run_is_made_of_stays(finished: Path) -> None:
 def test_another_run_takes_its_place(finished: Path) -> None:
     (finished / "mine.txt").write_text("notes")
     other = dataclasses.replace(RECIPE, steps=3)
-    with pytest.raises(ValueError, match="holds a run with steps 2, not 3"):
+    with pytest.raises(
+        ValueError, match=r"steps: expected 2, as the run in the output folder .* has, got 3; choose another"
+    ):
         run(other, finished, Console(file=io.StringIO()))
     run(other, finished, Console(file=io.StringIO()), fresh=True)
     assert not (finished / "mine.txt").exists()

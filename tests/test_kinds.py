@@ -213,7 +213,8 @@ def test_base_with_a_head_of_other_classes(rows: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     base = save(tmp_path / "base", bert(0, num_labels=5))
     with pytest.raises(
-        ValueError, match=r"^base .*base: classifier.bias, classifier.weight are not of 3 labels, any number"
+        ValueError,
+        match=r"^base .*base: expected weights of 3 labels, any number.*, got others: classifier.bias, classifier.weight",
     ):
         run(tmp_path / "run", hinton.Recipe(data=str(rows), label_column="tags", base=base, max_length=16))
 

@@ -116,7 +116,7 @@ def test_kind_on_the_command_line(
     )
     distill = ["distill", "hinton", "--data", data, "--teacher", model, "--output", tmp_path / "run"]
     wrong = refused(monkeypatch, capsys, *distill, "--kind", "classes")
-    assert "kind must be one of classification, regression, multi_label, got classes" in wrong
+    assert "kind: expected one of classification, regression, multi_label, got classes" in wrong
 
 
 def test_a_run_tells_and_keeps_its_kind(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_opposite_classes_are_refused_in_python(tmp_path: Path, monkeypatch: pyt
         given = {argument: save(tmp_path / "turned", teacher, tokenizer())}
         other = {"base": save(tmp_path / "other", bert(2))} if argument == "student" else {}
         with pytest.raises(
-            ValueError, match=f"^{argument} .*turned has the classes in the order pos, neg, the data neg, pos$"
+            ValueError, match=f"^{argument} .*turned: expected the classes in the data's order, neg, pos, got pos, neg$"
         ):
             run(tmp_path / "run", hinton.Recipe(data=named, **given, **other, max_length=16))
     assert not (tmp_path / "run").exists()
@@ -231,7 +231,10 @@ def test_teacher_has_a_learning_rate_of_its_own(tmp_path: Path) -> None:
     assert peaks[None]["teacher"] == pytest.approx(1e-3, rel=0.5)
     assert peaks[3e-5]["teacher"] == pytest.approx(peaks[None]["teacher"] * 0.03)
     assert peaks[3e-5]["student"] == peaks[None]["student"]
-    with pytest.raises(ValueError, match=r"teacher_learning_rate must be between 0 and 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"teacher_learning_rate: expected above 0 and below 1, got 1\.5"):
         hinton.Recipe(teacher_learning_rate=1.5)
-    with pytest.raises(ValueError, match="teacher_learning_rate is of a teacher that is fine-tuned here"):
+    with pytest.raises(
+        ValueError,
+        match="teacher_learning_rate: expected none beside teacher, as it is of one that is fine-tuned here, got",
+    ):
         hinton.Recipe(teacher="of-my-own", teacher_learning_rate=1e-4)

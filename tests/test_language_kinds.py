@@ -300,8 +300,8 @@ def test_what_an_evaluation_can_tell() -> None:
     assert not missing
     assert whole.keys() == {"kd", "ce"}
     for name, given, inputs, match in (
-        ("kd", theirs, unlabelled, "alpha < 1 needs rows with labels"),
-        ("ce", None, batch, "needs a teacher, or rows with its top-k"),
+        ("kd", theirs, unlabelled, "inputs: expected rows with labels, as alpha < 1, got input_ids, attention_mask"),
+        ("ce", None, batch, "teacher: expected one, or rows with its top-k"),
     ):
         terms, missing = objective.possible(ours, given, inputs)
         assert terms.keys() == {name}
@@ -341,7 +341,9 @@ def test_predictions(tmp_path: Path, lora: bool) -> None:
         for name, x in text.padded([row["input_ids"] for row in given], [[1]] * 4, PAD).items()
         if name != "labels"
     }
-    with pytest.warns(UserWarning, match="evaluation without ce: LanguageModel: alpha < 1 needs rows with labels"):
+    with pytest.warns(
+        UserWarning, match="evaluation without ce: LanguageModel: inputs: expected rows with labels, as alpha < 1"
+    ):
         output = trainer.predict(unlabelled)
     torch.testing.assert_close(torch.tensor(output.predictions), logits, rtol=1e-4, atol=1e-5)
     assert output.label_ids is None

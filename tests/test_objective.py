@@ -193,16 +193,16 @@ def test_stored_teacher_gives_what_a_live_one_does() -> None:
         live, values = objective(student, teacher, batch()), objective(student, outputs, batch(**stored))
         for name, value in values.items():
             compare(value, live[name], leaves(student), 1e-12)
-    with pytest.raises(ValueError, match="CLS: needs a teacher, or rows with a teacher_cls_4 column"):
+    with pytest.raises(ValueError, match="CLS: teacher: expected one, or rows with a teacher_cls_4 column"):
         objective(student, None, batch(**{k: v for k, v in stored.items() if k != "teacher_cls_4"}))
-    with pytest.raises(ValueError, match="Hidden: needs a teacher, or rows with a teacher_hidden_2 column"):
+    with pytest.raises(ValueError, match="Hidden: teacher: expected one, or rows with a teacher_hidden_2 column"):
         Terms(hidden=Hidden({1: 2}))(student, None, batch())
     for layers in ("skip", {1: -1}):
         with pytest.raises(
             ValueError, match=r"CLS: layers: expected a dict of numbers from 0 where the teacher's states"
         ):
             Terms(cls=CLS(layers))(student, None, batch(**stored))
-    with pytest.raises(ValueError, match="Attention: needs a teacher: attention is not stored"):
+    with pytest.raises(ValueError, match="Attention: teacher: expected one, as attention is not stored, got none"):
         Terms(attention=Attention())(student, None, batch(**stored))
 
 

@@ -75,7 +75,7 @@ class Plain(nn.Module):
         (lambda: Hidden("every"), r"Hidden: layers: expected one of uniform, skip, last or a dict, got 'every'"),
         (lambda: CLS({}), r"CLS: layers: expected at least one pair, got none"),
         (lambda: Relations(relations=["qx"]), r"Relations: relations: expected pairs of q, k and v .*, got \['qx'\]"),
-        (lambda: Terms(), r"Terms: expected at least one term, got none"),
+        (lambda: Terms(), r"Terms: terms: expected at least one, got none"),
         (
             lambda: StageSchedule({0.5: 1.0}),
             r"StageSchedule: stages: expected beginnings from 0.0 on, below 1, got \[0.5\]",
@@ -97,11 +97,11 @@ class Plain(nn.Module):
         ),
         (
             lambda: Logits()(TINY[0], SimpleNamespace(logits=None), {}),
-            r"Logits: needs a teacher, or rows with a teacher_logits",
+            r"Logits: teacher: expected one, or rows with a teacher_logits",
         ),
         (
             lambda: Terms(a=Logits())(TINY[0], None, TINY[2]),
-            r"Logits: needs a teacher, or rows with a teacher_logits column",
+            r"Logits: teacher: expected one, or rows with a teacher_logits column, got neither",
         ),
         (
             lambda: Logits(tokens="all")(*TINY),
@@ -109,9 +109,9 @@ class Plain(nn.Module):
         ),
         (
             lambda: Logits(tokens="labels")(side(0, tokens=True), side(1, tokens=True), batch()),
-            r"Logits: needs rows with labels",
+            r"Logits: inputs: expected rows with labels for tokens='labels', got ",
         ),
-        (lambda: Labels()(TINY[0], None, batch()), r"Labels: needs rows with labels"),
+        (lambda: Labels()(TINY[0], None, batch()), r"Labels: inputs: expected rows with labels, got "),
         (
             lambda: Labels()(side(0, tokens=True), None, TINY[2]),
             r"Labels: logits: expected \[batch, classes\] for task 'classification', got \[4, 6, 5\]",
@@ -123,7 +123,7 @@ class Plain(nn.Module):
             r"Hidden: projection: expected one nn.Linear, or 2, one per layer, got 3",
         ),
         (lambda: Attention({0: 1})(*TINY), r"Attention: layers: expected layers from 1, as .*, got {0: 1}"),
-        (lambda: Terms(a=Labels(weight=0))(*TINY), r"Terms: expected a term whose weight is not 0 at 0%, got none"),
+        (lambda: Terms(a=Labels(weight=0))(*TINY), r"Terms: terms: expected one whose weight is not 0 at 0%, got none"),
         # ---- settings ----
         (
             lambda: Logits(temprature=4),
@@ -213,7 +213,10 @@ class Plain(nn.Module):
             )
         ),
         # ---- terms together ----
-        (lambda: Terms(Logits()), r"Terms: expected terms by name, such as Terms\(kl=Logits\(\)\), got Logits alone"),
+        (
+            lambda: Terms(Logits()),
+            r"Terms: terms: expected some by name, such as Terms\(kl=Logits\(\)\), got Logits alone",
+        ),
         (lambda: Terms(kl=nn.KLDivLoss()), r"Terms: kl: expected a kdfast.objective.Term, got KLDivLoss"),
         (lambda: Terms(kl=Logits), r"Terms: kl: expected a kdfast.objective.Term, got the class Logits"),
         *(
@@ -237,11 +240,11 @@ class Plain(nn.Module):
         ),
         (
             lambda: Terms(own=Own("hidden"))(SimpleNamespace(logits=None), None, TINY[2]),
-            r"Own: needs a student with .hidden: what objective.run\(student, inputs\) returns",
+            r"Own: student: expected outputs with .hidden, what objective.run\(student, inputs\) returns, got SimpleNamespace",
         ),
         (
             lambda: Terms(own=Own("hidden"))(TINY[0], None, TINY[2]),
-            r"Own: needs a teacher with .hidden: what objective.run\(teacher, inputs\) returns",
+            r"Own: teacher: expected outputs with .hidden, what objective.run\(teacher, inputs\) returns, got none",
         ),
         (lambda: Terms(own=Own("hidden"))(*TINY), r"Own: forward: expected a scalar, the mean .*, got \[4, 6, 12\]"),
         (

@@ -37,7 +37,7 @@ def test_value_and_gradient(
 
 # The divergences share their raw operators: every sample of one of them, of the others what tells them apart.
 # So do the distances between layers: their reductions come from the samples of one.
-RAW_NAMES = ("-rows", "-rows_none", "-masked", "-per_head", "-per_token", "-causal")
+RAW_NAMES = ("-part", "-rows", "-rows_none", "-masked", "-per_head", "-per_token", "-causal")
 RAW_CASES = [case for case in CASES if case.id.startswith("kl_div-") or case.id.endswith(RAW_NAMES)]
 
 
@@ -80,7 +80,9 @@ COMPILED += [
 
 @pytest.mark.parametrize(("operator", "backend"), COMPILED)
 def test_compiles_without_graph_breaks(operator: Operator, backend: str) -> None:
-    names = ("odd", "rows", "rows_none", "num_items") if operator.name == "kl_div" else ("rows", "masked", "last")
+    names = (
+        ("odd", "rows", "rows_none", "num_items") if operator.name == "kl_div" else ("part", "rows", "masked", "last")
+    )
     samples = [s for s in operator.samples if s.name in names] or [operator.samples[0]]
     for sample in samples:
         student, teacher, kwargs = inputs(sample, 1.0, torch.bfloat16, torch.float32)

@@ -89,7 +89,10 @@ def test_another_tokenizer_of_equal_size_is_refused(
     assert expected in message(*command)
     bare = tmp_path / "bare"
     bert(1).save_pretrained(bare)
-    assert f"{argument} {bare} has no tokenizer: save it beside the model" in message(*command[:-1], bare)
+    assert (
+        f"{argument} {bare}: expected a model with a tokenizer, got one without; save it beside the model"
+        in message(*command[:-1], bare)
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -104,7 +107,9 @@ def test_student_with_the_teachers_tokenizer_and_more_rows(reviews: str, tmp_pat
     start = AutoModelForSequenceClassification.from_pretrained(student)
     assert torch.equal(saved.get_input_embeddings().weight, start.get_input_embeddings().weight)  # frozen
     few = save(tmp_path / "few", bert(1, vocab_size=8))
-    with pytest.raises(ValueError, match="few knows 8 tokens, its tokenizer made number 9"):
+    with pytest.raises(
+        ValueError, match="few: expected a tokenizer of the 8 tokens that it knows, got one that made 9"
+    ):
         run(tmp_path / "again", dataclasses.replace(recipe, student=few))
 
 
@@ -139,7 +144,7 @@ def test_positions_are_what_a_model_takes(model: Any, expected: int | None) -> N
         with pytest.raises((IndexError, RuntimeError)):
             model(input_ids=torch.full((1, longest + 1), 5))
         with pytest.raises(
-            ValueError, match=f"^max_length must be at most {expected}, the positions of it, got {expected + 1}$"
+            ValueError, match=f"^max_length: expected at most {expected}, the positions of it, got {expected + 1}$"
         ):
             pairing.check_length("it", model, expected + 1)
     pairing.check_length("it", model, longest)
@@ -162,12 +167,12 @@ def test_rows_longer_than_positions_are_refused_up_front(
         for i, name in enumerate(("teacher", "base", "student"))
     }
     recipe = minilm.Recipe(data=reviews, **given, max_length=13)
-    expected = f"^max_length must be at most 12, the positions of {short} {re.escape(given[short])}, got 13$"
+    expected = f"^max_length: expected at most 12, the positions of {short} {re.escape(given[short])}, got 13$"
     with pytest.raises(ValueError, match=expected):
         run(tmp_path / "run", recipe)
     if short == "student":
         narrow = dataclasses.replace(recipe, student=None, student_config="max_position_embeddings=12")
-        with pytest.raises(ValueError, match=r"^max_length must be at most 12, the positions of student, got 13$"):
+        with pytest.raises(ValueError, match=r"^max_length: expected at most 12, the positions of student, got 13$"):
             run(tmp_path / "run", narrow)
     assert not (tmp_path / "run").exists()
 
@@ -182,7 +187,7 @@ def test_cached_rows_are_as_long_as_the_model_takes(
     (tmp_path / "rows.txt").write_text("\n".join(["good film " * 30, "bad film"]))
     command = ["cache-teacher", model, tmp_path / "rows.txt", tmp_path / "cache", "--outputs", "logits"]
     message = refused(monkeypatch, capsys, *command, "--max-length", LIMIT - 1)
-    assert f"max_length must be at most {LIMIT - 2}, the positions of {model}, got {LIMIT - 1}" in message
+    assert f"max_length: expected at most {LIMIT - 2}, the positions of {model}, got {LIMIT - 1}" in message
     assert call(monkeypatch, *command) == 0
     assert json.loads((tmp_path / "cache" / "manifest.json").read_text())["tokens"] == LIMIT - 2 + 2
 
@@ -234,8 +239,8 @@ def test_tokenizers_without_a_pad_token_that_the_model_knows(reviews: str, tmp_p
     torch.manual_seed(0)
     task = tasks.load(reviews)
     for name, words, expected in (
-        ("without", tokenizer(pad=None), "without: expected a tokenizer with a pad token, got one without: set its pad_token"),
-        ("new", tokenizer(pad="<new>"), "new knows 10 tokens, its tokenizer made number 10"),
+        ("without", tokenizer(pad=None), "without: expected a tokenizer with a pad token, got one without; set its pad_token"),
+        ("new", tokenizer(pad="<new>"), "new: expected a tokenizer of the 10 tokens that it knows, got one that made 10"),
     ):  # fmt: skip
         source = save(tmp_path / name, DECODERS["gpt2"](), words)
         with pytest.raises(ValueError, match=expected) as refusal:

@@ -146,7 +146,7 @@ def test_from_another_folder(
     )
     other = write_reviews(elsewhere / "reviews.csv", labels=("bad", "good"))
     assert call(monkeypatch, "distill", *_command(0.9, other, *given[1:])) == 2
-    assert f"holds a run with data {project}/data/reviews.csv, not {other}" in capsys.readouterr().err
+    assert f"data: expected {project}/data/reviews.csv, as the run in the output folder " in capsys.readouterr().err
 
 
 def test_settings_of_an_earlier_version(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

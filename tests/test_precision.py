@@ -124,7 +124,7 @@ def test_float16_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_settings_are_checked() -> None:
     for wrong in ({"precision": "fp16"}, {"save_dtype": "auto"}):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be one of .*float16, got"):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected one of .*float16, got"):
             hinton.Recipe(**wrong)
 
 

@@ -1,90 +1,15 @@
-"""`prefix_linear`, `selected_linear` and their modules, against slices in plain torch."""
+"""`prefix_linear` and `selected_linear`: values and gradients against slices in plain torch."""
 
 from __future__ import annotations
 
-import copy
-import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from pruned import COLUMNS, EVERY, IN, OUT, PARTS, ROWS, SOME, close, exact, live, made, results, with_nan
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import kdfast
-from kdfast.ops._packed import Packed
-from kdfast.ops.prefix import prefix_linear_reference
-from kdfast.ops.selected import selected_linear_reference
-
-OUT, IN = 12, 40
-ROWS, COLUMNS = torch.tensor([0, 3, 4, 5, 11]), torch.tensor([1, 2, 8, 9, 10, 11, 12, 30, 39])
-NONE = torch.empty(0, dtype=torch.int64)
-Call = Callable[..., Tensor]
-
-# Name, the operator, its reference, keyword arguments.
-PARTS: dict[str, tuple[Call, Call, dict[str, Any]]] = {
-    "prefix": (kdfast.prefix_linear, prefix_linear_reference, {"in_features": 9, "out_features": 5}),
-    "prefix_rows": (kdfast.prefix_linear, prefix_linear_reference, {"out_features": 5}),
-    "prefix_columns": (kdfast.prefix_linear, prefix_linear_reference, {"in_features": 9}),
-    "prefix_all": (kdfast.prefix_linear, prefix_linear_reference, {}),
-    "prefix_no_rows": (kdfast.prefix_linear, prefix_linear_reference, {"in_features": 9, "out_features": 0}),
-    "prefix_no_columns": (kdfast.prefix_linear, prefix_linear_reference, {"in_features": 0}),
-    "rows": (kdfast.selected_linear, selected_linear_reference, {"rows": ROWS}),
-    "columns": (kdfast.selected_linear, selected_linear_reference, {"columns": COLUMNS}),
-    "both": (kdfast.selected_linear, selected_linear_reference, {"rows": ROWS, "columns": COLUMNS}),
-    "all": (kdfast.selected_linear, selected_linear_reference, {}),
-    "no_rows": (kdfast.selected_linear, selected_linear_reference, {"rows": NONE, "columns": COLUMNS}),
-    "no_columns": (kdfast.selected_linear, selected_linear_reference, {"columns": NONE}),
-}
-EVERY = pytest.mark.parametrize("name", PARTS)
-SOME = pytest.mark.parametrize("name", ["prefix", "rows", "columns", "both"])
-
-
-def live(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Live rows and columns."""
-    rows, columns = kwargs.get("rows"), kwargs.get("columns")
-    return (
-        torch.arange(kwargs.get("out_features", OUT)) if rows is None else rows,
-        torch.arange(kwargs.get("in_features", IN)) if columns is None else columns,
-    )
-
-
-def with_nan(x: Tensor, *alive: Tensor) -> Tensor:
-    """NaN in what is dead."""
-    dead = torch.ones(x.shape, dtype=torch.bool)
-    dead[torch.meshgrid(*alive, indexing="ij")] = False
-    return x.masked_fill(dead, torch.nan)
-
-
-def made(kwargs: dict[str, Any], dtype: torch.dtype = torch.float64, leading: tuple[int, ...] = (6,)) -> list[Tensor]:
-    """x, weight, bias and the gradient of the result; NaN where nothing lives."""
-    torch.manual_seed(0)
-    rows, columns = live(kwargs)
-    x, grad = torch.randn(*leading, len(columns)), torch.randn(*leading, len(rows))
-    weight, bias = with_nan(torch.randn(OUT, IN), rows, columns), with_nan(torch.randn(OUT), rows)
-    return [t.to(dtype) for t in (x, weight, bias, grad)]
-
-
-def results(
-    function: Call, kwargs: dict[str, Any], x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor
-) -> list[Tensor]:
-    """The value and all gradients."""
-    leaves = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
-    y = function(*leaves, **kwargs)
-    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
-
-
-def exact(name: str, *tensors: Tensor | None) -> list[Tensor]:
-    _, reference, kwargs = PARTS[name]
-    return results(reference, kwargs, *(None if t is None else t.double() for t in tensors))  # type: ignore[arg-type]
-
-
-def close(got: list[Tensor], wanted: list[Tensor], error: float) -> None:
-    for ours, theirs in zip(got, wanted, strict=True):
-        assert ours.shape == theirs.shape
-        assert not theirs.isnan().any()
-        assert float((ours.double() - theirs).norm()) <= error * float(theirs.norm())
 
 
 # ---- values and gradients ----
@@ -116,16 +41,16 @@ def test_short_floats(name: str, dtype: torch.dtype) -> None:
 
 @SOME
 def test_strides(name: str) -> None:
-    """Transposed, interleaved and expanded tensors."""
+    """Transposed, interleaved and expanded tensors; a weight that lies neither in rows nor in columns."""
     function, _, kwargs = PARTS[name]
     x, weight, bias, grad = made(kwargs, leading=(4, 6))
     x = x.transpose(0, 1)
     weight, bias = weight.t().contiguous().t(), torch.stack((bias, bias), 1)[:, 0]
     grad = grad[:1, :1].expand(6, 4, -1)
+    kwargs = {k: v.repeat_interleave(2)[::2] if isinstance(v, Tensor) else v for k, v in kwargs.items()}
     close(results(function, kwargs, x, weight, bias, grad), exact(name, x, weight, bias, grad), 1e-12)
-    close(
-        results(function, kwargs, x[::2], weight, None, grad[::2]), exact(name, x[::2], weight, None, grad[::2]), 1e-12
-    )
+    given = x[::2], torch.stack((weight, weight), -1)[..., 0], None, grad[::2]
+    close(results(function, kwargs, *given), exact(name, *given), 1e-12)
 
 
 @SOME
@@ -164,252 +89,117 @@ def test_runs_are_bitwise_the_same(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-# ---- gradients that are added up ----
-def accumulated(
-    function: Call, kwargs: dict[str, Any], given: list[Tensor], before: Callable[[Tensor], Any]
-) -> list[Tensor]:
-    """`.grad` of all after two backwards on top of one, `before` called with the weight."""
-    leaves = [t.detach().clone().requires_grad_() for t in given[:3]]
-    for t in leaves:
-        t.grad = torch.full_like(t, 0.5)
-    before(leaves[1])
-    for factor in (1.0, 2.0):
-        function(*leaves, **kwargs).backward(factor * given[3])
-    return [t.grad for t in leaves]  # type: ignore[misc]
+# ---- the native operators ----
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-WAYS: dict[str, Callable[[Tensor], Any]] = {
-    "into .grad": lambda w: None,
-    "tensor hook": lambda w: w.register_hook(lambda g: 1 * g),
-    "hook after accumulation": lambda w: w.register_post_accumulate_grad_hook(lambda p: None),
-    "grad of another layout": lambda w: setattr(w, "grad", w.grad.t().contiguous().t()),  # type: ignore[union-attr]
-    "fresh": lambda w: setattr(w, "grad", None),
-}
+@pytest.mark.usefixtures("cpu_variant")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("width", [1, 15, 16, 33, 100, 512])
+def test_pack_and_unpack(dtype: torch.dtype, width: int) -> None:
+    """Bit for bit what indexing gives, under every CPU variant; what is dead stays what it was, -0 and NaN too."""
+    generator = torch.Generator().manual_seed(width)
+    for share in (0.0, 0.1, 0.5, 1.0):
+        rows, columns = (torch.nonzero(torch.rand(n, generator=generator) < share).flatten() for n in (21, width))
+        for live_rows, live_columns in ((rows, columns), (None, columns), (rows, None)):
+            at = (
+                torch.arange(21) if live_rows is None else live_rows,
+                torch.arange(width) if live_columns is None else live_columns,
+            )
+            at = at[0][:, None], at[1]
+            matrix = torch.randn(21, width + 3, generator=generator).to(dtype)[:, :width]
+            part = torch.ops.kdfast.pack_part(matrix, live_rows, live_columns)
+            assert torch.equal(part, matrix[at])
+            before = torch.where(torch.rand(21, width, generator=generator) < 0.5, -0.0, torch.nan).to(dtype)
+            before[at] = matrix[at]
+            added = before.clone()
+            torch.ops.kdfast.unpack_part_(added, 3 * part, live_rows, live_columns, True)
+            wanted = before.clone()
+            wanted[at] += 3 * part
+            assert torch.equal(added.view(torch.uint8), wanted.view(torch.uint8))
+            torch.ops.kdfast.unpack_part_(added, part, live_rows, live_columns, False)
+            assert torch.equal(added, torch.zeros_like(added).index_put_(at, part))
 
 
-@EVERY
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_accumulation(name: str, way: str, dtype: torch.dtype) -> None:
-    function, reference, kwargs = PARTS[name]
-    given = made(kwargs, dtype)
-    got = accumulated(function, kwargs, given, WAYS[way])
-    wanted = accumulated(reference, kwargs, [t.double() for t in given], WAYS[way])
-    close(got, wanted, 1e-12 if dtype is torch.float64 else 2**-7)
-    dead = with_nan(torch.zeros(OUT, IN), *live(kwargs)).isnan()
-    assert (got[1][dead] == (0 if way == "fresh" else 0.5)).all()
+def test_native_operators_refuse_what_would_leave_memory() -> None:
+    pack, unpack = torch.ops.kdfast.pack_part, torch.ops.kdfast.unpack_part_
+    x, live = torch.randn(4, 5), torch.tensor([1, 3])
+    for wrong in ([3, 1], [1, 1], [-1, 2], [1, 4]):
+        with pytest.raises(RuntimeError, match="pack_part: rows: expected sorted indices below 4, each once"):
+            pack(x, torch.tensor(wrong), None)
+    with pytest.raises(RuntimeError, match="pack_part: columns: expected dtype Long"):
+        pack(x, None, live.int())
+    with pytest.raises(RuntimeError, match=r"pack_part: matrix: expected a matrix .* with rows side by side"):
+        pack(x.t(), None, live)
+    with pytest.raises(RuntimeError, match=r"unpack_part_: part: expected \[4, 2\]"):
+        unpack(x, torch.randn(4, 3), None, live, True)
+    with pytest.raises(RuntimeError, match="unpack_part_: part: expected dtype Float, got Double"):
+        unpack(x, torch.randn(4, 2).double(), None, live, True)
 
 
-@SOME
-def test_no_gradient_of_the_size_of_the_weight(name: str) -> None:
-    """Where there is a .grad already, the very tensor is added to, and autograd gets none."""
-    function, _, kwargs = PARTS[name]
-    x, weight, bias, grad = made(kwargs, torch.float32)
-    weight.requires_grad_().grad = torch.zeros_like(weight)
-    there, seen = weight.grad.data_ptr(), []
-    y = function(x.requires_grad_(), weight, bias, **kwargs)
-    y.grad_fn.register_hook(lambda inputs, _: seen.append(inputs[1]))  # type: ignore[union-attr]
-    y.backward(grad)
-    assert seen == [None]
-    assert weight.grad.data_ptr() == there
-    assert weight.grad.any()
+# ---- errors ----
+X, W, B = torch.randn(3, IN), torch.randn(OUT, IN), torch.randn(OUT)
+BAD: list[tuple[str, type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
+    ("prefix_linear", ValueError, "in_features: expected 0 to 40, got 41", (X, W), {"in_features": 41}),
+    ("prefix_linear", ValueError, "out_features: expected 0 to 12, got -1", (X, W), {"out_features": -1}),
+    ("prefix_linear", TypeError, "out_features: expected an int, got float", (X, W), {"out_features": 5.0}),
+    ("prefix_linear", ValueError, "x: expected 9 features, those that live, got shape", (X, W), {"in_features": 9}),
+    ("selected_linear", ValueError, "x: expected 9 features, those that live, got shape", (X, W), {"columns": COLUMNS}),
+    ("selected_linear", ValueError, "rows: expected sorted indices, each once, got 3 after 4", (X, W), {"rows": torch.tensor([0, 4, 3])}),
+    ("selected_linear", ValueError, "rows: expected sorted indices, each once, got 4 after 4", (X, W), {"rows": torch.tensor([0, 4, 4])}),
+    ("selected_linear", ValueError, "rows: expected indices from 0 to 11, got 12", (X, W), {"rows": torch.tensor([0, 12])}),
+    ("selected_linear", ValueError, "columns: expected indices from 0 to 39, got -1", (X, W), {"columns": torch.tensor([-1, 2])}),
+    ("selected_linear", TypeError, "rows: expected an int64 tensor of indices .*, got torch.int32", (X, W), {"rows": ROWS.int()}),
+    ("selected_linear", TypeError, "rows: expected an int64 tensor of indices .*, got list", (X, W), {"rows": [0, 1]}),
+    ("selected_linear", ValueError, "columns: expected one dimension, got shape", (X, W), {"columns": COLUMNS[None]}),
+    ("selected_linear", ValueError, "rows: expected the device of x, cpu, got meta", (X, W), {"rows": ROWS.to("meta")}),
+]  # fmt: skip
+SHARED: list[tuple[type[Exception], str, tuple[Any, ...]]] = [
+    (TypeError, "weight: expected a tensor, got list", (X, [1.0])),
+    (TypeError, "x: expected float32, bfloat16, float16 or float64, got torch.int64", (X.long(), W)),
+    (TypeError, "weight: expected the dtype of x, torch.float32, got torch.bfloat16", (X, W.bfloat16())),
+    (TypeError, "bias: expected the dtype of x, torch.float32, got torch.float64", (X, W, B.double())),
+    (ValueError, r"weight: expected \[out, in\], got shape", (X, W[0])),
+    (ValueError, "x: expected at least one dimension, the features last, got a scalar", (X[0, 0], W)),
+    (ValueError, r"bias: expected the whole of it, \[12\], got shape \[5\]", (X, W, B[:5])),
+    (ValueError, "weight: expected the device of x, cpu, got meta", (X, W.to("meta"))),
+]
 
 
-@SOME
-def test_autocast_accumulates_in_the_dtype_of_the_weight(name: str) -> None:
-    function, reference, kwargs = PARTS[name]
-    given = made(kwargs, torch.float32)
-    given[3] = given[3].bfloat16()
+@pytest.mark.parametrize(("name", "error", "message", "arguments", "kwargs"), BAD)
+def test_errors(name: str, error: type[Exception], message: str, arguments: Any, kwargs: dict[str, Any]) -> None:
+    with pytest.raises(error, match=f"^{name}: {message}"):
+        getattr(kdfast, name)(*arguments, **kwargs)
+
+
+@pytest.mark.parametrize(("error", "message", "arguments"), SHARED)
+def test_errors_of_both(error: type[Exception], message: str, arguments: Any) -> None:
+    for name in ("prefix_linear", "selected_linear"):
+        with pytest.raises(error, match=f"^{name}: {message}"):
+            getattr(kdfast, name)(*arguments)
+
+
+def test_subclasses_of_tensors() -> None:
+    """What brings its own operators is handed to them: here, a tensor that counts."""
+
+    class Counting(Tensor):
+        calls: list[str] = []  # noqa: RUF012
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            cls.calls.append(getattr(func, "__name__", ""))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    weight = nn.Parameter(W.clone().as_subclass(Counting))
+    y = kdfast.selected_linear(X[:, : len(COLUMNS)], weight, columns=COLUMNS)
+    assert {"index_select", "linear"} <= set(Counting.calls)
+    y.sum().backward()
+    assert weight.grad is not None
+    assert isinstance(weight.grad, Tensor)
+
+
+def test_autocast_refuses_what_it_does_not_cast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got, wanted = (accumulated(f, kwargs, given, WAYS["into .grad"]) for f in (function, reference))
-    close(got, [t.double() for t in wanted], 1e-3)
-
-
-@SOME
-def test_only_what_is_asked_for(name: str) -> None:
-    """`backward(inputs=)` and `torch.autograd.grad` write no other .grad; what needs no gradient gets none."""
-    function, _, kwargs = PARTS[name]
-    given = [t.requires_grad_() for t in made(kwargs)[:3]]
-    x, weight, _ = given
-    grad = made(kwargs)[3]
-    for t in given:
-        t.grad = torch.zeros_like(t)
-    function(*given, **kwargs).backward(grad, inputs=[x])
-    assert not weight.grad.any()  # type: ignore[union-attr]
-    torch.autograd.grad(function(*given, **kwargs), [weight], grad)
-    torch.autograd.grad(function(*given, **kwargs), [x], grad)
-    assert not weight.grad.any()  # type: ignore[union-attr]
-    function(*given, **kwargs).backward(grad, inputs=[weight])
-    assert torch.equal(weight.grad, exact(name, *(t.detach() for t in given), grad)[2])  # type: ignore[arg-type]
-    for wanted in range(3):
-        leaves = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(given)]
-        function(*leaves, **kwargs).backward(grad)
-        assert [t.grad is not None for t in leaves] == [i == wanted for i in range(3)]
-
-
-@SOME
-def test_backward_twice_and_shared_weights(name: str) -> None:
-    function, reference, kwargs = PARTS[name]
-    x, weight, bias, grad = made(kwargs)
-
-    def twice(f: Call) -> Tensor:
-        w = weight.clone().requires_grad_()
-        y = f(x, w, bias, **kwargs) + f(2 * x, w, bias, **kwargs)
-        y.backward(grad, retain_graph=True)
-        y.backward(3 * grad)
-        return w.grad  # type: ignore[return-value]
-
-    close([twice(function)], [twice(reference)], 1e-12)
-
-
-@SOME
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(name: str, reentrant: bool) -> None:
-    function, reference, kwargs = PARTS[name]
-    x, weight, bias, grad = made(kwargs)
-
-    def run(f: Call) -> list[Tensor]:
-        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-        for _ in range(2):
-            y = checkpoint(lambda *given: f(*given, **kwargs).tanh(), *leaves, use_reentrant=reentrant)
-            y.backward(grad)
-        return [t.grad for t in leaves]  # type: ignore[misc]
-
-    close(run(function), run(reference), 1e-12)
-
-
-# ---- what is packed and kept ----
-def packs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one number at every packing."""
-    counted: list[int] = []
-    pack = Packed.__mro__[1].part
-
-    def counting(self: Any, *args: Any) -> Tensor:
-        counted.append(1)
-        return pack(self, *args)
-
-    monkeypatch.setattr(Packed.__mro__[1], "part", counting)
-    return counted
-
-
-@pytest.fixture
-def layer() -> kdfast.nn.SelectedLinear:
-    torch.manual_seed(0)
-    layer = kdfast.nn.SelectedLinear(IN, OUT)
-    layer.rows, layer.columns = ROWS, COLUMNS
-    return layer
-
-
-def reference_of(layer: kdfast.nn.SelectedLinear, x: Tensor) -> Tensor:
-    return selected_linear_reference(x, layer.weight, layer.bias, rows=layer.rows, columns=layer.columns)
-
-
-def test_packs_once_for_many_calls(layer: kdfast.nn.SelectedLinear, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls before a backward, as of shared layers, and evaluations."""
-    counted = packs(monkeypatch)
-    x = torch.randn(3, len(COLUMNS))
-    (layer(x) + layer(2 * x)).sum().backward()
-    assert len(counted) == 1
-    layer(x).sum().backward()
-    assert len(counted) == 2
-    with torch.no_grad():
-        for _ in range(3):
-            assert torch.equal(layer(x), reference_of(layer, x))
-    assert len(counted) == 3
-
-
-CHANGES: dict[str, Callable[[Any], Any]] = {
-    "in place": lambda layer: layer.weight.mul_(2),
-    "by .data": lambda layer: layer.weight.data.mul_(2),
-    "another .data": lambda layer: setattr(layer.weight, "data", 2 * layer.weight.data),
-    "another parameter": lambda layer: setattr(layer, "weight", nn.Parameter(2 * layer.weight)),
-    "state": lambda layer: layer.load_state_dict({"weight": 2 * layer.weight, "bias": layer.bias}),
-    "assigned state": lambda layer: layer.load_state_dict(
-        {"weight": 2 * layer.weight, "bias": layer.bias}, assign=True
-    ),
-    "bias": lambda layer: layer.bias.data.mul_(2),
-    "rows": lambda layer: setattr(layer, "rows", ROWS[1:]),
-    "columns": lambda layer: setattr(layer, "columns", COLUMNS + torch.tensor([*[0] * 7, 1, 0])),
-    "dtype": lambda layer: layer.bfloat16(),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("trained", [False, True])
-def test_changes_are_seen(layer: Any, change: str, trained: bool) -> None:
-    x = torch.randn(3, len(COLUMNS))
-    with torch.set_grad_enabled(trained):
-        before = layer(x)
-        with torch.no_grad():
-            CHANGES[change](layer)
-        x = x.to(layer.weight.dtype)
-        after, wanted = layer(x), reference_of(layer, x)
-    assert torch.equal(after, wanted)
-    assert before.shape != after.shape or not torch.allclose(before, after.float())
-
-
-def test_an_optimizer_that_writes_by_data(layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where the sample would not show it: after a backward weights are packed anew."""
-    monkeypatch.setattr("kdfast.ops._packed._SAMPLED", 0)
-    x = torch.randn(3, len(COLUMNS))
-    layer(x).sum().backward()
-    layer.weight.data.sub_(layer.weight.grad)
-    torch.testing.assert_close(layer(x), reference_of(layer, x))
-
-
-def test_other_indices_between_forward_and_backward(layer: Any) -> None:
-    """Sub-networks one after another, then one backward."""
-    x = torch.randn(3, len(COLUMNS))
-    first = layer(x)
-    layer.rows = torch.tensor([1, 2])
-    (first.sum() + layer(x).sum()).backward()
-    got = layer.weight.grad.clone()
-    layer.weight.grad = None
-    both = selected_linear_reference(x, layer.weight, layer.bias, rows=ROWS, columns=COLUMNS), reference_of(layer, x)
-    sum(y.sum() for y in both).backward()  # type: ignore[union-attr]
-    torch.testing.assert_close(got, layer.weight.grad)
-
-
-def test_inference_mode_then_training(layer: Any) -> None:
-    layer.weight.requires_grad_(False)
-    x = torch.randn(3, len(COLUMNS))
-    with torch.inference_mode():
-        layer(x)
-    layer(x.requires_grad_()).sum().backward()
-    layer(x).sum().backward()
-    assert x.grad.any()
-    with torch.inference_mode():
-        inner = kdfast.nn.SelectedLinear(IN, OUT)
-        inner.columns = COLUMNS
-        assert torch.equal(inner(x), reference_of(inner, x))
-
-
-def test_modules_are_linears(layer: Any) -> None:
-    """State, copies and pickles; parameters are shared with what they were made of."""
-    plain = nn.Linear(IN, OUT)
-    assert layer.state_dict().keys() == plain.state_dict().keys()
-    x = torch.randn(3, len(COLUMNS))
-    y = layer(x)
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(other(x), y)
-    made = kdfast.nn.SelectedLinear.from_linear(plain.eval(), rows=ROWS)
-    assert isinstance(made, nn.Linear)
-    assert made.weight is plain.weight
-    assert made.bias is plain.bias
-    assert not made.training
-    elastic = kdfast.nn.PrefixLinear.from_linear(plain)
-    elastic.in_features, elastic.out_features = 7, 3
-    z = torch.randn(2, 7)
-    torch.testing.assert_close(elastic(z), z @ plain.weight[:3, :7].T + plain.bias[:3])
-    assert kdfast.nn.SelectedLinear.from_linear(nn.Linear(3, 2, bias=False)).bias is None
-    assert "rows=5, columns=9" in repr(layer)
-
-
-@pytest.mark.parametrize("backend", ["aot_eager"])
-def test_a_compiled_module(layer: Any, backend: str) -> None:
-    torch.compiler.reset()
-    x = torch.randn(3, len(COLUMNS), requires_grad=True)
-    compiled = torch.compile(layer, fullgraph=True, backend=backend)
-    torch.testing.assert_close(compiled(x), reference_of(layer, x))
-    compiled(x).sum().backward()
-    assert layer.weight.grad.any()
+        for x, weight in ((X.double(), W), (X, W.double())):
+            with pytest.raises(TypeError, match="prefix_linear: weight: expected the dtype of x"):
+                kdfast.prefix_linear(x, weight)

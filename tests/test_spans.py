@@ -171,7 +171,9 @@ def test_training_follows_a_plain_loop_and_evaluation_gives_both_logits(tmp_path
         assert found[0][f"eval_{name}"] > 1e-3
     assert found[1]["eval_shape"] == 2 * 24 * 12
     assert found[1]["eval_labels"] == sum(row["start_positions"] + row["end_positions"] for row in given)
-    with pytest.warns(UserWarning, match="without ce: Labels: needs rows with start_positions, end_positions"):
+    with pytest.warns(
+        UserWarning, match="without ce: Labels: inputs: expected rows with start_positions, end_positions, got "
+    ):
         predicted = it.predict([{"input_ids": row["input_ids"]} for row in given])
     with torch.no_grad():
         wanted = student(**model_inputs(student, collate(given)))
@@ -219,7 +221,9 @@ def test_outputs_without_logits_are_named(tmp_path: Path) -> None:
         trainer(tmp_path, bert(1), rows(4), Terms(it=Logits()), teacher=teacher).train()
     with pytest.raises(ValueError, match=r"Spans: outputs: expected a student's with .start_logits, got SequenceClass"):
         trainer(tmp_path, bert(1), rows(4), Terms(it=Spans()), teacher=teacher).train()
-    with pytest.raises(ValueError, match="Spans: needs a teacher, or rows with a teacher_start_logits column"):
+    with pytest.raises(
+        ValueError, match="Spans: teacher: expected one, or rows with a teacher_start_logits column, got neither"
+    ):
         trainer(tmp_path, qa(1), rows(4), Terms(it=Spans())).train()
     with pytest.raises(ValueError, match=r"Labels: outputs: expected a student's with .logits .*, got tuple$"):
         trainer(tmp_path, Tuples(), rows(4), Terms(it=Labels())).train()

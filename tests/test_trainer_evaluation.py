@@ -141,7 +141,9 @@ def test_predictions_without_labels(tmp_path: Path) -> None:
     student, teacher, given = bert(1), bert(0), rows(6)
     unlabelled = [{"input_ids": row["input_ids"]} for row in given]
     it = trainer(tmp_path, student, None, Hinton(alpha=0.5), teacher=teacher)
-    with pytest.warns(UserWarning, match="DistillationTrainer: evaluation without ce: Labels: needs rows with labels"):
+    with pytest.warns(
+        UserWarning, match="DistillationTrainer: evaluation without ce: Labels: inputs: expected rows with labels"
+    ):
         predicted = it.predict(unlabelled)
     with torch.no_grad():
         expected = student(**model_inputs(student, collate(unlabelled))).logits
@@ -151,7 +153,7 @@ def test_predictions_without_labels(tmp_path: Path) -> None:
     assert predicted.metrics["test_loss"] == predicted.metrics["test_kl"] > 1e-3
     with pytest.warns(UserWarning, match="without ce"):
         assert it.evaluate(unlabelled)["eval_kl"] == pytest.approx(predicted.metrics["test_kl"])
-    with pytest.raises(Missing, match="Labels: needs rows with labels"):  # training stops
+    with pytest.raises(Missing, match="Labels: inputs: expected rows with labels"):  # training stops
         trainer(tmp_path, student, unlabelled, Hinton(alpha=0.5), teacher=teacher).train()
 
 
@@ -172,7 +174,9 @@ def test_without_the_columns_of_a_stored_teacher(tmp_path: Path) -> None:
     ]
     objective = Terms(kl=Logits(), ce=Labels(), cls=CLS({1: 3}))
     it = trainer(tmp_path, bert(1), stored, objective, eval_dataset={"with": stored, "without": given})
-    with pytest.warns(UserWarning, match="without cls: CLS: needs a teacher, or rows with a teacher_cls_3 column"):
+    with pytest.warns(
+        UserWarning, match="without cls: CLS: teacher: expected one, or rows with a teacher_cls_3 column"
+    ):
         metrics = it.evaluate()
     assert metrics["eval_with_kl"] > 1e-3
     assert metrics["eval_with_cls"] > 1e-3
@@ -180,7 +184,9 @@ def test_without_the_columns_of_a_stored_teacher(tmp_path: Path) -> None:
     assert "eval_without_cls" not in metrics
     assert metrics["eval_without_loss"] == metrics["eval_without_ce"] == pytest.approx(metrics["eval_with_ce"])
     named = trainer(tmp_path, bert(1), None, Terms(ce=Labels(), cls=CLS("uniform")), eval_dataset=given)
-    with pytest.warns(UserWarning, match="without cls: CLS: needs a teacher, or rows with teacher_cls_<state> columns"):
+    with pytest.warns(
+        UserWarning, match="without cls: CLS: teacher: expected one, or rows with teacher_cls_<state> columns"
+    ):
         assert named.evaluate()["eval_ce"] > 1e-3
 
 
@@ -197,7 +203,7 @@ class Fused:
 
     def __call__(self, student: Any, teacher: Any, inputs: Any) -> dict[str, Tensor]:
         if "labels" not in inputs:
-            raise Missing("Fused: needs rows with labels")
+            raise Missing("Fused: inputs: expected rows with labels, got none")
         return {"ce": nn.functional.cross_entropy(student["head"](student["hidden"]), inputs["labels"])}
 
 
@@ -226,7 +232,7 @@ def test_logits_are_asked_for_where_predictions_are_wanted(tmp_path: Path) -> No
     assert it.evaluate()["eval_right"] == pytest.approx((expected.argmax(-1) == labels).mean())
     assert objective.asked == 3
     np.testing.assert_allclose(it.predict(given).predictions, expected, atol=1e-5)
-    with pytest.warns(UserWarning, match="without WithLogits: Fused: needs rows with labels"):
+    with pytest.warns(UserWarning, match="without WithLogits: Fused: inputs: expected rows with labels, got none"):
         unlabelled = it.predict([{"input_ids": row["input_ids"]} for row in given])
     np.testing.assert_allclose(unlabelled.predictions, expected, atol=1e-5)
     assert "test_loss" not in unlabelled.metrics

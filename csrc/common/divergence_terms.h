@@ -65,6 +65,9 @@ struct TermsBase {
   static constexpr bool kDifference = false;
   static constexpr bool kTopk = false;   // the teacher is known in some columns, and -inf elsewhere
   static constexpr bool kOfRow = false;  // u asks for the row's `kept` and `rest`
+  // Of a mixture: what Python calls `mixing`, and the divergences that it is by definition where that is 0 or 1.
+  static constexpr const char* kMixing = "";
+  static constexpr Divergence kAtZero = Divergence::count, kAtOne = Divergence::count;  // count: itself
 };
 
 namespace terms {
@@ -190,6 +193,8 @@ template <class Math>
 struct JsDiv : SecondLook {
   using V = typename Math::V;
   using Real = typename Math::Real;
+  static constexpr const char* kMixing = "beta";
+  static constexpr Divergence kAtZero = Divergence::kl_div, kAtOne = Divergence::reverse_kl_div;
   KDFAST_HD_MEMBER static V u(V p_s, V, V log_ratio, const Settings<V>& with) {
     return Real(kLn2) * (Real(1) - with.mixing) * p_s * terms::Mixture<Math>(with.mixing, log_ratio).log_s;
   }
@@ -204,6 +209,8 @@ template <class Math>
 struct SkewKlDiv : SecondLook {
   using V = typename Math::V;
   using Real = typename Math::Real;
+  static constexpr const char* kMixing = "skew";
+  static constexpr Divergence kAtZero = Divergence::kl_div;
   KDFAST_HD_MEMBER static V u(V, V p_t, V log_ratio, const Settings<V>& with) {
     return (with.mixing - Real(1)) * p_t * terms::Mixture<Math>(with.mixing, log_ratio).ratio_s;
   }
@@ -217,6 +224,8 @@ template <class Math>
 struct SkewReverseKlDiv : SecondLook {
   using V = typename Math::V;
   using Real = typename Math::Real;
+  static constexpr const char* kMixing = "skew";
+  static constexpr Divergence kAtZero = Divergence::reverse_kl_div;
   KDFAST_HD_MEMBER static V u(V p_s, V, V log_ratio, const Settings<V>& with) {
     const terms::Mixture<Math> m(Real(1) - with.mixing, log_ratio);
     return p_s * (Real(kLn2) * m.log_s - with.mixing * m.ratio_s);

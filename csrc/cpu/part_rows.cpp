@@ -2,7 +2,7 @@
 //
 // AVX-512 moves 16 columns at a time by vpcompressd and vpexpandd in registers (to memory they are slow on some
 // processors), 16-bit elements widened to lanes of 32 (the 16-bit forms need VBMI2, which not every AVX-512 has); so a
-// row costs about its traffic. Elsewhere, and for doubles, the bits are walked.
+// row costs about its traffic. Elsewhere, and for doubles, they go one by one.
 #include "cpu/part_rows.h"
 
 #include "cpu/simd.h"
@@ -11,49 +11,37 @@
 namespace kdfast::KDFAST_VARIANT {
 namespace {
 
-constexpr int kWord = 32;
-
-// f(word, first column) for the words with live columns.
-template <class F>
-KDFAST_LOCAL void for_words(const PartShape& shape, F f) {
-  for (int64_t at = 0; at < shape.columns; at += kWord) {
-    if (const uint32_t live = shape.live[at / kWord]) f(live, at);
-  }
-}
-
 // ---- one by one ----
-template <class E, class F>
+// f(place in the packed row, column). By index: to walk the bits mispredicts the end of every word.
+template <class F>
 KDFAST_LOCAL void for_live(const PartShape& shape, F f) {
-  int64_t packed = 0;
-  for_words(shape, [&](uint32_t live, int64_t at) {
-    if (live == ~uint32_t(0)) {
-      for (int i = 0; i < kWord; ++i) f(packed + i, at + i);
-      packed += kWord;
-    } else {
-      for (; live; live &= live - 1) f(packed++, at + __builtin_ctz(live));
-    }
-  });
+  if (shape.index) {
+    for (int64_t i = 0; i < shape.packed; ++i) f(i, shape.index[i]);
+  } else {
+    for (int64_t i = 0; i < shape.packed; ++i) f(i, i);
+  }
 }
 
 template <class E>
 struct Scalar {
   static void pack(const PartShape& shape, const void* row, void* packed) {
-    for_live<E>(shape, [&](int64_t i, int64_t column) { ((E*)packed)[i] = ((const E*)row)[column]; });
+    for_live(shape, [&](int64_t i, int64_t column) { ((E*)packed)[i] = ((const E*)row)[column]; });
   }
   static void add(const PartShape& shape, const void* packed, void* row) {
-    for_live<E>(shape, [&](int64_t i, int64_t column) {
+    for_live(shape, [&](int64_t i, int64_t column) {
       E& to = ((E*)row)[column];
       narrow_to(to, widened(to) + widened(((const E*)packed)[i]));
     });
   }
   static void spread(const PartShape& shape, const void* packed, void* row) {
     memset(row, 0, shape.columns * sizeof(E));
-    for_live<E>(shape, [&](int64_t i, int64_t column) { ((E*)row)[column] = ((const E*)packed)[i]; });
+    for_live(shape, [&](int64_t i, int64_t column) { ((E*)row)[column] = ((const E*)packed)[i]; });
   }
 };
 
 #if defined(__AVX512F__)
 // ---- 16 at a time ----
+constexpr int kWord = 32;
 // Elements as lanes of 32 bits; with a mask no other is touched. Some processors take 40 to 150 cycles for a masked
 // store, so they are only made where a row ends.
 KDFAST_LOCAL __m512i load_lanes(const float* p, __mmask16 some) { return _mm512_maskz_loadu_epi32(some, p); }

@@ -4,10 +4,12 @@
 
 namespace kdfast {
 
-// What all rows of a call share. `live`: a bit for each column, in words of 32; packed rows hold the live ones alone.
+// What all rows of a call share. Packed rows hold the live columns alone: those of `index`, or where it is null all;
+// `live`: a bit for each column, in words of 32.
 struct PartShape {
   Element type;
   int64_t columns, packed;  // how many of a row, and of a packed one
+  const int64_t* index;
   const uint32_t* live;
 };
 

@@ -34,6 +34,7 @@ class Order {
     }
   }
   int64_t count() const { return count_; }
+  const int64_t* data() const { return indices_; }
   int64_t operator[](int64_t i) const { return indices_ ? indices_[i] : i; }
   // Where index `at` stands, or would.
   int64_t find(int64_t at) const {
@@ -57,7 +58,7 @@ struct Live {
       : rows(op, "rows", row_indices, matrix.size(0)),
         columns(op, "columns", column_indices, matrix.size(1)),
         bits(columns.bits(matrix.size(1))),
-        shape{element_of(matrix.scalar_type()), matrix.size(1), columns.count(), bits.data()},
+        shape{element_of(matrix.scalar_type()), matrix.size(1), columns.count(), columns.data(), bits.data()},
         element(int64_t(matrix.element_size())),
         grain(std::max<int64_t>(1, kGrain / std::max<int64_t>(matrix.size(1), 1))) {}
 

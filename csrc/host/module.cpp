@@ -84,9 +84,14 @@ PYBIND11_MODULE(_C, m) {
   py::list divergences;
   for (int kind = 0; kind < int(kdfast::Divergence::count); ++kind) {
     const kdfast::DivergenceFacts& facts = kdfast::facts_of(kdfast::Divergence(kind));
-    divergences.append(py::make_tuple(facts.name, facts.topk, facts.second_look));
+    auto name = [&](kdfast::Divergence end) {
+      return end == kdfast::Divergence::count ? facts.name : kdfast::facts_of(end).name;
+    };
+    divergences.append(py::make_tuple(facts.name, facts.topk, facts.second_look, facts.mixing, name(facts.at_zero),
+                                      name(facts.at_one)));
   }
-  m.attr("divergences") = py::tuple(divergences);  // name, of a top-k teacher, takes a second look; by number
+  // By number: name, of a top-k teacher, takes a second look, what it is mixed by, what it is where that is 0, where 1.
+  m.attr("divergences") = py::tuple(divergences);
   m.attr("divergence_arguments") = kdfast::divergence_arguments();  // of their schemas, after student and teacher
   define_cuda(m);
 }

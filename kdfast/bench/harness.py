@@ -141,6 +141,8 @@ def check(operator: Operator, student: Side, teacher: Side) -> None:
         s, t = (cast(side, torch.float64) if double else mapped(Tensor.clone, side) for side in (student, teacher))
         s = mapped(Tensor.requires_grad_, s)
         loss = apply(function, s, t, **more)
+        if operator.product:
+            loss = loss.float().square().mean()
         gradients = torch.autograd.grad(loss, tensors(s))
         results.append((loss.detach().cpu().double(), torch.cat([g.cpu().double().flatten() for g in gradients])))
     (loss, gradient), (exact_loss, exact_gradient) = results
@@ -156,15 +158,18 @@ def run(case: Case, device: str, seconds: float = 2.0, compiled: bool = True) ->
     check(operator, student, teacher)
     more = operator.arguments(student)
 
+    upstream = torch.randn_like(apply(operator.reference, student, teacher, **more)) if operator.product else None
+
     def caller(loss_of: Callable[..., Tensor]) -> Callable[[], None]:
         def call() -> None:
             loss = apply(loss_of, student, teacher, **more)
             if case.gradient:
-                torch.autograd.grad(loss, tensors(student))
+                torch.autograd.grad(loss, tensors(student), upstream)
 
         return call
 
-    ours = caller(lambda *args, **kw: operator.function(*args, reduction="batchmean", **kw))
+    reduction = {} if operator.product else {"reduction": "batchmean"}
+    ours = caller(lambda *args, **kw: operator.function(*args, **reduction, **kw))
     eager = caller(operator.eager)
     # Before anything keeps memory mapped: high-water marks only show what is fresh.
     peaks = peak_memory(ours, device), peak_memory(eager, device)
@@ -203,7 +208,7 @@ def ceiling(operator: Operator, student: Side, teacher: Side, gradient: bool) ->
     reads and a write into mapped memory, or one read."""
     first = tensors(student)[0].detach()
     if operator.flops is not None:
-        a = torch.randn(2048, 2048, device=first.device)
+        a = torch.randn(2048, 2048, device=first.device, dtype=first.dtype if operator.product else torch.float32)
         return lambda: a @ a, Work(operator.flops(student, gradient), 2 * 2048**3)
     size, other = (sum(x.numel() * x.element_size() for x in tensors(side)) for side in (student, teacher))
     needed = size + other + (size if gradient else 0)
@@ -278,7 +283,8 @@ def table(results: list[Result]) -> list[tuple[str, ...]]:
     """The rows under `HEADER`."""
     return [
         (
-            f"{r.case.operator} {'×'.join(map(str, r.case.shape))} {SHORT[r.case.dtype]} {'grad' if r.case.gradient else 'loss'}",
+            f"{r.case.operator} {'×'.join(map(str, r.case.shape))} {SHORT[r.case.dtype]} "
+            f"{'grad' if r.case.gradient else 'loss'}",
             f"{r.kdfast:.2f}",
             f"{r.eager / r.kdfast:.1f}",
             f"{r.compiled / r.kdfast:.1f}" if r.compiled else "–",

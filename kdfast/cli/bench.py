@@ -41,7 +41,7 @@ def bench(
     cases = list(harness.cases(only, device, sweep))
     if not cases:
         known = ", ".join(case.name for case in harness.cases(device=device, sweep=sweep))
-        raise typer.BadParameter(f"no case matches {only!r}; there are {known}", param_hint="--only")
+        raise typer.BadParameter(f"only: expected a pattern of case names, got {only!r}; there are {known}")
     facts = harness.environment(device)
     console = Console()
     progress = Console(stderr=True)

@@ -9,6 +9,8 @@ import typer
 
 from kdfast.cli.shared import fail, layer_numbers
 
+TYPED = {"folder": "output", "rows": "data"}  # what the command calls arguments of `kdfast.teacher_cache.write`
+
 
 def cache_teacher(
     model: Annotated[str, typer.Argument(help="Folder or Hub name of a transformers model.")],
@@ -30,7 +32,7 @@ def cache_teacher(
     ] = None,
     text_column: Annotated[str, typer.Option(help="Where the text is.")] = "text",
     batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
-    shard_mb: Annotated[int, typer.Option(help="Megabytes per file, and in memory until it is written.")] = 512,
+    shard_mb: Annotated[int, typer.Option(help="Megabytes per file, and in memory until it is written.", min=1)] = 512,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, of what is stored.")] = "float32",
     resume: Annotated[
         bool,
@@ -56,14 +58,15 @@ def cache_teacher(
             [name.strip() for name in outputs.split(",")],
             k=k,
             temperature=temperature,
-            layers=layer_numbers(layers) if layers else (),
+            layers=layer_numbers("layers", layers) if layers else (),
             batch_size=batch_size,
             shard_bytes=shard_mb * 2**20,
             dtype=dtype,
             resume=resume,
         )
     except cache_error as error:
-        fail(str(error), 2)
+        argument, _, mistake = _without_library(error).partition(": ")
+        fail(f"{TYPED.get(argument, argument)}: {mistake}", 2)
     except ImportError as error:
         fail(str(error), 1)
     except KeyboardInterrupt:
@@ -77,7 +80,11 @@ def check_cache(folder: Annotated[Path, typer.Argument(help="Where cache-teacher
     try:
         command.check_cache(folder)
     except cache_error as error:
-        fail(str(error), 1)
+        fail(_without_library(error), 1)
+
+
+def _without_library(error: Exception) -> str:
+    return str(error).removeprefix("teacher_cache: ")
 
 
 def _import_cache_command() -> tuple[Any, Any]:

@@ -40,7 +40,7 @@ def _command(recipe: type[Recipe]) -> Callable[..., None]:
             values = {} if config is None else recipe.read_yaml(config)
             values |= recipe.quick if quick else {}
             values |= {name: value for name, value in given.items() if value is not None}
-            chosen = recipe(**{name: _parsed(types_of[name], value) for name, value in values.items()})
+            chosen = recipe(**{name: _parsed(name, types_of[name], value) for name, value in values.items()})
         except (ValueError, TypeError) as error:
             raise typer.BadParameter(str(error)) from None
         if print_config:
@@ -129,11 +129,13 @@ def _option_type(kind: Any) -> Any:
     return (str if typing.get_origin(kind) is tuple else kind) | None
 
 
-def _parsed(kind: Any, value: Any) -> Any:
+def _parsed(name: str, kind: Any, value: Any) -> Any:
     kind = _without_none(kind)
     if not isinstance(value, str) or typing.get_origin(kind) is not tuple:
         return value
-    return layer_numbers(value) if int in typing.get_args(kind) else tuple(part.strip() for part in value.split(","))
+    if int in typing.get_args(kind):
+        return layer_numbers(name, value)
+    return tuple(part.strip() for part in value.split(","))
 
 
 def _without_none(kind: Any) -> Any:

@@ -24,8 +24,8 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Labelled text, as of distill: a task of GLUE, another Hub name, a file or a folder. Default: the run's "
-            "that the model lies in, else movie reviews.",
+            help="Labelled text, as of distill: a task of GLUE, another Hub name, a file or a folder. Default: the "
+            "run's that the model lies in, else movie reviews.",
         ),
     ] = None,
     text_columns: Annotated[
@@ -61,7 +61,6 @@ def evaluate(
         import transformers
         from rich.console import Console
 
-        from kdfast.data import tasks
         from kdfast.data.demo import AssetError
         from kdfast.data.files import shown_name
         from kdfast.results import measure, measured_rows, tables
@@ -73,7 +72,7 @@ def evaluate(
     datasets.disable_progress_bars()
     try:
         if output is not None and output.is_dir():
-            raise ValueError(f"output {output} is a folder, not a JSON file")
+            raise ValueError(f"output {output}: expected a JSON file, got a folder")
         chosen = _chosen(model, teacher)
         given: dict[str, Any] = {
             "text_columns": None if text_columns is None else [name.strip() for name in text_columns.split(",")],
@@ -89,7 +88,7 @@ def evaluate(
             if given:
                 task = measured_rows.load(run, **given)
         else:  # other data, other columns
-            task = tasks.load(data, **given)
+            task = measured_rows.read(data, **given)
         length = max_length or (64 if run is None else run.max_length)
         console = Console()
         for note in (*chosen.elsewhere(data), *task.notes):
@@ -153,14 +152,18 @@ def _chosen(model: str, teacher: str | None) -> _Chosen:
     recipe = _recipe_of(folder)
     if recipe is None:
         raise ValueError(
-            f"{model} is a run, but not of classifiers: evaluate measures those of {_classifier_recipes()}"
+            f"model {model}: expected a run of classifiers ({_classifier_recipes()}), got one of another recipe"
         )
     if teacher is not None:
         raise ValueError(
-            f"teacher: the run {model} has its own; one of its models, such as {folder / 'student'}, has none"
+            f"teacher: expected none beside the run {model}, which has its own, got {teacher}; one of its models, "
+            f"such as {folder / 'student'}, has none"
         )
     if not (folder / "metrics.json").is_file():
-        raise ValueError(f"the run {model} is not finished: no metrics.json; the same kdfast distill continues it")
+        raise ValueError(
+            f"model {model}: expected a finished run, got one without metrics.json; the same kdfast distill continues "
+            "it"
+        )
     titles = json.loads((folder / "metrics.json").read_text())["task"]["titles"]
     sources = {title: folder / name for name, title in titles.items()}
     if recipe.teacher is not None:
@@ -203,7 +206,7 @@ def compare(
         fail(f"{error}: pip install kdfast[train]", 1)
     try:
         if output is not None and output.exists() and not output.is_dir():
-            raise ValueError(f"output {output} is not a folder")
+            raise ValueError(f"output {output}: expected a folder, got a file")
         comparison = comparing.compare(runs, metric)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None

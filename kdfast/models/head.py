@@ -82,8 +82,8 @@ class OwnHead:
     ) -> None:
         if any(is_dtensor(x) for x in head.parameters()):
             raise ValueError(
-                f"kdfast: {model_name}: expected output embeddings that are a plain nn.Linear where they are sharded, got "
-                f"{type(head).__name__}"
+                f"kdfast: {model_name}: expected output embeddings that are a plain nn.Linear where they are sharded, "
+                f"got {type(head).__name__}"
             )
         self.head, self.vocabulary, self.finish, self.autocast = head, vocabulary, finish, autocast
 

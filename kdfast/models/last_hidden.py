@@ -125,7 +125,7 @@ def language_model(model: nn.Module) -> Any:
     while not hasattr(inner, "get_output_embeddings") and hasattr(inner, "module"):
         inner = inner.module
     if not hasattr(inner, "get_output_embeddings") or inner.get_output_embeddings() is None:
-        raise TypeError(f"kdfast: expected a model with output embeddings, got {type(inner).__name__}")
+        raise TypeError(f"kdfast: model: expected one with output embeddings, got {type(inner).__name__}")
     return inner
 
 
@@ -222,8 +222,8 @@ class _Call:
         finish = seen(self.passed, logits)
         if finish is None:
             raise ValueError(
-                f"kdfast: {self.name}: expected logits that are those of its output embeddings but for a scale, a constant "
-                "bias and a soft-cap, got others"
+                f"kdfast: {self.name}: expected logits that are those of its output embeddings but for a scale, a "
+                "constant bias and a soft-cap, got others"
             )
         self.finish = finish
         _seen[self.inner] = self.state, finish, self.disguised

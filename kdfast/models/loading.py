@@ -15,6 +15,8 @@ from kdfast.data import tasks
 from kdfast.data.hub import first_line, why_no_answer
 from kdfast.models import pairing
 
+PLACES = "a folder or a name on the Hub"  # of models
+
 
 def classifier(task: tasks.Task, argument: str, source: str | Path) -> Any:
     """A classifier whose classes are the task's, in the same order: other orders are common, and silent otherwise.
@@ -31,9 +33,9 @@ def classifier(task: tasks.Task, argument: str, source: str | Path) -> Any:
     options = {"output_loading_info": True, "dtype": torch.float32}
     model, loading = pretrained(AutoModelForSequenceClassification, argument, source, **options)
     if absent := sorted(loading["missing_keys"]):
-        raise ValueError(f"{who} is no classifier: it has no weights for {', '.join(absent[:4])}")
-    if model.config.num_labels != max(1, len(task.names)):
-        raise ValueError(f"{who} has {model.config.num_labels} classes, the data {max(1, len(task.names))}")
+        raise ValueError(f"{who}: expected a classifier, got a model without weights for {', '.join(absent[:4])}")
+    if (found := model.config.num_labels) != (count := max(1, len(task.names))):
+        raise ValueError(f"{who}: expected {count} classes, as the data has, got {found}")
     pairing.check_names(who, model.config, task.names)
     model.config.problem_type = task.head["problem_type"]  # many do not tell theirs
     return model
@@ -45,13 +47,15 @@ def load_tokenizer(argument: str, source: str | Path) -> Any:
     Raises:
         ValueError: it cannot be loaded, or is such a one.
     """
-    absent = f"{named(argument, source)} has no tokenizer: save it beside the model"
+    absent = ValueError(
+        f"{named(argument, source)}: expected a model with a tokenizer, got one without; save it beside the model"
+    )
     try:
         tokenizer = pretrained(AutoTokenizer, argument, source)
     except ValueError as error:  # of models with a tokenizer of no class of its own
-        raise (ValueError(absent) if "instantiate the backend tokenizer" in str(error) else error) from None
+        raise (absent if "instantiate the backend tokenizer" in str(error) else error) from None
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ValueError(absent)
+        raise absent
     return tokenizer
 
 
@@ -63,38 +67,42 @@ def pretrained(kind: Any, argument: str, source: str | Path, **options: Any) -> 
     """
     who = named(argument, source)
     unreachable = None if Path(source).is_dir() else _why_no_answer(who, source)
+    if hasattr(kind, "from_config"):  # of models, not of configurations or tokenizers
+        _check_not_quantised(who, _loaded(AutoConfig, who, source, unreachable))
+    return _loaded(kind, who, source, unreachable, **options)
+
+
+def _loaded(kind: Any, who: str, source: str | Path, unreachable: str | None, **options: Any) -> Any:
     # Without the Hub, what was downloaded before is still there.
     here = {"local_files_only": True} if unreachable else {}
     try:
-        if hasattr(kind, "from_config"):  # of models, not of configurations or tokenizers
-            _check_not_quantised(AutoConfig.from_pretrained(source, **here))
         return kind.from_pretrained(source, **options, **here)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = first_line(error)
         if unreachable and isinstance(error, OSError):
-            reason = f"there is no such folder, and the Hub cannot be reached ({unreachable})"
-        raise ValueError(f"{who}: {reason}") from None
+            got = f"no folder, and no answer from the Hub ({unreachable})"
+            raise ValueError(f"{who}: expected {PLACES}, got {got}") from None
+        raise ValueError(f"{who}: expected what transformers loads, got {first_line(error)}") from None
 
 
-def _check_not_quantised(config: Any) -> None:
+def _check_not_quantised(who: str, config: Any) -> None:
     """Before weights are loaded, which needs the library of the quantisation, and may end in a crash of it."""
     if (found := getattr(config, "quantization_config", None)) is not None:
         method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
         if method == METHOD:  # smaller, not quantised
             return
         raise ValueError(
-            f"expected weights that are not quantised, got {getattr(method, 'value', method)} (quantization_config in its "
-            "config.json): load it, dequantise it and save that"
+            f"{who}: expected weights that are not quantised, got {getattr(method, 'value', method)} "
+            "(quantization_config in its config.json); load it, dequantise it and save that"
         )
 
 
 def _why_no_answer(who: str, source: str | Path) -> str | None:
     """Why the Hub gives nothing, of what may be a name there; what is only a path is refused."""
     if Path(source).is_file():
-        raise ValueError(f"{who}: expected a folder or a name on the Hub, got a file")
+        raise ValueError(f"{who}: expected {PLACES}, got a file")
     if str(source).startswith((os.sep, ".", "~")) or str(source).count(os.sep) > 1:
-        raise ValueError(f"{who}: there is no such folder")
-    absent = ValueError(f"{who}: there is no such folder, and the Hub has no such model that you may read")
+        raise ValueError(f"{who}: expected the folder of a model, got no folder")
+    absent = ValueError(f"{who}: expected {PLACES}, got no folder, and no model that you may read on the Hub")
     return why_no_answer("model_info", str(source), absent)
 
 

@@ -56,7 +56,7 @@ def check_length(named: str, model: Any, max_length: int) -> None:
     """
     limit = positions(model)
     if limit is not None and max_length > limit:
-        raise ValueError(f"max_length must be at most {limit}, the positions of {named}, got {max_length}")
+        raise ValueError(f"max_length: expected at most {limit}, the positions of {named}, got {max_length}")
 
 
 def pad_alike(named: str, model: Any, tokenizer: Any) -> None:
@@ -71,8 +71,8 @@ def pad_alike(named: str, model: Any, tokenizer: Any) -> None:
     pad = tokenizer.pad_token_id
     if pad is None:
         raise ValueError(
-            f"{named}: expected a tokenizer with a pad token, got one without: set its pad_token, to its eos_token say, and "
-            "save it beside the model"
+            f"{named}: expected a tokenizer with a pad token, got one without; set its pad_token, to its eos_token "
+            "say, and save it beside the model"
         )
     check_ids(named, model, [{"input_ids": [pad]}])
     config = model.config.get_text_config()
@@ -88,7 +88,9 @@ def check_ids(named: str, model: Any, rows: Iterable[Mapping[str, Any]]) -> None
     known = getattr(model.get_input_embeddings(), "num_embeddings", None)  # none of models of characters, say
     largest = max((max(row["input_ids"]) for row in rows), default=0)
     if known is not None and largest >= known:
-        raise ValueError(f"{named} knows {known} tokens, its tokenizer made number {largest}")
+        raise ValueError(
+            f"{named}: expected a tokenizer of the {known} tokens that it knows, got one that made {largest}"
+        )
 
 
 def _classes(config: Any) -> list[str]:
@@ -107,7 +109,9 @@ def check_names(named: str, config: Any, names: Sequence[str]) -> None:
     """
     theirs, ours = _classes(config), [name.lower() for name in names]
     if _turned(theirs, ours):
-        raise ValueError(f"{named} has the classes in the order {', '.join(theirs)}, the data {', '.join(ours)}")
+        raise ValueError(
+            f"{named}: expected the classes in the data's order, {', '.join(ours)}, got {', '.join(theirs)}"
+        )
 
 
 def matched_by_number(named: str, config: Any, names: Sequence[str]) -> str | None:

@@ -151,8 +151,9 @@ def _mpnet(model: PreTrainedModel) -> Callable[[], None]:
     handles = []
     attentions = [m for m in model.modules() if isinstance(m, MPNetSelfAttention)]
     for attention in attentions:
-        attention._kdfast_projected = ([], [], [])  # type: ignore[assignment]
-        for linear, kept in zip((attention.q, attention.k, attention.v), attention._kdfast_projected, strict=True):  # type: ignore[arg-type]
+        projected: Any = ([], [], [])
+        attention._kdfast_projected = projected
+        for linear, kept in zip((attention.q, attention.k, attention.v), projected, strict=True):
             handles.append(linear.register_forward_hook(lambda _, args, output, kept=kept: kept.append(output)))
         handles.append(attention.register_forward_hook(after, with_kwargs=True))
 
@@ -281,10 +282,11 @@ class Reader:
         adapter = ADAPTERS.get(self.config.model_type)
         if adapter is None:
             raise ValueError(
-                f"kdfast.hf.Reader: model: expected one of {', '.join(sorted(ADAPTERS))}, got {self.config.model_type!r}; "
-                f"to read it: kdfast.hf.register({self.config.model_type!r}, kdfast.hf.Adapter(install)), where install(model) "
-                "makes every attention call kdfast.hf.record(q, k, v, scale) and returns what undoes that; where the model "
-                "uses AttentionInterface, kdfast.hf.through_interface is such an install"
+                f"kdfast.hf.Reader: model: expected one of {', '.join(sorted(ADAPTERS))}, got "
+                f"{self.config.model_type!r}; to read it: kdfast.hf.register({self.config.model_type!r}, "
+                "kdfast.hf.Adapter(install)), where install(model) makes every attention call kdfast.hf.record(q, k, "
+                "v, scale) and returns what undoes that; where the model uses AttentionInterface, "
+                "kdfast.hf.through_interface is such an install"
             )
         if inner in _readers:
             _readers[inner].close()
@@ -299,7 +301,8 @@ class Reader:
             raise RuntimeError("kdfast.hf.Reader: expected one that is open, this one was closed")
         if inputs.get("output_attentions"):
             raise ValueError(
-                "kdfast.hf.Reader: output_attentions: expected none, fused attention has none; see Features.scores"
+                "kdfast.hf.Reader: output_attentions: expected none, as fused attention has none, got some; see "
+                "Features.scores"
             )
         mine = _Record(wants_bias=self.bias)
         before, _record = _record, mine
@@ -313,8 +316,8 @@ class Reader:
             )
         if torch.is_grad_enabled() and not mine.q[-1].requires_grad and outputs.hidden_states[-1].requires_grad:
             raise RuntimeError(
-                "kdfast.hf.Reader: gradient checkpointing: expected use_reentrant=False; reentrant checkpoints cut queries "
-                "and keys off from their gradients"
+                "kdfast.hf.Reader: gradient checkpointing: expected use_reentrant=False; reentrant checkpoints cut "
+                "queries and keys off from their gradients"
             )
         return _features(self.adapter, outputs, mine, inputs.get("attention_mask"))
 

@@ -107,7 +107,7 @@ def layers_path(op: str, teacher: Any, argument: str = "teacher") -> str | None:
     outer = [name for name in lists if not any(name != other and name.startswith(other) for other in lists)]
     if len(outer) != 1:
         raise ValueError(
-            f"{op}: {argument}: expected one list of its {count} layers, {type(teacher).__name__} has {outer}"
+            f"{op}: {argument}: expected one list of its {count} layers, got {outer} in {type(teacher).__name__}"
         )
     return outer[0]
 

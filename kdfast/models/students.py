@@ -46,7 +46,8 @@ def spread(teacher_layers: int, student_layers: int) -> list[int]:
     """
     if not 1 <= student_layers <= teacher_layers:
         raise ValueError(
-            f"kdfast.students.spread: student_layers: expected 1 to {teacher_layers}, the teacher's, got {student_layers}"
+            f"kdfast.students.spread: student_layers: expected 1 to {teacher_layers}, the teacher's, got "
+            f"{student_layers}"
         )
     return [round(i * (teacher_layers - 1) / max(1, student_layers - 1)) for i in range(student_layers)]
 
@@ -145,7 +146,7 @@ def narrower(
         follow(op, teacher.config, config, changes)
         config.validate()
     except StrictDataclassError as error:
-        raise ValueError(f"{op}: config_changes: {error}") from None
+        raise ValueError(f"{op}: config_changes: expected values that its config takes, got {error}") from None
     student = new_model(teacher, type(teacher), config)
     return Narrowed(student, *copy_weights(teacher, student, renamed(path, layers), dtype))
 
@@ -209,8 +210,8 @@ def distilbert(
     layers_path(op, teacher)
     if type(teacher).__name__ not in _HEADS:
         raise ValueError(
-            f"{op}: teacher: expected one of {', '.join(_HEADS)}, got {type(teacher).__name__}; from_layers makes students "
-            "of other architectures, DistilRoBERTa among them"
+            f"{op}: teacher: expected one of {', '.join(_HEADS)}, got {type(teacher).__name__}; from_layers makes "
+            "students of other architectures, DistilRoBERTa among them"
         )
     name, heads = _HEADS[type(teacher).__name__]
     if vocab_transform:

@@ -36,7 +36,8 @@ class HiddenMSELoss(Loss):
         if (student_size is None) != (teacher_size is None):
             raise ValueError(f"HiddenMSELoss: student_size, teacher_size: expected both or neither, got {sizes}")
         count = 0 if student_size is None else separate or 1
-        self.projections = nn.ModuleList(nn.Linear(student_size, teacher_size, bias=bias) for _ in range(count))  # type: ignore[arg-type]
+        linears = (nn.Linear(student_size, teacher_size, bias=bias) for _ in range(count))  # type: ignore[arg-type]
+        self.projections = nn.ModuleList(linears)
 
     def forward(self, student_hidden: Layers, teacher_hidden: Layers, *, mask: Tensor | None = None) -> Any:
         linears: list[Any] = list(self.projections)

@@ -156,9 +156,11 @@ class LanguageModel:
     def _missing(self, teacher: LastHidden | None, inputs: Mapping[str, Any]) -> dict[str, Missing]:
         missing = {}
         if teacher is None and _checks.TOPK[0] not in inputs:
-            missing["kd"] = Missing("LanguageModel: needs a teacher, or rows with its top-k (kdfast.teacher_cache)")
+            expected = "one, or rows with its top-k (kdfast.teacher_cache)"
+            missing["kd"] = Missing(f"LanguageModel: teacher: expected {expected}, got neither")
         if self.alpha < 1 and "labels" not in inputs:
-            missing["ce"] = Missing("LanguageModel: alpha < 1 needs rows with labels")
+            expected = "rows with labels, as alpha < 1"
+            missing["ce"] = Missing(f"LanguageModel: inputs: expected {expected}, got {', '.join(inputs)}")
         return missing
 
     def _parts(
@@ -203,7 +205,7 @@ class LanguageModel:
 
     def _check(self, student: LastHidden, teacher: LastHidden | None, inputs: Mapping[str, Any]) -> None:
         if teacher is not None and _checks.TOPK[0] in inputs:
-            raise ValueError("LanguageModel: expected a teacher or rows with its top-k, got both")
+            raise ValueError("LanguageModel: teacher: expected one, or rows with its top-k, got both")
         for error in self._missing(teacher, inputs).values():
             raise error
         check_aligned("LanguageModel", inputs)
@@ -219,15 +221,17 @@ class LanguageModel:
 
     def _check_cached(self, inputs: Mapping[str, Any], student: LastHidden) -> None:
         if self.divergence != "kl_div":
-            raise ValueError(f"LanguageModel: a teacher's top-k has kl_div alone, got {self.divergence!r}")
+            raise ValueError(
+                f"LanguageModel: divergence: expected 'kl_div' with a teacher's top-k, got {self.divergence!r}"
+            )
         temperature = inputs.get("teacher_temperature", self.temperature)
         if temperature != self.temperature:
             raise ValueError(f"LanguageModel: temperature: expected {temperature}, the cache's, got {self.temperature}")
         known = inputs.get("teacher_vocab_size", student.vocabulary)
         if self.vocab_size is None and known != student.vocabulary:
             raise ValueError(
-                f"LanguageModel: expected a student of the cache's {known} tokens (for padded vocabularies pass "
-                f"vocab_size=, the tokens that count), got {student.vocabulary}"
+                f"LanguageModel: student: expected one of the cache's {known} tokens, got {student.vocabulary}; for "
+                "padded vocabularies pass vocab_size=, the tokens that count"
             )
 
 

@@ -36,7 +36,8 @@ class _OfLayers(Term):
             return layer_map(self.layers, count, len(teacher.hidden) - 1, name)
         if isinstance(self.layers, str) or min(self.layers.values()) < 0:
             if not teacher.has(self.stored):
-                raise Missing(f"{name}: needs a teacher, or rows with teacher_{self.stored}_<state> columns")
+                columns = f"teacher_{self.stored}_<state> columns"
+                raise Missing(f"{name}: teacher: expected one, or rows with {columns}, got neither")
             self.refuse(
                 "layers", "a dict of numbers from 0 where the teacher's states are columns of the batch", self.layers
             )
@@ -52,8 +53,8 @@ class _OfLayers(Term):
         if isinstance(side, Stored):
             found = side.state(self.stored, number)
             if found is None:
-                column = f"teacher_{self.stored}_{number}"
-                raise Missing(f"{type(self).__name__}: needs a teacher, or rows with a {column} column")
+                expected = f"one, or rows with a teacher_{self.stored}_{number} column"
+                raise Missing(f"{type(self).__name__}: teacher: expected {expected}, got neither")
             return found
         hidden: Tensor = side.hidden[number]
         if self.stored == "hidden":
@@ -211,7 +212,7 @@ class _OfHeads(_OfLayers):
         """Layers, numbered from 0."""
         check_aligned(type(self).__name__, inputs)
         if isinstance(teacher, Stored):
-            raise Missing(f"{type(self).__name__}: needs a teacher: attention is not stored")
+            raise Missing(f"{type(self).__name__}: teacher: expected one, as attention is not stored, got none")
         pairs = self.pairs(student, teacher)
         if 0 in pairs or 0 in pairs.values():
             self.refuse("layers", "layers from 1, as the embeddings have no attention", pairs)

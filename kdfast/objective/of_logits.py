@@ -125,7 +125,7 @@ class Logits(_Soft):
         if self.tokens == "all":
             return token_mask(inputs, logits.shape[:2])
         if "labels" not in inputs:
-            raise Missing("Logits: needs rows with labels with tokens='labels'")
+            raise Missing(f"Logits: inputs: expected rows with labels for tokens='labels', got {', '.join(inputs)}")
         counted: Tensor = inputs["labels"] != OFF
         return counted
 
@@ -245,7 +245,7 @@ class Labels(Term):
         """Logits, labels and row weights; of spans, the starts with the ends below them."""
         names, weight = POSITIONS if self.task == "spans" else ("labels",), inputs.get("sample_weight")
         if lacking := [name for name in names if name not in inputs]:
-            raise Missing(f"Labels: needs rows with {', '.join(lacking)}")
+            raise Missing(f"Labels: inputs: expected rows with {', '.join(lacking)}, got {', '.join(inputs)}")
         if self.task != "spans":
             return self.output(student, "logits", instead=SPANS), inputs["labels"], weight
         both = [self.output(student, name) for name in ("start_logits", "end_logits")]

@@ -82,7 +82,7 @@ class Term(nn.Module):
             return found
         who = type(self).__name__
         if teacher and (holder is None or hasattr(holder, name)):
-            raise Missing(f"{who}: needs a teacher, or rows with a {TEACHER}{name} column")
+            raise Missing(f"{who}: teacher: expected one, or rows with a {TEACHER}{name} column, got neither")
         got = type(holder).__name__ + (f" of {', '.join(holder)}" if isinstance(holder, Mapping) else "")
         whose = "teacher" if teacher else "student"
         raise ValueError(f"{who}: outputs: expected a {whose}'s with .{name}{instead}, got {got}")

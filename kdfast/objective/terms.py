@@ -51,10 +51,10 @@ class Terms(nn.Module):
         if unnamed:
             got = type(unnamed[0]).__name__
             raise TypeError(
-                f"{type(self).__name__}: expected terms by name, such as Terms(kl=Logits()), got {got} alone"
+                f"{type(self).__name__}: terms: expected some by name, such as Terms(kl=Logits()), got {got} alone"
             )
         if not terms:
-            raise ValueError(f"{type(self).__name__}: expected at least one term, got none")
+            raise ValueError(f"{type(self).__name__}: terms: expected at least one, got none")
         self.terms = nn.ModuleDict()
         self.progress = 0.0
         for name, term in terms.items():
@@ -102,8 +102,8 @@ class Terms(nn.Module):
             if "output_hidden_states" not in str(error):
                 raise
             raise TypeError(
-                f"{type(self).__name__}: model: expected one whose forward takes output_hidden_states, as those of transformers "
-                f"do, got {type(unwrapped(model)).__name__}"
+                f"{type(self).__name__}: model: expected one whose forward takes output_hidden_states, as those of "
+                f"transformers do, got {type(unwrapped(model)).__name__}"
             ) from error
 
     def num_items(self, inputs: Inputs) -> Tensor:
@@ -119,7 +119,7 @@ class Terms(nn.Module):
             raise error
         if not values:
             raise ValueError(
-                f"{type(self).__name__}: expected a term whose weight is not 0 at {self.progress:.0%}, got none"
+                f"{type(self).__name__}: terms: expected one whose weight is not 0 at {self.progress:.0%}, got none"
             )
         if "num_items" not in inputs:
             return values
@@ -154,9 +154,11 @@ class Terms(nn.Module):
             if not term.needs:
                 term.refuse("needs", f"'hidden' or 'attention' where the term reads .{error.name}", "")
             side = "teacher" if error.obj is teacher else "student"
-            run = f"what objective.run({side}, inputs) returns"
-            message = f"{type(term).__name__}: needs a {side} with .{error.name}: {run}"
-            lacking = isinstance(teacher, Stored) and teacher.outputs is None and side == "teacher"
+            found = error.obj.outputs if isinstance(error.obj, Stored) else error.obj
+            lacking = error.obj is teacher and found is None
+            got = "none" if found is None else type(found).__name__
+            expected = f"outputs with .{error.name}, what objective.run({side}, inputs) returns"
+            message = f"{type(term).__name__}: {side}: expected {expected}, got {got}"
             raise (Missing if lacking else ValueError)(message) from error
         if not isinstance(value, Tensor):
             term.refuse("forward", "a scalar tensor", type(value).__name__, TypeError)

@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # The list of csrc/common/divergence_terms.h, which numbers them.
-ALL_KINDS = tuple(name for name, _, _ in _C.divergences)
-KINDS = tuple(name for name, topk, _ in _C.divergences if not topk)
-TAILS = tuple(name.removeprefix("topk_") for name, topk, _ in _C.divergences if topk)
-SECOND_LOOK = tuple(name for name, _, again in _C.divergences if again)
+ALL_KINDS = tuple(name for name, *_ in _C.divergences)
+KINDS = tuple(name for name, topk, *_ in _C.divergences if not topk)
+TAILS = tuple(name.removeprefix("topk_") for name, topk, *_ in _C.divergences if topk)
+SECOND_LOOK = tuple(name for name, _, again, *_ in _C.divergences if again)
+MIXTURES = {name: mixture for name, _, _, *mixture in _C.divergences}  # by what, and what it is where that is 0 or 1
 
 
 class Labels(NamedTuple):
@@ -54,20 +55,16 @@ def check_tail(op: str, tail: str) -> None:
         _checks.wrong_value(op, "tail", "'bucket', 'renormalize' or 'drop'", repr(tail))
 
 
-def at_its_ends(kind: str, beta: float = 0.0, skew: float = 0.0) -> tuple[str, float]:
-    """The divergence to compute and its beta or skew: at 0, and js_div at 1, the mixtures are other divergences."""
-    if kind == "js_div":
-        return "kl_div" if beta == 0 else "reverse_kl_div" if beta == 1 else kind, float(beta)
-    if kind in ("skew_kl_div", "skew_reverse_kl_div") and skew == 0:
-        kind = kind.removeprefix("skew_")
-    return kind, float(skew)
+def at_its_ends(kind: str, **settings: float) -> tuple[str, float]:
+    """The divergence to compute and its beta or skew: at an end of that, a mixture may be another divergence."""
+    by, at_zero, at_one = MIXTURES[kind]
+    mixing = settings.get(by, 0.0)
+    return at_zero if mixing == 0 else at_one if mixing == 1 else kind, float(mixing)
 
 
-def of(
-    op: str, student: Tensor, teacher: Tensor, given: Mapping[str, Any], *, beta: float = 0.0, skew: float = 0.0
-) -> Tensor:
-    """A divergence on its own; `given`: its options."""
-    kind, mixing = at_its_ends(op, beta, skew)
+def of(op: str, student: Tensor, teacher: Tensor, given: Mapping[str, Any], **settings: float) -> Tensor:
+    """A divergence on its own; `given`: its options, `settings`: beta or skew."""
+    kind, mixing = at_its_ends(op, **settings)
     return run(op, kind, student, teacher, Options.of(op, given), mixing, None)[0]
 
 

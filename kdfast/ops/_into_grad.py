@@ -50,4 +50,5 @@ def _accumulates(node: Any) -> bool:
 
 def _is_in_order(grad: Tensor) -> bool:
     """Whether what is enqueued now comes after what wrote `grad`: autograd keeps order between streams, this does not."""
-    return not grad.is_cuda or torch.cuda.current_stream() == torch.cuda.default_stream()
+    device = grad.device
+    return not grad.is_cuda or torch.cuda.current_stream(device) == torch.cuda.default_stream(device)

@@ -60,10 +60,10 @@ def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         _checks.wrong_value(op, "x", "at least one dimension, the features last", "a scalar")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
         _checks.wrong_value(op, "bias", f"the whole of it, [{weight.shape[0]}]", f"shape {list(bias.shape)}")
-    if not torch.is_autocast_enabled(x.device.type):
-        for argument, given in tensors[1:]:
-            if given.dtype is not x.dtype:
-                _checks.wrong_type(op, argument, f"the dtype of x, {x.dtype}", given.dtype)
+    for argument, given in tensors[1:]:
+        # What autocast does not cast, float64, has to match.
+        if given.dtype is not x.dtype and (torch.float64 in (x.dtype, given.dtype) or not _is_autocast(x)):
+            _checks.wrong_type(op, argument, f"the dtype of x, {x.dtype}", given.dtype)
 
 
 def check_width(op: str, x: Tensor, live: Any) -> None:
@@ -73,7 +73,8 @@ def check_width(op: str, x: Tensor, live: Any) -> None:
 
 def run(live: Live, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer, of checked arguments."""
-    if type(x) not in _PLAIN or type(weight) not in _PLAIN or torch.compiler.is_compiling():
+    native = type(x) in _PLAIN and type(weight) in _PLAIN and (x.is_cpu or x.is_cuda)
+    if not native or torch.compiler.is_compiling():
         return live.plain(x, weight, bias)
     dtype = _dtype(x)
     if torch.is_grad_enabled() and (
@@ -89,10 +90,16 @@ def _forward(live: Live, x: Tensor, bias: Tensor | None, part: Tensor) -> Tensor
 
 def _dtype(x: Tensor) -> torch.dtype:
     """In which the product is made: under autocast in autocast's, but for float64, which it leaves alone."""
-    device = "cpu" if x.is_cpu else x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
-        return torch.get_autocast_dtype(device)
+    if x.dtype is not torch.float64 and _is_autocast(x):
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def _is_autocast(x: Tensor) -> bool:
+    if x.is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -21,5 +21,6 @@ def load() -> None:
         from kdfast import _C  # noqa: F401
     except (OSError, ImportError) as error:
         raise ImportError(
-            f"kdfast: the native library {LIBRARY} does not load ({error}); rebuild it in the source folder with: {BUILD}"
+            f"kdfast: the native library {LIBRARY} does not load ({error}); rebuild it in the source folder with: "
+            f"{BUILD}"
         ) from error

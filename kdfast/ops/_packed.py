@@ -30,13 +30,16 @@ class Packed(Selection):
     """`selected_linear` of one weight, for many calls: indices are checked once, and the live weights are packed once
     for as long as they stay.
 
-    `packed(x, weight, bias)` looks at no argument but the width of x. What is packed is kept until another weight or
-    dtype comes, the weight is written to, a backward has reached it (after which optimizers write, some by `.data`, of
-    which torch keeps no count), or calls begin or cease to record gradients. Writes by `.data` between calls are seen
-    on the CPU where a sample of the weights shows them: after one to a few of them alone, `forget`. Elsewhere nothing is
-    kept between calls that record no gradients. Nor is it under `torch.compile` and dispatch modes.
+    `packed(x, weight, bias)` looks at no argument but the width of x. What is packed is kept until
 
-    Other indices are another Packed, which is cheap to make; a backward uses those of its forward.
+    - another weight or dtype comes, or calls begin or cease to record gradients;
+    - the weight is written to, or a backward has reached it: optimizers write after it, some by `.data`, of which torch
+      keeps no count, no more than of what `fully_shard` gathers;
+    - on the CPU, a sample of the weights has changed, which shows other writes of that kind, but for those to a few
+      weights alone: after these, `forget`. Elsewhere nothing is kept between calls that record no gradients.
+
+    Nothing is kept under `torch.compile` and dispatch modes. Other indices are another Packed, which is cheap to make; a
+    backward uses those of its forward.
 
     Args:
         shape: of the weight, [out, in].
@@ -86,10 +89,14 @@ class Packed(Selection):
             and (kept.sample is None or torch.equal(kept.sample, weight.take(self._places)))
         ):
             return kept.part
-        # In inference mode no later call could save it for its backward; leaving that mode turns gradients on.
-        with torch.inference_mode(False), torch.no_grad():
-            part = super().part(weight, dtype, recorded)
-            self._kept = self._keep(part, weight, recorded) if _is_kept(weight, recorded) else None
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():  # or no later call could save it for its backward
+                return self._packed(weight, dtype, recorded)
+        return self._packed(weight, dtype, recorded)
+
+    def _packed(self, weight: Tensor, dtype: torch.dtype, recorded: bool) -> Tensor:
+        part = super().part(weight, dtype, recorded)
+        self._kept = self._keep(part, weight, recorded) if _is_kept(weight, recorded) else None
         return part
 
     def _keep(self, part: Tensor, weight: Tensor, recorded: bool) -> _Kept:

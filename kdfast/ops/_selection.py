@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from kdfast.ops import _checks
+from kdfast.ops import _checks, _shards
 
 
 class Selection:
@@ -28,7 +30,10 @@ class Selection:
 
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         self._follow(weight.device)
-        return selected_linear_reference(x, weight, bias, rows=self.rows, columns=self.columns)
+        rows, columns = self.rows, self.columns
+        if _shards.is_dtensor(weight):
+            rows, columns = _replicated(rows, weight), _replicated(columns, weight)
+        return selected_linear_reference(x, weight, bias, rows=rows, columns=columns)
 
     def part(self, weight: Tensor, dtype: torch.dtype, recorded: bool) -> Tensor:
         self._follow(weight.device)
@@ -85,6 +90,15 @@ class Selection:
             self.columns = self.columns.to(device)
 
 
+def _replicated(indices: Tensor | None, like: Any) -> Tensor | None:
+    """On the mesh of a DTensor, which takes no other indices."""
+    if indices is None:
+        return None
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(indices, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+
+
 def _lies_in_rows(matrix: Tensor) -> bool:
     return matrix.stride(1) == 1 or matrix.shape[1] <= 1
 
@@ -132,6 +146,7 @@ def _checked(op: str, argument: str, indices: Tensor | None, count: int) -> Tens
         _checks.wrong_type(op, argument, "an int64 tensor of indices (mask.nonzero().flatten())", indices.dtype)
     if indices.dim() != 1:
         _checks.wrong_value(op, argument, "one dimension", f"shape {list(indices.shape)}")
+    indices = indices.contiguous()
     if indices.device.type != "cpu" or torch.compiler.is_compiling() or not indices.shape[0]:
         return indices
     first, last = int(indices[0]), int(indices[-1])

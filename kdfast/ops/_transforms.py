@@ -130,7 +130,8 @@ class _Gradient(_Once):
 
 def no_double_backward(op: str) -> NoReturn:
     raise RuntimeError(
-        f"{op}: double backward is not available: expected a first derivative, without create_graph=True and of no gradient"
+        f"{op}: double backward is not available: expected a first derivative, without create_graph=True and of no "
+        "gradient"
     )
 
 

@@ -87,7 +87,7 @@ def soft_part(op: str, given: Distillation) -> tuple[str, float]:
     _divergence.check_divergence(op, given.divergence)
     _checks.check_fraction(op, "beta", given.beta)
     _checks.check_fraction(op, "skew", given.skew, below_one=True)
-    return _divergence.at_its_ends(given.divergence, given.beta, given.skew)
+    return _divergence.at_its_ends(given.divergence, beta=given.beta, skew=given.skew)
 
 
 def hard_part(op: str, labels: Tensor | None, given: WithLabels) -> Labels:

@@ -105,7 +105,7 @@ class Prefix(NamedTuple):
         pass
 
     def _part(self, weight: Tensor) -> Tensor:
-        return weight[: self.outputs, : self.inputs]
+        return weight.as_strided(self[:2], weight.stride())  # a microsecond, where two slices take two
 
 
 def _size(op: str, argument: str, given: int | None, whole: int) -> int:

@@ -37,8 +37,8 @@ class Recipe:
     seed: int = setting(0, "Seed of initialisation, order of rows and dropout.")
     precision: str = setting(
         "auto",
-        "Of the products in training: float32, bfloat16, or on a GPU float16; auto: bfloat16 where it is native. Weights are "
-        "float32.",
+        "Of the products in training: float32, bfloat16, or on a GPU float16; auto: bfloat16 where it is native. "
+        "Weights are float32.",
     )
     save_dtype: str = setting(
         "float32", "Of the saved student's weights: float32, bfloat16 or float16; it is measured as it is saved."
@@ -52,23 +52,28 @@ class Recipe:
     def at_least(self, least: int, *names: str) -> None:
         for name in names:
             if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
 
     def between(self, low: float, high: float, *names: str) -> None:
         for name in names:
             if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must be between {low:g} and {high:g}, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected {low:g} to {high:g}, got {getattr(self, name)}")
+
+    def inside(self, low: float, high: float, *names: str) -> None:
+        for name in names:
+            if (value := getattr(self, name)) is not None and not low < value < high:
+                raise ValueError(f"{name}: expected above {low:g} and below {high:g}, got {value}")
 
     def one_of(self, values: tuple[Any, ...], *names: str) -> None:
         for name in names:
             if getattr(self, name) not in values:
                 known = ", ".join(str(value) for value in values if value is not None)
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)}")
 
     def positive(self, *names: str) -> None:
         for name in names:
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
 
     def as_dict(self) -> dict[str, Any]:
         """As YAML and JSON have it: the recipe's name first, lists for tuples,
@@ -91,18 +96,19 @@ class Recipe:
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(f"config {path}: {error.strerror}") from None
+            raise ValueError(f"config {path}: expected a file of settings, got {str(error.strerror).lower()}") from None
         except yaml.YAMLError as error:
-            raise ValueError(f"config {path} is no YAML: {' '.join(str(error).split())}") from None
+            raise ValueError(f"config {path}: expected YAML, got other text: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
-            raise ValueError(f"config {path} holds no settings")
+            raise ValueError(f"config {path}: expected settings by name, got none")
         if (recipe := values.pop("recipe", cls.name)) != cls.name:
-            raise ValueError(f"config {path} is of the recipe {recipe}, not {cls.name}")
+            raise ValueError(f"config {path}: expected the recipe {cls.name}, got {recipe}")
         fields = get_type_hints(cls)
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(
-                f"config {path}: {cls.name} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+                f"config {path}: expected settings of {cls.name}, got {', '.join(unknown)}; it has "
+                f"{', '.join(sorted(known))}"
             )
         found = {name: located(name, value, path.parent) for name, value in values.items()}
         return {name: _converted(f"config {path}: {name}", fields[name], value) for name, value in found.items()}

@@ -34,8 +34,8 @@ class Recipe(base.Recipe):
 
     data: str | None = setting(
         None,
-        "A .jsonl file with prompt and completion in each line, of which the completions count; or a text file with empty "
-        "lines between the texts, packed. Default: news editorials and product reviews, packed.",
+        "A .jsonl file with prompt and completion in each line, of which the completions count; or a text file with "
+        "empty lines between the texts, packed. Default: news editorials and product reviews, packed.",
     )
     teacher: str | None = setting(
         None, "Causal language model, a folder or Hub name. Default: SmolLM2-135M-Instruct (90 MB)."
@@ -52,8 +52,8 @@ class Recipe(base.Recipe):
     temperature: float = setting(1.0, "Softens teacher and student alike.")
     on_policy: float = setting(
         0.0,
-        "Share of the batches whose completions the student samples (lambda of GKD). Rows of packed text then have the first "
-        "quarter as a prompt, and only the rest counts.",
+        "Share of the batches whose completions the student samples (lambda of GKD). Rows of packed text then have "
+        "the first quarter as a prompt, and only the rest counts.",
     )
     max_new_tokens: int = setting(64, "Tokens of the longest sample.")
     max_length: int = setting(256, "Tokens of a row; longer rows are cut.")
@@ -67,8 +67,7 @@ class Recipe(base.Recipe):
         super().__post_init__()
         self.at_least(1, "max_new_tokens", "steps", "batch_size", "train_rows", "test_rows")
         self.at_least(8, "max_length")
-        if not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning_rate must be between 0 and 1, got {self.learning_rate}")
+        self.inside(0, 1, "learning_rate")
         self.between(0, 1, "on_policy")
         self.objective()  # checks the rest
 

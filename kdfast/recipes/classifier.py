@@ -60,14 +60,15 @@ class ClassifierRecipe(Recipe):
 
     data: str | None = setting(
         None,
-        "Labelled text: a task of GLUE (sst2), another Hub name, a CSV, TSV, JSON or Parquet file, or a folder of such files "
-        "(train*, test*). Default: 10,568 movie reviews.",
+        "Labelled text: a task of GLUE (sst2), another Hub name, a CSV, TSV, JSON or Parquet file, or a folder of "
+        "such files (train*, test*). Default: 10,568 movie reviews.",
     )
     text_columns: tuple[str, ...] | None = setting(None, "Column of the text, or two of pairs. Default: found by name.")
     label_column: str | None = setting(None, "Default: found by name.")
     kind: str | None = setting(
         None,
-        "classification, regression or multi_label. Default: by the labels; decimal numbers are a regression, lists multi_label.",
+        "classification, regression or multi_label. Default: by the labels; decimal numbers are a regression, lists "
+        "multi_label.",
     )
     base: str | None = setting(None, "Pre-trained encoder, a folder or Hub name. Default: MiniLM, 6 layers, 384 wide.")
     teacher: str | None = setting(None, "Classifier of this data, a folder or Hub name. Default: the base, fine-tuned.")
@@ -97,19 +98,16 @@ class ClassifierRecipe(Recipe):
         self.at_least(1, "epochs", "teacher_epochs", "batch_size", "train_rows", "test_rows")
         self.at_least(4, "max_length")
         if self.teacher is not None and self.teacher_learning_rate is not None:
-            raise ValueError(
-                "teacher_learning_rate is of a teacher that is fine-tuned here: expected none beside teacher"
-            )
-        for name in ("learning_rate", "teacher_learning_rate"):
-            if (rate := getattr(self, name)) is not None and not 0 < rate < 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {rate}")
+            expected = "none beside teacher, as it is of one that is fine-tuned here"
+            raise ValueError(f"teacher_learning_rate: expected {expected}, got {self.teacher_learning_rate}")
+        self.inside(0, 1, "learning_rate", "teacher_learning_rate")
         self.between(0, 1, "warmup")
         self.one_of(("teacher", "base"), "student_start")
         self.one_of((None, "classification", "regression", "multi_label"), "kind")
         if self.student_start == "base" and self.teacher is not None and self.base is None and self.student is None:
-            raise ValueError("student_start base with a given teacher needs base, the pre-trained encoder")
+            raise ValueError("base: expected the pre-trained encoder, for student_start base beside teacher, got none")
         if self.student_layers is not None and (not self.student_layers or min(self.student_layers) < 0):
-            raise ValueError(f"student_layers must be numbers from 0 on, got {list(self.student_layers)}")
+            raise ValueError(f"student_layers: expected numbers from 0 on, got {list(self.student_layers)}")
         self.stages(len(self.student_layers or (0, 1, 2)), 12, "classification")  # checks the recipe's own settings
 
     def student_default(self, teacher_layers: int) -> tuple[int, ...]:

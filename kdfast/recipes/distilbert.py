@@ -55,7 +55,8 @@ class Recipe(base.Recipe):
 
     data: str | None = setting(
         None,
-        "Text file with empty lines between the texts, at least 10. Default: 117,659 definitions and examples of WordNet.",
+        "Text file with empty lines between the texts, at least 10. Default: 117,659 definitions and examples of "
+        "WordNet.",
     )
     teacher: str | None = setting(
         None, "Masked language model, a folder or Hub name. Default: MiniLM, 6 layers, 384 wide, trained to be one."
@@ -96,12 +97,11 @@ class Recipe(base.Recipe):
         self.at_least(0, "ce_weight", "mlm_weight", "cosine_weight", "mse_weight", "weight_decay", "mask_smoothing")
         self.positive("temperature", "max_grad_norm", "mask_probability")
         self.between(0, 1, "mask_probability", "warmup")
-        if not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning_rate must be between 0 and 1, got {self.learning_rate}")
+        self.inside(0, 1, "learning_rate")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout}")
+            raise ValueError(f"dropout: expected 0 or more and less than 1, got {self.dropout}")
         if not (self.ce_weight or self.mlm_weight or self.cosine_weight or self.mse_weight):
-            raise ValueError("one of ce_weight, mlm_weight, cosine_weight, mse_weight must be positive")
+            raise ValueError("ce_weight, mlm_weight, cosine_weight, mse_weight: expected a positive one, got 0 for all")
 
     def objective(self, vocabulary: int) -> Terms:
         """The objective, with logits of so many tokens."""

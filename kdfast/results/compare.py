@@ -49,11 +49,11 @@ class Run:
             ValueError: no finished run, or one of an earlier version of kdfast.
         """
         if not folder.is_dir():
-            raise ValueError(f"{folder}: there is no such folder")
+            raise ValueError(f"{folder}: expected the folder of a run, got no folder")
         if not (folder / METRICS).is_file():
             inside = sorted(path.parent.name for path in folder.glob(f"*/{METRICS}"))
             hint = f"; there are runs in it: {folder / inside[0]}" if inside else ""
-            raise ValueError(f"{folder} is no finished run: it has no {METRICS}{hint}")
+            raise ValueError(f"{folder}: expected a finished run, got no {METRICS}{hint}")
         try:
             stored = json.loads((folder / METRICS).read_text())
             models, settings = dict(stored["models"]), dict(stored["settings"])
@@ -62,7 +62,8 @@ class Run:
             metric, test = ("perplexity", None) if language else (stored["task"]["metric"], stored["task"]["test"])
             tokenizer = stored.get("tokenizer") if language else None
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{folder / METRICS} is not of a run of this version of kdfast: {error!r}") from None
+            expected = "what a run of this version of kdfast has"
+            raise ValueError(f"{folder / METRICS}: expected {expected}, got {error!r}") from None
         return cls(folder, family, metric, test, tokenizer, settings, models)
 
     @property
@@ -192,12 +193,13 @@ def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:
     metric = metric or runs[0].metric
     known = {name for run in runs for row in run.models.values() for name in row}
     if metric not in known:
-        raise ValueError(f"metric must be one of {', '.join(sorted(known))}, got {metric}")
+        raise ValueError(f"metric: expected one of {', '.join(sorted(known))}, got {metric}")
     groups: dict[str, list[Run]] = {}
     for run in runs:
         group = groups.setdefault(json.dumps(run.but_for_the_seed, sort_keys=True, default=str), [])
         if same := [other for other in group if other.seed == run.seed]:
-            raise ValueError(f"{same[0].folder} and {run.folder} have the same settings and seed, {run.seed}")
+            expected = f"other settings or another seed than {same[0].folder}"
+            raise ValueError(f"{run.folder}: expected {expected}, got the same and seed {run.seed}")
         group.append(run)
     rows = list(_rows(dict(zip(_names(list(groups.values())), groups.values(), strict=True)), metric))
     teachers = [row for row in rows if row.model == "teacher"]
@@ -247,13 +249,14 @@ def _check_alike(runs: list[Run]) -> None:
     for run in runs[1:]:
         if run.family != first.family:
             raise ValueError(
-                f"{first.folder} is a run of {_kind(first)}, {run.folder} of {_kind(run)}: compare each kind alone"
+                f"{run.folder}: expected a run of {_kind(first)}, as {first.folder} is, got one of {_kind(run)}; "
+                "compare each kind alone"
             )
         for name, value in first.measured_on.items():
             if run.measured_on[name] != value:
                 raise ValueError(
-                    f"{first.folder} and {run.folder} are measured on different rows: "
-                    f"{name} {value} and {run.measured_on[name]}"
+                    f"{run.folder}: expected a run measured on the rows of {first.folder}, {name} {value}, got {name} "
+                    f"{run.measured_on[name]}"
                 )
 
 
@@ -264,7 +267,8 @@ def _check_tokenizers(runs: list[Run]) -> None:
     for run in known[1:]:
         if run.tokenizer != known[0].tokenizer:
             raise ValueError(
-                f"{known[0].folder} and {run.folder} have different tokenizers: what is measured per token does not compare"
+                f"{run.folder}: expected the tokenizer of {known[0].folder}, got another; what is measured per token "
+                "does not compare"
             )
 
 

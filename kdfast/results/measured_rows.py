@@ -17,9 +17,21 @@ from kdfast.recipes.paths import METRICS, moved
 SETTINGS = ("text_columns", "label_column", "kind", "test_rows")  # of which the test rows are made, beside the data
 
 
+def read(data: str | None, **settings: Any) -> tasks.Task:
+    """`kdfast.data.tasks.load`; its messages begin with the setting, which is `data` and not `source` here.
+
+    Raises:
+        ValueError, kdfast.data.demo.AssetError: as `load` there.
+    """
+    try:
+        return tasks.load(data, **settings)
+    except tasks.TaskError as error:
+        raise ValueError(str(error).replace("tasks: source:", "data:").removeprefix("tasks: ")) from None
+
+
 def load(recipe: ClassifierRecipe, **instead: Any) -> tasks.Task:
     """The task of a recipe's settings, some of them others."""
-    return tasks.load(recipe.data, **{name: getattr(recipe, name) for name in SETTINGS} | instead)
+    return read(recipe.data, **{name: getattr(recipe, name) for name in SETTINGS} | instead)
 
 
 def stored(run: Path) -> str | None:

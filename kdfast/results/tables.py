@@ -31,23 +31,31 @@ def _table(title: str, caption: str, headings: Sequence[str]) -> Table:
     return table
 
 
-# Metric: its heading, its factor, its digits.
-HEADINGS = {
+# Of what is measured: its heading, its factor, its digits.
+HEADINGS: dict[str, tuple[str, float, int]] = {
     "accuracy": ("accuracy\n%", 100, 1),
     "f1": ("F1\n%", 100, 1),
     "micro_f1": ("micro F1\n%", 100, 1),
     "matthews": ("Matthews", 1, 3),
     "pearson": ("Pearson", 1, 3),
+    "spearman": ("Spearman", 1, 3),
+    "exact_match": ("exact\n%", 100, 1),
+    "perplexity": ("perplexity", 1, 2),
+    "kl_to_teacher": ("KL to\nteacher", 1, 4),
+    "mse_to_teacher": ("MSE to\nteacher", 1, 4),
+    "agreement": ("agrees\n%", 100, 1),
+    "parameters": ("params\nM", 1e-6, 1),
+    "megabytes": ("MB", 1, 0),
+    "gflop": ("GFLOP,\n1", 1, 2),
+    "latency_ms_batch_1": ("ms,\n1", 1, 1),
+    "latency_ms_batch_32": ("ms,\n32", 1, 0),
+    "tokens_per_second": ("tokens\nper s", 1, 0),
+    "training_seconds": ("train\ns", 1, 0),
 }
-COLUMNS: tuple[tuple[str, str, float, int], ...] = (
-    ("kl_to_teacher", "KL to\nteacher", 1, 4),
-    ("mse_to_teacher", "MSE to\nteacher", 1, 4),
-    ("agreement", "agrees\n%", 100, 1),
-    ("parameters", "params\nM", 1e-6, 1),
-    ("megabytes", "MB", 1, 0),
-    ("latency_ms_batch_1", "ms,\n1", 1, 1),
-    ("latency_ms_batch_32", "ms,\n32", 1, 0),
-    ("training_seconds", "train\ns", 1, 0),
+# Of a run's table, beside its metric.
+COLUMNS = (
+    *("kl_to_teacher", "mse_to_teacher", "agreement", "parameters", "megabytes"),
+    *("latency_ms_batch_1", "latency_ms_batch_32", "training_seconds"),
 )
 
 
@@ -81,26 +89,24 @@ def _spread(row: Metrics, name: str) -> str:
 
 def results_table(results: Mapping[str, Metrics], titles: Mapping[str, str], data: str, metric: str) -> Table:
     """One row per model, in the order of the titles."""
-    heading, factor, digits = HEADINGS[metric]
-    columns = [(metric, heading, factor, digits), *COLUMNS]
-    columns = [column for column in columns if any(column[0] in results[name] for name in titles)]
+    columns = [column for column in (metric, *COLUMNS) if any(column in results[name] for name in titles)]
     table = _table(
         f"{data}: on the test rows",
         _distances({key for name in titles for key in results[name]}) + _latencies(results[name] for name in titles),
-        [column[1] for column in columns],
+        [column_of(column)[0] for column in columns],
     )
     for name, title in titles.items():
         row = results[name]
-        cells = [
-            _cell(row[key] * scale, places) + _spread(row, key) if key in row else "–"
-            for key, _, scale, places in columns
-        ]
-        table.add_row(title, *cells)
+        table.add_row(
+            title, *(_cell(row, column) + _spread(row, column) if column in row else "–" for column in columns)
+        )
     return table
 
 
-def _cell(value: float, places: int) -> str:
-    return f"{value:.{places if abs(value) < 99.95 else 0}f}"
+def _cell(row: Metrics, name: str) -> str:
+    _, factor, digits = column_of(name)
+    value = row[name] * factor
+    return f"{value:.{digits if abs(value) < 99.95 else 0}f}"
 
 
 LANGUAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -133,19 +139,9 @@ def language_table(results: Mapping[str, Metrics], caption: str) -> Table:
     return table
 
 
-MORE_HEADINGS = {
-    "spearman": ("Spearman", 1, 3),
-    "exact_match": ("exact\n%", 100, 1),
-    "gflop": ("GFLOP,\n1", 1, 2),
-    "perplexity": ("perplexity", 1, 2),
-    "tokens_per_second": ("tokens\nper s", 1, 0),
-}
-
-
 def column_of(name: str) -> tuple[str, float, int]:
     """Heading, factor and digits of anything that is measured."""
-    of_columns = {key: (heading, factor, digits) for key, heading, factor, digits in COLUMNS}
-    return (HEADINGS | MORE_HEADINGS | of_columns).get(name, (name.replace("_", "\n"), 1, 3))
+    return HEADINGS.get(name, (name.replace("_", "\n"), 1, 3))
 
 
 def _form(value: float, digits: int) -> str:

@@ -66,7 +66,8 @@ def check_causal(teacher: Any, source: str | Path) -> None:
         raise ValueError(f"teacher {source}: {error}") from None
     if (first - second)[:-1].abs().max() > 1e-3 * first.abs().max():
         raise ValueError(
-            f"teacher {source} is no causal language model: its prediction of a token depends on the tokens after it"
+            f"teacher {source}: expected a causal language model, got one whose prediction of a token depends on the "
+            "tokens after it"
         )
 
 
@@ -106,21 +107,18 @@ class CausalLMRun(LanguageRun):
         largest = max(max(row["input_ids"]) for row in [*self.train, *self.test])
         known = self.teacher.get_input_embeddings().num_embeddings
         if max(largest, pad) >= known:
-            raise ValueError(f"teacher {source} knows {known} tokens, its tokenizer made number {max(largest, pad)}")
+            got = f"one that made {max(largest, pad)}"
+            raise ValueError(f"teacher {source}: expected a tokenizer of the {known} tokens that it knows, got {got}")
 
     def _rows(self) -> tuple[list[text.Row], list[text.Row]]:
         r = self.recipe
         if r.data is None:
             train, test = demo.articles(demo.fetch(demo.ARTICLES))
             return text.packed(train, self.tokenizer, r.max_length), text.packed(test, self.tokenizer, r.max_length)
-        path = self.data_file()
-        try:
-            if path.suffix.lower() == ".jsonl":
-                rows = text.read_completions(path, self.tokenizer, r.max_length)
-            else:
-                rows = text.packed(text.read_texts(path), self.tokenizer, r.max_length)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"data {error}") from None
+        if r.data.lower().endswith(".jsonl"):
+            rows = self.read(text.read_completions, self.tokenizer, r.max_length)
+        else:
+            rows = text.packed(self.read(text.read_texts), self.tokenizer, r.max_length)
         random.Random(0).shuffle(rows)
         held_out = min(r.test_rows, len(rows) // 10)
         return rows[held_out:], rows[:held_out]

@@ -92,10 +92,7 @@ class ClassifierRun:
 
     def _task(self) -> tasks.Task:
         r = self.recipe
-        try:
-            task = measured_rows.load(r, train_rows=r.train_rows)
-        except tasks.TaskError as error:
-            raise ValueError(str(error).removeprefix("tasks: ").replace("source: ", "data: ", 1)) from None
+        task = measured_rows.load(r, train_rows=r.train_rows)
         held_out = ", held out of the file's" if task.held_out else ""
         rows = f"{len(task.train):,} training rows, {len(task.test):,} test rows{held_out}"
         self.console.print(f"{files.shown_name(task.name)}: {rows}; {task.described}")
@@ -160,7 +157,8 @@ class ClassifierRun:
         model, loading = pretrained(AutoModelForSequenceClassification, argument, source, **options)
         if unlike := sorted(name for name, *_ in loading["mismatched_keys"]):
             raise ValueError(
-                f"{named(argument, source)}: {', '.join(unlike)} are not of {self.task.described}, as the data"
+                f"{named(argument, source)}: expected weights of {self.task.described}, as the data, got others: "
+                f"{', '.join(unlike)}"
             )
         pairing.pad_alike(named(argument, source), model, self.tokenizer)
         return model
@@ -324,5 +322,5 @@ def _changes(text: str) -> dict[str, Any]:
     """hidden_size=192,intermediate_size=768 as a dict."""
     pairs = [part.split("=", 1) for part in text.split(",")]
     if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"student_config must be like hidden_size=192,intermediate_size=768, got {text}")
+        raise ValueError(f"student_config: expected changes like hidden_size=192,intermediate_size=768, got {text}")
     return {name.strip(): yaml.safe_load(value) for name, value in pairs}

@@ -98,8 +98,11 @@ class DistilBERTRun(LanguageRun):
         datasets.disable_progress_bars()
         self.teacher = self._load_teacher()
         if len(self.tokenizer) > self.teacher.config.vocab_size:
-            got = f"{self.teacher.config.vocab_size} tokens, its tokenizer {len(self.tokenizer)}"
-            raise ValueError(f"teacher {r.teacher} knows {got}")
+            known = self.teacher.config.vocab_size
+            raise ValueError(
+                f"teacher {r.teacher}: expected a tokenizer of the {known} tokens that it knows, got one of "
+                f"{len(self.tokenizer)}"
+            )
         self.start = self._new_student()
         self.train, test = self._rows()
         test, self.curve = list(test), min(CURVE_ROWS, len(test))
@@ -143,7 +146,7 @@ class DistilBERTRun(LanguageRun):
     def _rows(self) -> tuple[Any, Any]:
         """To train on, and held out: the same texts whatever `train_rows` is."""
         r = self.recipe
-        texts = demo.wordnet(demo.fetch(demo.WORDNET)) if r.data is None else self._texts(self.data_file())
+        texts = demo.wordnet(demo.fetch(demo.WORDNET)) if r.data is None else self._texts()
         random.Random(0).shuffle(texts)
         # Twice as many texts as rows: some are too short to be one.
         held_out = min(2 * r.test_rows, len(texts) // 10)
@@ -159,22 +162,19 @@ class DistilBERTRun(LanguageRun):
                 rows = masking.blocks(some, self.tokenizer, r.max_length, tell=notes.append)
             except ValueError:  # the tokenizer is a fast one: nothing is left
                 raise ValueError(
-                    f"data {r.data or 'by default'}: expected texts of at least 12 tokens that the teacher knows, to train "
-                    f"on and to hold out, got none among {len(some)}"
+                    f"data {r.data or 'by default'}: expected texts of at least 12 tokens that the teacher knows, to "
+                    f"train on and to hold out, got none among {len(some)}"
                 ) from None
             self.notes += [f"{which} texts: {note}" for note in notes]
             parts.append(rows if count is None else rows.select(range(min(count, len(rows)))))
         return parts[0], parts[1]
 
-    def _texts(self, path: Path) -> list[str]:
-        try:
-            texts = text.read_texts(path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"data {error}") from None
+    def _texts(self) -> list[str]:
+        texts: list[str] = self.read(text.read_texts)
         if len(texts) < 10:
             raise ValueError(
-                f"data {path}: expected at least 10 texts with empty lines between them, a tenth of them to hold out, got "
-                f"{len(texts)}"
+                f"data {self.recipe.data}: expected at least 10 texts with empty lines between them, a tenth of them "
+                f"to hold out, got {len(texts)}"
             )
         return texts
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -126,7 +126,7 @@ class LanguageRun:
         model, loading = pretrained(self.auto, "teacher", source, **options)
         if (lacking := sorted(loading["missing_keys"])) and not new_head:
             names = ", ".join(lacking[:4]) + (f" and {len(lacking) - 4} more" if len(lacking) > 4 else "")
-            raise ValueError(f"teacher {source} is no {self.kind}: it has no {names}")
+            raise ValueError(f"teacher {source}: expected a {self.kind}, got a model without {names}")
         pairing.check_length(f"teacher {source}", model, self.recipe.max_length)
         return model.eval().to(device())
 
@@ -138,10 +138,26 @@ class LanguageRun:
         """
         path, (expected, known) = Path(self.recipe.data), self.data_files
         if not path.is_file():
-            raise ValueError(f"data {path} is not a file: expected {expected}")
+            raise ValueError(f"data {path}: expected {expected}, got no file")
         if path.suffix.lower() in NO_TEXT and path.suffix.lower() not in known:
             raise ValueError(f"data {path}: expected {expected}, got a file that ends in {path.suffix}")
         return path
+
+    def read(self, reader: Callable[..., Any], *arguments: Any) -> Any:
+        """What a reader of `kdfast.data.text` makes of the file.
+
+        Raises:
+            ValueError: it cannot be read, or holds something else.
+        """
+        path = self.data_file()
+        try:
+            return reader(path, *arguments)
+        except OSError as error:
+            raise ValueError(
+                f"data {path}: expected a file that can be read, got {str(error.strerror).lower()}"
+            ) from None
+        except ValueError as error:  # which begins with the path
+            raise ValueError(f"data {error}") from None
 
     # ---- all recipes' ----
     def execute(self) -> dict[str, measure.Metrics]:

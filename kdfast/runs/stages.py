@@ -159,19 +159,21 @@ def check_run_folder(folder: Path, settings: Mapping[str, Any]) -> None:
         ValueError: the folder holds a run with other settings, or something that is not a run, or it cannot be written.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output {folder} is not a folder")
+        raise ValueError(f"output {folder}: expected a folder, got a file")
     if reason := why_not_writable(folder):
-        raise ValueError(f"output folder {folder} cannot be written: {reason}")
+        raise ValueError(f"output {folder}: expected a folder that can be written, got {reason}")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"output folder {folder} is not empty and holds no run; choose another")
+        raise ValueError(
+            f"output {folder}: expected an empty folder or one with a run, got other files; choose another"
+        )
     stored = yaml.safe_load((folder / CONFIG).read_text())
     for name, value in settings.items():
         if located(name, stored.get(name), folder) != located(name, value, folder):
             keep = f" (with --teacher {folder / 'teacher'}: its own)" if finished(folder / "teacher") else ""
             raise ValueError(
-                f"output folder {folder} holds a run with {name} {stored.get(name)}, not {value}; "
+                f"{name}: expected {stored.get(name)}, as the run in the output folder {folder} has, got {value}; "
                 f"choose another{keep}, or --fresh to start over"
             )
 
@@ -188,7 +190,8 @@ def anew(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         value = settings.get(name)
         if value is not None and Path(value).resolve().is_relative_to(folder.resolve()):
             raise ValueError(
-                f"{name} {value} lies in the output folder {folder}, which would be removed; choose another"
+                f"{name} {value}: expected a place outside of the output folder {folder}, which would be removed, got "
+                "one inside; choose another"
             )
     held = (folder / CONFIG).is_file()
     if held:

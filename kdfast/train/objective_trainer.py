@@ -74,6 +74,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         saved, own = load_file(path) if path.exists() else {}, dict(self.objective.named_parameters())
         if saved.keys() != own.keys():
             raise ValueError(
-                f"DistillationTrainer: objective: expected the parameters that {path} has, {sorted(saved)}, got {sorted(own)}"
+                f"DistillationTrainer: objective: expected the parameters that {path} has, {sorted(saved)}, got "
+                f"{sorted(own)}"
             )
         self.objective.load_state_dict(saved, strict=False)  # projections that terms share are there once

@@ -36,12 +36,13 @@ class OnPolicyTrainer(DistillationTrainer):
 
     def __init__(self, *args: Any, on_policy: float, max_new_tokens: int, **kwargs: Any) -> None:
         if not 0 <= on_policy <= 1:
-            raise ValueError(f"OnPolicyTrainer: on_policy must be between 0 and 1, got {on_policy}")
+            raise ValueError(f"OnPolicyTrainer: on_policy: expected 0 to 1, got {on_policy}")
         if max_new_tokens < 1:
-            raise ValueError(f"OnPolicyTrainer: max_new_tokens must be at least 1, got {max_new_tokens}")
+            raise ValueError(f"OnPolicyTrainer: max_new_tokens: expected at least 1, got {max_new_tokens}")
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("OnPolicyTrainer: a student that is sharded over processes cannot sample here; use DDP")
+            expected = "a student that is whole on every process, as sampling needs it"
+            raise ValueError(f"OnPolicyTrainer: model: expected {expected}, got one that is sharded; use DDP")
         self.on_policy = on_policy
         self.max_new_tokens = max_new_tokens
 
@@ -87,13 +88,15 @@ def sample_completions(model: Any, batch: dict[str, Tensor], max_new_tokens: int
     ids, device = batch["input_ids"], batch["input_ids"].device
     ends = model.generation_config.eos_token_id
     if ends is None:
-        raise ValueError("sample_completions: the model's generation_config has no eos_token_id")
+        raise ValueError("sample_completions: model: expected an eos_token_id in its generation_config, got None")
     ends = [ends] if isinstance(ends, int) else list(ends)
     real = batch.get("attention_mask", torch.ones_like(ids)).bool()
     before = (batch["labels"] != OFF).cumsum(1) == 0
     prompts = [row[on].tolist() for row, on in zip(ids, real & before, strict=True)]
     if not all(prompts):
-        raise ValueError("sample_completions: expected a prompt in every row: labels that begin with -100")
+        raise ValueError(
+            "sample_completions: batch: expected a prompt in every row: labels that begin with -100, got none"
+        )
     # Padded on the left, so that all samples begin in one column.
     left = [torch.tensor(prompt) for prompt in prompts]
     start = pad_sequence(left, batch_first=True, padding_value=ends[0], padding_side="left")

@@ -84,8 +84,8 @@ class DistillationTrainer(ObjectiveTrainer):
         check_objective(objective)
         if kwargs.get("compute_loss_func") is not None or (args is not None and args.label_smoothing_factor):
             raise ValueError(
-                "DistillationTrainer: compute_loss_func and label_smoothing_factor have no effect here; "
-                "the objective is the loss"
+                "DistillationTrainer: compute_loss_func, label_smoothing_factor: expected neither, as the objective "
+                "is the loss, got one"
             )
         super().__init__(model, args, **kwargs)
         check_apart(teacher, self.model)
@@ -259,8 +259,8 @@ class DistillationTrainer(ObjectiveTrainer):
         column = self.args.length_column_name
         if len(dataset) and not {column, "input_ids"} & dataset[0].keys():
             raise ValueError(
-                "DistillationTrainer: train_sampling_strategy: expected rows with input_ids or their lengths in a column "
-                f"{column!r} for 'group_by_length', got {', '.join(dataset[0])}"
+                "DistillationTrainer: train_sampling_strategy: expected rows with input_ids or their lengths in a "
+                f"column {column!r} for 'group_by_length', got {', '.join(dataset[0])}"
             )
         lengths = [row[column] if column in row else len(row["input_ids"]) for row in dataset]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed

@@ -45,7 +45,8 @@ def _apart(student: tuple[int, ...], teacher: tuple[int, ...], layers: int) -> M
 
     def make(generator: torch.Generator, gap: float) -> tuple[Side, Side]:
         options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
-        return tuple([torch.randn(shape, **options) for _ in range(layers)] for shape in (student, teacher))  # type: ignore[return-value]
+        one, other = ([torch.randn(shape, **options) for _ in range(layers)] for shape in (student, teacher))
+        return one, other
 
     return make
 

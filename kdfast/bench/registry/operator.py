@@ -40,7 +40,8 @@ class Operator:
     without kdfast. `make(shape, options)`: student and teacher of a benchmark, by `torch.randn(..., **options)`;
     `arguments(student)`: what both need beside them. `cpu_shapes`, `cuda_shapes`: shapes and dtypes of the benchmarks;
     `sweep_shapes`: of the sweep over widths. `flops(student, gradient)`: of operators that arithmetic bounds; the
-    others are bound by what they must read and write.
+    others are bound by what they must read and write. `product`: a layer, not a loss: it has a student alone, no
+    reduction, and the student's dtype.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Operator:
     arguments: Callable[[Side], dict[str, Any]] = field(default=lambda student: {})
     exact: float = 2**-48
     flops: Callable[[Side, bool], float] | None = None
+    product: bool = False
 
 
 def apply(function: Callable[..., Tensor], student: Side, teacher: Side, **kwargs: Any) -> Tensor:
