@@ -63,7 +63,8 @@ def compact(model: nn.Module, masks: Masks, optimizer: Optimizer | None = None) 
         once its `optimizer` is set to the new one.
 
     Raises:
-        TypeError: no model of transformers, or one with linear maps that are quantised or have adapters.
+        TypeError: no model of transformers, or one with linear maps that are quantised, sharded or have
+            adapters.
         ValueError: an unknown architecture; masks of another model; no layer lives, or one of ALBERT does not; a linear
             map whose forward was replaced; a width that the class does not take, or Gemma's embeddings scale by; state of
             the optimizer that is not of a parameter's shape, of its rows, of its columns or one number.
