@@ -75,7 +75,7 @@ def _register(auto: Any) -> None:
             return True
 
         def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
-            from kdfast.prune import disk  # of transformers, which imports this file at its own beginning
+            from kdfast.prune import disk  # imports models of transformers, which is half imported when this is made
 
             disk.rebuild(model, self.quantization_config.to_dict())
 
