@@ -28,21 +28,27 @@ def begin() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module, the way it would be found without this, and once."""
+    """Finds one module, the way it would be found without this, until it was imported."""
+
+    searching = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _REGISTRY:
+        if fullname != _REGISTRY or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.searching = False
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
             def run_and_register(module: ModuleType) -> None:
                 run(module)
                 _register(module)
+                sys.meta_path.remove(self)
 
             spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec
@@ -69,7 +75,7 @@ def _register(auto: Any) -> None:
             return True
 
         def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
-            from kdfast.prune import disk  # of transformers, which imports this file at its own beginning
+            from kdfast.prune import disk  # imports models of transformers, which is half imported when this is made
 
             disk.rebuild(model, self.quantization_config.to_dict())
 

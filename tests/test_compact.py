@@ -105,6 +105,22 @@ def test_generates_what_the_masked_model_does(name: str, case: Any) -> None:
     assert len({*drawn[0][:, ids.shape[1] :].flatten().tolist()}) > 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["bert", "mpnet", "modernbert", "gpt2", "llama"])
+def test_other_dtypes_to_rounding(name: str, dtype: torch.dtype) -> None:
+    """As near to float64 as the masked model of the same dtype."""
+    model = tiny_models.make(name)
+    masks, batch = nothing(model), tiny_models.batch(model)
+    exact = oracle.masked(model, masks)(**batch).logits
+    model = model.to(dtype)
+    smaller = compact(model, masks)(**batch).logits
+    assert smaller.dtype == dtype
+    errors = [
+        (logits - exact).norm() / exact.norm() for logits in (smaller, oracle.masked(model, masks)(**batch).logits)
+    ]
+    assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize(("heads", "groups"), [(14, 2), (28, 4), (24, 8)])
 def test_every_ratio_of_heads_to_groups(heads: int, groups: int) -> None:
     """What is left is read by 1 to all heads of a group, by attention of every implementation."""
@@ -272,3 +288,19 @@ def test_wrapped_models_and_what_cannot_be_made_smaller() -> None:
     masks.neurons[1][4] = False
     with pytest.raises(ValueError, match=r"kdfast.prune.compact: masks: expected the same of parameters that are tied"):
         compact(albert, masks)
+
+
+@pytest.mark.parametrize("name", ["mpnet", "llama"])
+def test_readers_see_the_heads_that_are_left(name: str) -> None:
+    """Of layers that have any, in masked and in smaller models."""
+    model = tiny_models.make(name)
+    masks, batch = nothing(model), tiny_models.batch(model)
+    smaller = compact(model, masks)
+    kdfast.prune.apply(model, masks)
+    read = []
+    for made in (model, smaller):
+        with kdfast.hf.Reader(made, bias=True) as reader:
+            read.append(reader(**batch))
+    assert len(read[1].q) == 1
+    for kind in ("q", "k", "v") + (("bias",) if name == "mpnet" else ()):
+        torch.testing.assert_close(getattr(read[1], kind), getattr(read[0], kind))

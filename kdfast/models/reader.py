@@ -141,6 +141,8 @@ def _mpnet(model: PreTrainedModel) -> Callable[[], None]:
     from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 
     def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if not all(module._kdfast_projected):  # masked (`kdfast.prune.apply`) so that no head is left
+            return
         hidden, position_bias = args[0], kwargs.get("position_bias", args[2] if len(args) > 2 else None)
         shape = (*hidden.shape[:-1], -1, module.attention_head_size)
         q, k, v = (kept.pop().view(shape).transpose(1, 2) for kept in module._kdfast_projected)

@@ -52,7 +52,7 @@ def compact(model: nn.Module, masks: Masks, optimizer: Optimizer | None = None) 
 
     Args:
         model: of transformers, of an architecture in `kdfast.prune.ADAPTERS`, which may be a result of this function;
-            what is inside where it is wrapped (DDP, `torch.compile`).
+            what is inside where it is wrapped (DDP, `torch.compile`). Close a `kdfast.hf.Reader` of it first.
         masks: what lives. The result does not know which heads and neurons of the original it has: keep
             `masks.to_json()` beside it.
         optimizer: one that trains `model`.
@@ -63,7 +63,7 @@ def compact(model: nn.Module, masks: Masks, optimizer: Optimizer | None = None) 
         once its `optimizer` is set to the new one.
 
     Raises:
-        TypeError: no model of transformers, or one with linear maps that are quantised or have adapters.
+        TypeError: no model of transformers, or one with linear maps that are quantised, sharded or have adapters.
         ValueError: an unknown architecture; masks of another model; no layer lives, or one of ALBERT does not; a linear
             map whose forward was replaced; a width that the class does not take, or Gemma's embeddings scale by; state of
             the optimizer that is not of a parameter's shape, of its rows, of its columns or one number.

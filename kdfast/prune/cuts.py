@@ -52,9 +52,10 @@ def taken(tensor: Tensor, cut: Cut) -> Tensor:
 
 def _check(op: str, where: str, linear: nn.Module) -> None:
     weight = getattr(linear, "weight", None)
-    if not isinstance(linear, (nn.Linear, Conv1D)) or type(weight) is not nn.Parameter:
+    if not isinstance(linear, (nn.Linear, Conv1D)) or type(getattr(weight, "data", None)) is not Tensor:
         got = f"{type(linear).__name__} at {where}"
-        _checks.wrong_type(op, "model", "linear maps, neither quantised nor with adapters (merge those first)", got)
+        expected = "linear maps that are neither quantised nor sharded, without adapters (merge those first)"
+        _checks.wrong_type(op, "model", expected, got)
     if "forward" in vars(linear):
         expected = f"{where} with the forward of its class"
         _checks.wrong_value(op, "model", expected, "one that was set on it (accelerate does, for a device_map)")

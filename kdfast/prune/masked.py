@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdfast.ops._packed import Packed
 from kdfast.prune.layers import ADAPTERS, matrix
-from kdfast.prune.modules import tell_length
+from kdfast.prune.modules import heads_of, tell_length
 
 _OURS = "_kdfast_is_ours"  # an attribute that classes made here have of their own
 
@@ -126,17 +126,10 @@ class MaskedAttention(Masked):
             return ADAPTERS[kept.model_type].without_heads(self, hidden, hidden.new_empty(*hidden.shape[:-1], 0))
         for name, place in kept.per_head.items():
             if place < len(args):
-                args = (*args[:place], _of_heads(args[place], kept.heads), *args[place + 1 :])
+                args = (*args[:place], heads_of(args[place], kept.heads), *args[place + 1 :])
             elif name in kwargs:
-                kwargs = {**kwargs, name: _of_heads(kwargs[name], kept.heads)}
+                kwargs = {**kwargs, name: heads_of(kwargs[name], kept.heads)}
         return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-
-def _of_heads(given: Tensor | None, heads: tuple[int, ...]) -> Tensor | None:
-    if given is None:
-        return None
-    every = given.unbind(1)
-    return torch.stack([every[i] for i in heads], 1)
 
 
 # ---- layers ----

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache, EncoderDecoderCache
+from transformers import Cache
 
 if TYPE_CHECKING:
     from kdfast.prune.layers import Adapter
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 class RepeatedHeads(nn.Linear):
     """A linear map to groups of keys or values, some of which follow one another more than once, so that the same number
-    of heads reads each: [..., in] -> [..., repeated · head size], at place i group repeat[i].
+    of heads reads each: [..., in] -> [..., repeated · head size], at place i group repeat[i]. LoRA of peft does not go on
+    it, as it adds what it makes to what is repeated already.
 
     The numbers are in the config on disk (`kdfast.prune.disk`), not in the state, which is that of `nn.Linear`.
     """
@@ -105,13 +106,17 @@ class WithoutHeads(nn.Module):
         return self.without_heads(self, hidden, hidden.new_empty(*hidden.shape[:-1], 0))
 
 
-def tell_length(arguments: tuple[Any, ...], layer: Any, hidden: Tensor) -> None:
-    """Tells a cache of keys and values, where there is one among an attention's arguments, of hidden states [B, L, D]."""
-    cache = next((argument for argument in arguments if isinstance(argument, Cache)), None)
-    if cache is not None:
-        cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        nothing = hidden.new_zeros(len(hidden), 1, hidden.shape[1], 1)
-        cache.update(nothing, nothing, layer)
+def tell_length(arguments: tuple[Any, ...], layer: int | None, hidden: Tensor) -> None:
+    """Gives a cache of keys and values, where one is among an attention's or a layer's arguments, a key and a value of
+    zero for every token: transformers asks its layers, most often the first, how many tokens they have seen.
+
+    Args:
+        layer: its number in the cache; None: it has none. hidden: [B, L, D].
+    """
+    cache: Any = next((x for x in arguments if isinstance(x, Cache)), None)
+    if cache is not None and layer is not None:
+        nothing = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+        getattr(cache, "self_attention_cache", cache).update(nothing, nothing, layer)
 
 
 def of_own_heads(attention: Any, arguments: tuple[str, ...], heads: tuple[int, ...]) -> None:
