@@ -141,12 +141,12 @@ def _mpnet(model: PreTrainedModel) -> Callable[[], None]:
     from transformers.models.mpnet.modeling_mpnet import MPNetSelfAttention
 
     def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        if not all(module._kdfast_projected):  # masked (`kdfast.prune.apply`) so that no head is left
+        live = getattr(module, "live_heads", None)  # of `kdfast.prune.apply`, where the bias is of all heads
+        if live == ():
             return
         hidden, position_bias = args[0], kwargs.get("position_bias", args[2] if len(args) > 2 else None)
         shape = (*hidden.shape[:-1], -1, module.attention_head_size)
         q, k, v = (kept.pop().view(shape).transpose(1, 2) for kept in module._kdfast_projected)
-        live = getattr(module, "live_heads", None)  # of `kdfast.prune.apply`, where the bias is of all heads
         bias = None if position_bias is None else lambda: position_bias if live is None else position_bias[:, live]
         record(q, k, v, module.attention_head_size**-0.5, bias)
 
