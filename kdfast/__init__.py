@@ -70,7 +70,7 @@ __all__ = [
 ]
 
 
-_LATE = ("hf", "objective", "on_policy", "students", "teacher_cache")
+_LATE = ("early_exit", "hf", "objective", "on_policy", "students", "teacher_cache")
 
 
 def __getattr__(name: str) -> Any:

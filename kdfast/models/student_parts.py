@@ -88,10 +88,10 @@ def follow(op: str, before: Any, config: Any, changes: dict[str, Any]) -> None:
 
 
 # ---- models ----
-def layers_path(op: str, teacher: Any) -> str | None:
-    """The name of the teacher's list of layers, with a dot at its end. None for ALBERT, whose layers are one."""
+def layers_path(op: str, teacher: Any, argument: str = "teacher") -> str | None:
+    """The name of the model's list of layers, with a dot at its end. None for ALBERT, whose layers are one."""
     if not isinstance(teacher, PreTrainedModel):
-        raise TypeError(f"{op}: teacher: expected a transformers model, got {type(teacher).__name__}")
+        raise TypeError(f"{op}: {argument}: expected a transformers model, got {type(teacher).__name__}")
     if teacher.config.model_type == "albert":
         return None
     prefix = "" if teacher.base_model is teacher else f"{teacher.base_model_prefix}."
@@ -104,7 +104,7 @@ def layers_path(op: str, teacher: Any) -> str | None:
     outer = [name for name in lists if not any(name != other and name.startswith(other) for other in lists)]
     if len(outer) != 1:
         raise ValueError(
-            f"{op}: teacher: expected one list of its {count} layers, {type(teacher).__name__} has {outer}"
+            f"{op}: {argument}: expected one list of its {count} layers, {type(teacher).__name__} has {outer}"
         )
     return outer[0]
 
