@@ -194,7 +194,7 @@ def test_uncertainty_at_its_ends() -> None:
         (torch.tensor(1.0), ValueError),
         (torch.zeros(2, 3).long(), TypeError),
     ):
-        with pytest.raises(error, match="uncertainty: logits: expected .* got"):
+        with pytest.raises(error, match=r"uncertainty: logits: expected .* got"):
             uncertainty(wrong)
 
 
@@ -380,7 +380,7 @@ def test_objectives_of_branches() -> None:
         objective(outputs, None, inputs)
     with pytest.raises(TypeError, match=r"Terms: model: expected a kdfast.early_exit.EarlyExit, got Bert"):
         objective.run(model.model, inputs)
-    with pytest.raises(ValueError, match="Branches: student: expected a kdfast.early_exit.EarlyExit"):
+    with pytest.raises(ValueError, match=r"Branches: student: expected a kdfast.early_exit.EarlyExit"):
         Branches()(model(**inputs), None, inputs)
     with pytest.raises(TypeError, match="Branches: arguments"):
         Branches(beta=0.5)
@@ -421,13 +421,13 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     early_exit().save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "early_exit.json").read_text())
     (tmp_path / "early_exit.json").write_text(json.dumps({**settings, "width": 16}))
-    with pytest.raises(ValueError, match="EarlyExit.from_pretrained: source: .*size mismatch"):
+    with pytest.raises(ValueError, match=r"EarlyExit.from_pretrained: source: .*size mismatch"):
         EarlyExit.from_pretrained(tmp_path)
 
 
 # ---- costs ----
 def test_flops_of_a_row() -> None:
-    """By hand: two operations for each multiplication, of projections, scores, mixtures and the feed-forward network."""
+    """By hand: two operations for each multiplication, of projections, scores, mixtures and feed-forward network."""
     n, d, f, w, heads = 7, 32, 48, 8, 2
     layer = 2 * n * (4 * d * d + 2 * d * f) + 2 * 2 * n * n * d
     of_heads = (
@@ -436,8 +436,8 @@ def test_flops_of_a_row() -> None:
     branch = 2 * n * d * w + 2 * w * w + of_heads + 2 * w * w * 2 + 2 * w * CLASSES
     for head, last in (("", branch), ("classes", 2 * d * d + 2 * d * CLASSES)):
         model = early_exit("bert", head)
-        expected = [i * (layer + branch) for i in (1, 2, 3)]
-        assert model.train().flops(n) == [*expected, expected[-1] + layer + last]
+        expected = [4 * layer + last, *(i * (layer + branch) for i in (1, 2, 3))]
+        assert model.train().flops(n) == [*expected, 3 * branch + 4 * layer + last]
         assert model.training
 
 

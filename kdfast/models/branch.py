@@ -30,7 +30,7 @@ def uncertainty(logits: Tensor) -> Tensor:
     if not logits.dim() or logits.shape[-1] < 2:
         _checks.wrong_value("uncertainty", "logits", "[..., C], two classes or more", list(logits.shape))
     probabilities = logits.to(_checks.loss_dtype(logits)).softmax(-1)
-    entropy = torch.special.entr(probabilities).sum(-1) / math.log(logits.shape[-1])
+    entropy: Tensor = torch.special.entr(probabilities).sum(-1) / math.log(logits.shape[-1])
     return entropy.clamp(0, 1)  # rounding takes the uniform distribution above 1, and speed 1 is to let it leave
 
 

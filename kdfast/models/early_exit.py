@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,8 +56,8 @@ class EarlyExit(nn.Module):
 
     Args:
         model: an encoder (`AutoModel`), whose last classifier then is a `Branch` too, as in the paper, and which loses
-            its pooler, that no classifier reads; or a classifier (`AutoModelForSequenceClassification`), which keeps its
-            own as the last. Of one of `kdfast.hf.ADAPTERS`, encoders whose first token stands for a sequence.
+            its pooler, that no classifier reads; or a classifier (`AutoModelForSequenceClassification`), which keeps
+            its own as the last. Of one of `kdfast.hf.ADAPTERS`, encoders whose first token stands for a sequence.
         width, heads: of each `Branch`.
         speed: where a call says none; from 0, no row leaves early, to 1, all leave after the first layer.
         strict: leave only where the uncertainty is below `speed`, as the paper and the authors' package have it; else
@@ -165,7 +163,7 @@ class EarlyExit(nn.Module):
 
         Raises:
             TypeError, ValueError: a speed that is no number from 0 to 1; an attention_mask of another shape; no inputs;
-                output_hidden_states or output_attentions, as rows leave; layers that return something else than [B, L, D].
+                output_hidden_states or output_attentions, as rows leave; layers that return another form.
         """
         speed = (0.0 if self.training else self.speed) if speed is None else speed
         _checks.check_fraction("EarlyExit", "speed", speed)
@@ -212,8 +210,8 @@ class EarlyExit(nn.Module):
 
     # ---- files ----
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes what transformers writes of the encoder or classifier, which it still loads as such; branches.safetensors
-        and early_exit.json."""
+        """Writes what transformers writes of the encoder or classifier, which it still loads as such;
+        branches.safetensors and early_exit.json."""
         self.model.save_pretrained(folder)
         weights = {name: value.detach().contiguous() for name, value in self.branches.state_dict().items()}
         save_file(weights, Path(folder) / BRANCHES, metadata={"format": "pt"})
@@ -250,19 +248,26 @@ class EarlyExit(nn.Module):
     # ---- costs ----
     @torch.no_grad()
     def flops(self, length: int) -> list[int]:
-        """Floating-point operations of a row of `length` tokens that leaves at layer 1, 2, …: of all matrix products up to
-        there, layers and branches, two for each multiplication with its addition. At speed 0 no branch is asked."""
+        """Floating-point operations of a row of `length` tokens: first at speed 0, where no branch is asked, then of one
+        that leaves after layer 1, 2, … All matrix products count, two for a multiplication with its addition.
+
+        Raises:
+            TypeError: length is no int.
+        """
         from torch.utils.flop_counter import FlopCounterMode
 
         _checks.check_int("EarlyExit.flops", "length", length)
-        inputs = {
-            name: torch.full((1, length), name == "attention_mask", device=self.device).long()
-            for name in ("input_ids", "attention_mask")
-        }
-        with _in_eval(self), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            counting = _Counting(1, self.depth, None, self._branch, counter)
-            self._last(counting.run(self.model, inputs), None, None)
-            return [*counting.totals, counter.get_total_flops()]
+        ids = torch.zeros(1, length, dtype=torch.long, device=self.device)
+        before = self.training
+        self.eval()
+        with sdpa_kernel(SDPBackend.MATH):  # as products, which are what is counted
+            with FlopCounterMode(display=False) as plain:
+                self(ids, speed=0.0)
+            with FlopCounterMode(display=False) as counter:
+                counting = _Counting(1, self.depth, None, self._branch, counter)
+                self._last(counting.run(self.model, {"input_ids": ids}), None, None)
+        self.train(before)
+        return [plain.get_total_flops(), *counting.totals, counter.get_total_flops()]
 
 
 class _Counting(AllBranches):
@@ -278,16 +283,6 @@ class _Counting(AllBranches):
         if self.number < self.depth:
             self.totals.append(self.counter.get_total_flops())
         return hidden
-
-
-@contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    before = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(before)
 
 
 def encoder(source: str | Path, **options: Any) -> Any:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from kdfast.data import tasks
 from kdfast.data.hub import first_line, why_no_answer
 from kdfast.models import pairing
+from kdfast.models.early_exit import EarlyExit, saved_in
 
 
 def classifier(task: tasks.Task, argument: str, source: str | Path) -> Any:
@@ -21,15 +22,18 @@ def classifier(task: tasks.Task, argument: str, source: str | Path) -> Any:
     Args:
         task: what it is to be a classifier, or regressor, of.
         argument: how messages call it.
-        source: folder or Hub name.
+        source: folder or Hub name; the folder of an `EarlyExit` too.
 
     Raises:
         ValueError: it cannot be loaded, has no head, another number of classes or another order of them.
     """
     who = named(argument, source)
-    options = {"output_loading_info": True, "dtype": torch.float32}
-    model, loading = pretrained(AutoModelForSequenceClassification, argument, source, **options)
-    if absent := sorted(loading["missing_keys"]):
+    if Path(source).is_dir() and saved_in(source):
+        model, loading = pretrained(EarlyExit, argument, source, dtype=torch.float32), {}
+    else:
+        options = {"output_loading_info": True, "dtype": torch.float32}
+        model, loading = pretrained(AutoModelForSequenceClassification, argument, source, **options)
+    if absent := sorted(loading.get("missing_keys", ())):
         raise ValueError(f"{who} is no classifier: it has no weights for {', '.join(absent[:4])}")
     if model.config.num_labels != max(1, len(task.names)):
         raise ValueError(f"{who} has {model.config.num_labels} classes, the data {max(1, len(task.names))}")

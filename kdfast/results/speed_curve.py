@@ -1,0 +1,130 @@
+"""An `EarlyExit` at several speeds: quality, where rows leave, operations and time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from transformers import DataCollatorWithPadding
+
+from kdfast.data import metrics
+from kdfast.models.early_exit import EarlyExit
+from kdfast.objective import model_inputs
+from kdfast.results.measure import BATCH, LATENCY_ROWS, length
+from kdfast.results.progress import bar
+from kdfast.results.tables import HEADINGS, _table
+
+TIMED = 64  # rows whose time is taken, alone and in batches
+REPEATS = 3  # of each; the median counts
+OF_MODEL = ("layers", "flops_per_row", *(f"latency_ms_batch_{count}" for count in LATENCY_ROWS))
+
+Point = dict[str, float]
+
+
+def measured(
+    model: EarlyExit, rows: Sequence[dict[str, Any]], tokenizer: Any, metric: str, speeds: Sequence[float]
+) -> list[Point]:
+    """A point for each speed: `speed`; what `kdfast.data.metrics` gives; `layers`, the mean layer that rows leave after;
+    `flops_per_row`, the mean of `EarlyExit.flops`; `leaves_1`, …, the shares of rows that leave after each layer;
+    `latency_ms_batch_1` and `_32`, mean milliseconds of batches of rows of about median length.
+
+    Args:
+        model: on the device that it runs on.
+        rows: with input_ids and labels.
+    """
+    answers = _answers(model, rows, tokenizer, speeds)
+    flops = {count: model.flops(count) for count in {length(row) for row in rows}}
+    labels = torch.tensor([row["labels"] for row in rows])
+    times = {count: _latencies(model, rows, tokenizer, speeds, count) for count in LATENCY_ROWS}
+    points: list[Point] = []
+    for speed in speeds:
+        logits, layers = answers[speed]
+        of_rows = [flops[length(row)][layer if speed else 0] for row, layer in zip(rows, layers.tolist(), strict=True)]
+        shares = {f"leaves_{i}": (layers == i).double().mean().item() for i in range(1, model.depth + 1)}
+        points.append(
+            {
+                "speed": speed,
+                **metrics.metrics(metric, logits, labels),
+                "layers": layers.double().mean().item(),
+                "flops_per_row": fmean(of_rows),
+                **shares,
+                **{f"latency_ms_batch_{count}": of[speed] for count, of in times.items()},
+            }
+        )
+    return points
+
+
+def _answers(
+    model: EarlyExit, rows: Sequence[dict[str, Any]], tokenizer: Any, speeds: Sequence[float]
+) -> dict[float, tuple[Tensor, Tensor]]:
+    """Logits [N, C] and layers [N] of all rows, in their order, by speed."""
+    order = sorted(range(len(rows)), key=lambda i: length(rows[i]))  # similar lengths: little padding
+    found: dict[float, list[tuple[Tensor, Tensor]]] = {speed: [] for speed in speeds}
+    model.eval()
+    with torch.inference_mode(), bar("test: speeds", len(rows)) as shown:
+        for start in range(0, len(rows), BATCH):
+            batch = _batch(model, [rows[i] for i in order[start : start + BATCH]], tokenizer)
+            for speed in speeds:
+                outputs = model(**batch, speed=speed)
+                found[speed].append((outputs.logits.float().cpu(), outputs.layers.cpu()))
+            shown.update(len(order[start : start + BATCH]))
+    back = torch.tensor(order).argsort()
+    return {
+        speed: (torch.cat([logits for logits, _ in of])[back], torch.cat([layers for _, layers in of])[back])
+        for speed, of in found.items()
+    }
+
+
+def _latencies(
+    model: EarlyExit, rows: Sequence[dict[str, Any]], tokenizer: Any, speeds: Sequence[float], count: int
+) -> dict[float, float]:
+    """Mean milliseconds of a batch, by speed; the speeds take turns, so that a slow moment hits all of them alike."""
+    middle = sorted(rows, key=length)[len(rows) // 2 :][:TIMED]
+    batches = [_batch(model, middle[i : i + count], tokenizer) for i in range(0, len(middle) - count + 1, count)]
+    batches = batches or [_batch(model, (list(middle) * count)[:count], tokenizer)]
+    times: dict[float, list[list[float]]] = {speed: [[] for _ in batches] for speed in speeds}
+    with torch.inference_mode():
+        for number, batch in enumerate(batches):
+            for repeat in range(-1, REPEATS):  # one to warm up
+                for speed in speeds:
+                    start = time.perf_counter()
+                    model(**batch, speed=speed)
+                    if torch.cuda.is_available():
+                        torch.cuda.synchronize()
+                    if repeat >= 0:
+                        times[speed][number].append(1e3 * (time.perf_counter() - start))
+    return {speed: fmean(median(repeats) for repeats in of) for speed, of in times.items()}
+
+
+def _batch(model: EarlyExit, rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Any]:
+    own = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+    return model_inputs(model, DataCollatorWithPadding(tokenizer)(own).to(model.device))
+
+
+def table(points: Sequence[Point], metric: str) -> Table:
+    """A row per speed."""
+    heading, factor, digits = HEADINGS[metric]
+    headings = [heading, "layers", "GFLOP\nper row", "times\nfewer", "ms,\n1", "ms,\n32"]
+    made = _table(
+        "FastBERT at its speeds",
+        "layers: mean of those that rows leave after. times fewer: operations than at speed 0. ms: mean forward pass of rows "
+        "of about median length",
+        headings,
+    )
+    made.columns[0].header = "speed"
+    whole = points[0]["flops_per_row"]
+    for point in points:
+        made.add_row(
+            f"{point['speed']:g}",
+            f"{factor * point[metric]:.{digits}f}",
+            f"{point['layers']:.2f}",
+            f"{point['flops_per_row'] / 1e9:.3f}",
+            f"{whole / point['flops_per_row']:.2f}",
+            *(f"{point[f'latency_ms_batch_{count}']:.1f}" for count in LATENCY_ROWS),
+        )
+    return made
