@@ -128,3 +128,19 @@ def original_batch(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Its mask has the numbers of segments, 1 and 2, and 0 for padding."""
     mask = values["mask"]
     return {"input_ids": values["input_ids"], "token_type_ids": mask, "attention_mask": (mask > 0).long()}
+
+
+# ---- in plain torch ----
+def plain_branch(branch: Branch, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """With keys and values of all tokens, and attention of all of them."""
+    x = torch.tanh(branch.reduce(hidden))
+    q, k, v = (
+        part(x).unflatten(-1, (branch.heads, -1)).transpose(1, 2) for part in (branch.query, branch.key, branch.value)
+    )
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    if mask is not None:
+        scores = scores + (1.0 - mask[:, None, None].to(scores.dtype)) * -10000.0
+    mixed = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    first: Tensor = branch.output(mixed)[:, 0]
+    made: Tensor = branch.classifier(torch.tanh(branch.dense(first)))
+    return made

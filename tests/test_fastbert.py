@@ -212,7 +212,7 @@ def test_killed_run_goes_on(stage: str, tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(stages, "train_stage", train)
     resumed, _ = run(tmp_path / "run", BRIEF)
-    assert list(begun)[0] == stage
+    assert next(iter(begun)) == stage
     through, _ = run(tmp_path / "through", BRIEF)
     for kind in ("teacher", "student"):
         a, b = (EarlyExit.from_pretrained(tmp_path / name / kind).state_dict() for name in ("run", "through"))
