@@ -43,7 +43,7 @@ class Recipe(ClassifierRecipe):
     """
 
     name = "fastbert"
-    quick: ClassVar = {**ClassifierRecipe.quick, "teacher_epochs": 1}
+    quick: ClassVar = {**ClassifierRecipe.quick, "teacher_epochs": 2, "learning_rate": 1e-3}
     # The student is the teacher with its branches: there is none to choose.
     student: ClassVar[None] = None  # type: ignore[misc]
     student_start: ClassVar[str] = "teacher"  # type: ignore[misc]

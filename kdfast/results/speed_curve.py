@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding
 
 from kdfast.data import metrics
-from kdfast.models.early_exit import EarlyExit
+from kdfast.models.early_exit import EarlyExit, uncertainty
 from kdfast.objective import model_inputs
 from kdfast.results.measure import BATCH, LATENCY_ROWS, length
 from kdfast.results.progress import bar
@@ -62,22 +62,24 @@ def measured(
 def _answers(
     model: EarlyExit, rows: Sequence[dict[str, Any]], tokenizer: Any, speeds: Sequence[float]
 ) -> dict[float, tuple[Tensor, Tensor]]:
-    """Logits [N, C] and layers [N] of all rows, in their order, by speed."""
+    """Logits [N, C] and layers [N] of all rows, in their order, by speed; of one run, with every branch."""
     order = sorted(range(len(rows)), key=lambda i: length(rows[i]))  # similar lengths: little padding
-    found: dict[float, list[tuple[Tensor, Tensor]]] = {speed: [] for speed in speeds}
+    every: list[Tensor] = []
     model.eval()
-    with torch.inference_mode(), bar("test: speeds", len(rows)) as shown:
+    with torch.inference_mode(), bar("test: every branch", len(rows)) as shown:
         for start in range(0, len(rows), BATCH):
-            batch = _batch(model, [rows[i] for i in order[start : start + BATCH]], tokenizer)
-            for speed in speeds:
-                outputs = model(**batch, speed=speed)
-                found[speed].append((outputs.logits.float().cpu(), outputs.layers.cpu()))
+            outputs = model(**_batch(model, [rows[i] for i in order[start : start + BATCH]], tokenizer), branches=True)
+            every.append(torch.stack([*outputs.branch_logits, outputs.logits]).float().cpu())
             shown.update(len(order[start : start + BATCH]))
-    back = torch.tensor(order).argsort()
-    return {
-        speed: (torch.cat([logits for logits, _ in of])[back], torch.cat([layers for _, layers in of])[back])
-        for speed, of in found.items()
-    }
+    logits = torch.cat(every, 1)[:, torch.tensor(order).argsort()]
+    unsure = uncertainty(logits)
+    found = {}
+    for speed in speeds:
+        leaves = (unsure < speed) if model.strict else (unsure <= speed) & (speed > 0)
+        leaves[-1] = True
+        layers = leaves.int().argmax(0)  # the first
+        found[speed] = logits[layers, torch.arange(len(rows))], layers + 1
+    return found
 
 
 def _latencies(
