@@ -152,13 +152,13 @@ def plot_speeds(path: Path, curves: Sequence[Sequence[Mapping[str, float]]], met
         errors = {f"{of}err": [standard_error(v) or 0 for v in values] for of, values in (("x", across), ("y", up))}
         style = {"color": "#1b6ca8", "marker": "o", "markersize": 4, "capsize": 2}
         axes.errorbar([fmean(v) for v in across], [fmean(v) for v in up], **errors, **style)
-        last = None
+        labelled: list[float] = []
         for at, x, y in zip(points, map(fmean, across), map(fmean, up), strict=True):
-            if last is None or abs(x - last) > 0.06 * max(map(fmean, across)):  # labels would lie upon each other
-                axes.annotate(
-                    f"{at[0]['speed']:g}", (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=8
-                )
-                last = x
+            if all(
+                abs(x - other) > 0.07 * max(map(fmean, across)) for other in labelled
+            ):  # else they lie upon each other
+                axes.annotate(f"{at[0]['speed']:g}", (x, y), (4, -11), textcoords="offset points", fontsize=8)
+                labelled.append(x)
         axes.set(xlabel=label, xlim=(0, None))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

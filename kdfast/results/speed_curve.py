@@ -15,12 +15,17 @@ from transformers import DataCollatorWithPadding
 from kdfast.data import metrics
 from kdfast.models.early_exit import EarlyExit, uncertainty
 from kdfast.objective import model_inputs
+from kdfast.results.compare import standard_error
 from kdfast.results.measure import BATCH, LATENCY_ROWS, length
 from kdfast.results.progress import bar
 from kdfast.results.tables import HEADINGS, _table
 
 TIMED = 64  # rows whose time is taken, alone and in batches
 REPEATS = 3  # of each; the median counts
+LEGEND = (
+    "layers: mean of those that rows leave after. times fewer: operations than at speed 0. ms: mean forward pass of rows of "
+    "about median length."
+)
 OF_MODEL = ("layers", "flops_per_row", *(f"latency_ms_batch_{count}" for count in LATENCY_ROWS))
 
 Point = dict[str, float]
@@ -108,25 +113,44 @@ def _batch(model: EarlyExit, rows: Sequence[Mapping[str, Any]], tokenizer: Any) 
     return model_inputs(model, DataCollatorWithPadding(tokenizer)(own).to(model.device))
 
 
-def table(points: Sequence[Point], metric: str) -> Table:
-    """A row per speed."""
-    heading, factor, digits = HEADINGS[metric]
-    headings = [heading, "layers", "GFLOP\nper row", "times\nfewer", "ms,\n1", "ms,\n32"]
-    made = _table(
-        "FastBERT at its speeds",
-        "layers: mean of those that rows leave after. times fewer: operations than at speed 0. ms: mean forward pass of rows "
-        "of about median length",
-        headings,
-    )
-    made.columns[0].header = "speed"
-    whole = points[0]["flops_per_row"]
-    for point in points:
-        made.add_row(
-            f"{point['speed']:g}",
-            f"{factor * point[metric]:.{digits}f}",
-            f"{point['layers']:.2f}",
-            f"{point['flops_per_row'] / 1e9:.3f}",
-            f"{whole / point['flops_per_row']:.2f}",
-            *(f"{point[f'latency_ms_batch_{count}']:.1f}" for count in LATENCY_ROWS),
+HEADINGS_OF = ("layers", "GFLOP\nper row", "times\nfewer", "ms,\n1", "ms,\n32")
+
+
+def _cells(curves: Sequence[Sequence[Point]], metric: str) -> list[list[str]]:
+    """Rows of the tables, with standard errors where there are several curves."""
+    _, factor, digits = HEADINGS[metric]
+
+    def cell(values: Sequence[float], places: int) -> str:
+        error = standard_error(values)
+        return f"{fmean(values):.{places}f}" + ("" if error is None else f"±{error:.{places}f}")
+
+    made = []
+    for at in zip(*curves, strict=True):
+        fewer = [curve[0]["flops_per_row"] / point["flops_per_row"] for curve, point in zip(curves, at, strict=True)]
+        made.append(
+            [
+                f"{at[0]['speed']:g}",
+                cell([factor * point[metric] for point in at], digits),
+                cell([point["layers"] for point in at], 2),
+                cell([point["flops_per_row"] / 1e9 for point in at], 3),
+                cell(fewer, 2),
+                *(cell([point[f"latency_ms_batch_{count}"] for point in at], 1) for count in LATENCY_ROWS),
+            ]
         )
     return made
+
+
+def table(points: Sequence[Point], metric: str) -> Table:
+    """A row per speed."""
+    made = _table("FastBERT at its speeds", LEGEND, [HEADINGS[metric][0], *HEADINGS_OF])
+    made.columns[0].header = "speed"
+    for cells in _cells([points], metric):
+        made.add_row(*cells)
+    return made
+
+
+def markdown(curves: Sequence[Sequence[Point]], metric: str) -> str:
+    """A row per speed, the mean of curves at the same speeds."""
+    headings = ["speed", HEADINGS[metric][0], *HEADINGS_OF]
+    lines = [[heading.replace("\n", " ") for heading in headings], ["---:"] * len(headings), *_cells(curves, metric)]
+    return LEGEND + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
