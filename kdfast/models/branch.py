@@ -56,15 +56,20 @@ class Branch(nn.Module):
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits [B, C] of a layer's hidden states [B, L, D]; mask: [B, L], 0 or False where a token is padding."""
         states = self.reduce(hidden).tanh()
-        query = self.query(states[:, 0]).unflatten(-1, (self.heads, -1))  # [B, H, d]
-        of_heads = (self.heads, query.shape[-1])
-        mapped = torch.einsum("bhd,hdw->bhw", query, self.key.weight.unflatten(0, of_heads))
-        offset = (query * self.key.bias.unflatten(0, of_heads)).sum(-1, keepdim=True)
-        scores = (mapped @ states.mT + offset) * query.shape[-1] ** -0.5  # [B, H, L]
+        rows, size = len(states), self.query.out_features // self.heads
+        query = self.query(states[:, 0]).view(rows, self.heads, size).transpose(0, 1) * size**-0.5  # [H, B, d]
+        scores = torch.bmm(query, self._of_heads(self.key)).transpose(0, 1) @ states.mT  # [B, H, L]
+        if torch.is_grad_enabled():  # the same for all tokens: softmax ignores it, DDP wants every parameter to be used
+            offset = torch.bmm(query, self.key.bias.to(query.dtype).view(self.heads, size, 1))
+            scores = scores + offset.transpose(0, 1)
         if mask is not None:
-            scores = scores.masked_fill(~mask.bool()[:, None], torch.finfo(scores.dtype).min)
-        mixed = scores.softmax(-1).to(states.dtype) @ states  # [B, H, W]
-        values = torch.einsum("bhw,hdw->bhd", mixed, self.value.weight.unflatten(0, of_heads)).flatten(1)
+            scores = scores.masked_fill((mask == 0)[:, None], torch.finfo(scores.dtype).min)
+        mixed = (scores.softmax(-1).to(states.dtype) @ states).transpose(0, 1)  # [H, B, W]
+        values = torch.bmm(mixed, self._of_heads(self.value).mT).transpose(0, 1).flatten(1)
         first = self.output(values + self.value.bias)
         logits: Tensor = self.classifier(self.dense(first).tanh())
         return logits
+
+    def _of_heads(self, linear: nn.Linear) -> Tensor:
+        """Its matrix [H, d, W]."""
+        return linear.weight.view(self.heads, -1, linear.in_features)
