@@ -6,12 +6,14 @@ r"""Recipes on real data, over seeds: accuracy, KL to the teacher, latency and t
 Ends with a table, and leaves it with its numbers and a plot in the output folder. Every cell is a run of
 `kdfast distill` in a folder of its own, and is finished, continued or skipped like one: interrupt this whenever you
 like and start it again. Of each seed there is one teacher. Every student is three layers, trained for three epochs at
-the same rate with batches in the same order; only the objective differs, and, where the name says so, the start.
+the same rate with batches in the same order; only the objective differs, and, where the name says so, the start. FastBERT
+is the teacher with branches, at speed 0.5; its other speeds are in files of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,9 @@ from typing import Any
 from rich.console import Console
 
 from kdfast.bench import harness
-from kdfast.recipes import hinton, minilm, patient_kd
+from kdfast.recipes import fastbert, hinton, minilm, patient_kd
 from kdfast.recipes.base import Recipe
-from kdfast.results import compare, plots, tables
+from kdfast.results import compare, plots, speed_curve, tables
 from kdfast.runs import run
 
 EQUAL: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-4, "warmup": 0.06, "student_layers": (0, 2, 4)}
@@ -31,6 +33,8 @@ CELLS: dict[str, Callable[[int, str], Recipe]] = {
     "hinton": lambda seed, teacher: hinton.Recipe(seed=seed, **EQUAL),
     "patient-kd": lambda seed, teacher: patient_kd.Recipe(seed=seed, teacher=teacher, student_start="teacher", **EQUAL),
     "minilm": lambda seed, teacher: minilm.Recipe(seed=seed, teacher=teacher, base=base(), **EQUAL),
+    # No student: the teacher itself, whose rows leave early. Its branches are trained as in the paper.
+    "fastbert": lambda seed, teacher: fastbert.Recipe(seed=seed, teacher=teacher),
     # MiniLM's students start from the pre-trained encoder, those above from the fine-tuned teacher.
     "labels-pretrained-start": lambda seed, teacher: hinton.Recipe(
         seed=seed, teacher=teacher, base=base(), student_start="base", alpha=0.0, baseline=False, **EQUAL
@@ -75,6 +79,21 @@ def save(folders: list[Path], output: Path, console: Console) -> None:
     )
     path.with_suffix(".md").write_text(tables.comparison_markdown(comparison) + "\n")
     plots.plot_comparison(path.with_suffix(".png"), comparison)
+    console.print(f"In {output}: {path.name}, {path.stem}.md, {path.stem}.png")
+    save_speeds(folders, output, facts, console)
+
+
+def save_speeds(folders: list[Path], output: Path, facts: dict[str, Any], console: Console) -> None:
+    """The curves of early exits, where there are any: as JSON, and their mean as markdown and plot."""
+    stored = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+    runs_of = [one for one in stored if "curve" in one]
+    if not runs_of:
+        return
+    curves, metric = [one["curve"] for one in runs_of], runs_of[0]["task"]["metric"]
+    found = [{"seed": one["settings"]["seed"], "curve": one["curve"]} for one in runs_of]
+    path = harness.write(found, facts, harness.results_path(facts, output, "fastbert-speeds"))
+    path.with_suffix(".md").write_text(speed_curve.markdown(curves, metric) + "\n")
+    plots.plot_speeds(path.with_suffix(".png"), curves, metric, "FastBERT")
     console.print(f"In {output}: {path.name}, {path.stem}.md, {path.stem}.png")
 
 

@@ -76,7 +76,7 @@ __all__ = [
 ]
 
 
-_LATE = ("elastic", "hf", "objective", "on_policy", "prune", "students", "teacher_cache")
+_LATE = ("early_exit", "elastic", "hf", "objective", "on_policy", "prune", "students", "teacher_cache")
 
 
 def __getattr__(name: str) -> Any:

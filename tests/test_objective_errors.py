@@ -232,7 +232,10 @@ class Plain(nn.Module):
             r"DistillationTrainer: objective: expected named terms, such as Terms\(it=Logits\(\)\), got Logits alone",
         ),
         # ---- terms of one's own ----
-        (lambda: Terms(own=Own("hiden")), r"Own: needs: expected one of '', 'hidden', 'attention', got 'hiden'"),
+        (
+            lambda: Terms(own=Own("hiden")),
+            r"Own: needs: expected one of '', 'hidden', 'attention', 'branches', got 'hiden'",
+        ),
         (lambda: Terms(own=Uninitialised()), r"Terms: own: expected a term whose __init__ calls .*, got Uninitialised"),
         (
             lambda: Terms(own=Own(""))(SimpleNamespace(logits=None), None, TINY[2]),

@@ -50,7 +50,7 @@ def test_every_folder_is_a_room() -> None:
     assert folders == {*MAY}
     for room in MAY:
         assert ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text())), room
-    assert len(list(ROOT.glob("*.py"))) <= 7
+    assert len(list(ROOT.glob("*.py"))) <= 8
 
 
 def test_imports_run_one_way() -> None:

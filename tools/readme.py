@@ -1,12 +1,13 @@
-"""Writes the README's results tables from the committed files in benchmarks/results.
+"""Writes the results tables of the README and of recipes' pages from the committed files in benchmarks/results.
 
-python tools/readme.py            rewrites README.md
+python tools/readme.py            rewrites README.md and docs/recipes/fastbert.md
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,38 @@ def recipes() -> str:
     return f"{facts['device']}, torch {facts['torch']}, {facts['date']}. {path.read_text().strip()}"
 
 
-def filled(text: str) -> str:
-    """README text with the blocks between `<!-- name -->` and `<!-- end -->` made anew."""
-    blocks = {"operators": operators, "vocabulary": vocabulary, "recipes": recipes, "pruned": pruned}
-    for name, make in blocks.items():
+def speeds() -> str:
+    """The table of FastBERT's speeds that benchmarks/recipes.py has left beside its latest results."""
+    paths = sorted(RESULTS.glob("fastbert-speeds-*.md"))
+    if not paths:
+        return "Not measured yet."
+    facts = json.loads(paths[-1].with_suffix(".json").read_text())["environment"]
+    return f"{facts['device']}, torch {facts['torch']}, {facts['date']}. {paths[-1].read_text().strip()}"
+
+
+Blocks = tuple[tuple[str, Callable[[], str]], ...]
+OF_README: Blocks = (
+    ("operators", operators),
+    ("vocabulary", vocabulary),
+    ("recipes", recipes),
+    ("pruned", pruned),
+)
+PAGES: dict[Path, Blocks] = {
+    ROOT / "README.md": OF_README,
+    ROOT / "docs" / "recipes" / "fastbert.md": (("fastbert-speeds", speeds),),
+}
+
+
+def filled(text: str, blocks: Blocks = OF_README) -> str:
+    """The text with the blocks between `<!-- name -->` and `<!-- end -->` made anew."""
+    for name, make in blocks:
         block = f"<!-- {name} -->\n{make()}\n<!-- end -->"
         text, found = re.subn(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
         if found != 1:
-            raise ValueError(f"README.md: expected one block <!-- {name} -->, got {found}")
+            raise ValueError(f"expected one block <!-- {name} -->, got {found}")
     return text
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    for page, blocks in PAGES.items():
+        page.write_text(filled(page.read_text(), blocks))

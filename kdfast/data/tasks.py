@@ -32,7 +32,7 @@ except ModuleNotFoundError as error:
         f"kdfast.data.tasks needs {error.name}, which is not installed: pip install kdfast[train]"
     ) from error
 
-__all__ = ["GLUE", "METRICS", "Task", "TaskError", "fingerprint", "load", "metrics", "tokenize"]
+__all__ = ["GLUE", "METRICS", "Task", "TaskError", "fingerprint", "load", "metrics", "texts", "tokenize"]
 
 TEXT_COLUMNS = (
     ("text",),
@@ -157,6 +157,32 @@ def load(
     metric = GLUE[name] if name in GLUE and kind is None else METRICS[labels.kind]
     told = tuple(note for note in notes if note is not None)
     return Task(name, train, test, labels.kind, labels.names, metric, held_out=not tests, notes=told)
+
+
+def texts(source: str | Path, task: Task, *, text_columns: Sequence[str] | None = None) -> Any:
+    """Text of the same form as a task's, without labels: a `datasets.Dataset` with columns text, and text_pair where the
+    task's rows are pairs. Rows without text, or with one half of a pair empty, are left out.
+
+    Args:
+        source: as of `load`; of its splits the one named train.
+        text_columns: as of `load`.
+
+    Raises:
+        TaskError: no such file or dataset, no network, other columns, or no text.
+    """
+    name = str(source)
+    splits = read(f"nyu-mll/glue:{name}" if name in GLUE else name, partial(mismatch, "source"))
+    if "train" not in splits:
+        raise mismatch("source", f"a split train in {name}", ", ".join(splits))
+    columns = _text_columns(splits["train"].features, text_columns, name)
+    ours = [column for column in ("text", "text_pair") if column in task.train.column_names]
+    if len(columns) != len(ours):
+        raise mismatch("source", f"{len(ours)} columns of text in {name}, as in {task.name}", ", ".join(columns))
+    rows = splits["train"].select_columns(list(columns)).rename_columns(dict(zip(columns, ours, strict=True)))
+    rows = rows.filter(lambda row: all(row[column] and row[column].strip() for column in ours))
+    if not len(rows):
+        raise mismatch("source", f"text in {', '.join(columns)} of {name}", "none")
+    return rows
 
 
 def fingerprint(rows: Any) -> str:

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -28,5 +29,6 @@ def first_token_only(model: Any) -> Iterator[None]:
 
 
 def shortcut(model: Any) -> Any:
-    """`first_token_only` where the model is a BERT."""
-    return first_token_only(model) if model.config.model_type == "bert" else nullcontext()
+    """`first_token_only` where the model is a BERT, and no other that holds one."""
+    plain = isinstance(model, PreTrainedModel) and model.config.model_type == "bert"
+    return first_token_only(model) if plain else nullcontext()

@@ -14,6 +14,7 @@ from kdfast._from_pretrained import METHOD
 from kdfast.data import tasks
 from kdfast.data.hub import first_line, why_no_answer
 from kdfast.models import pairing
+from kdfast.models.early_exit import EarlyExit, saved_in
 
 PLACES = "a folder or a name on the Hub"  # of models
 
@@ -24,15 +25,18 @@ def classifier(task: tasks.Task, argument: str, source: str | Path) -> Any:
     Args:
         task: what it is to be a classifier, or regressor, of.
         argument: how messages call it.
-        source: folder or Hub name.
+        source: folder or Hub name; the folder of an `EarlyExit` too.
 
     Raises:
         ValueError: it cannot be loaded, has no head, another number of classes or another order of them.
     """
     who = named(argument, source)
-    options = {"output_loading_info": True, "dtype": torch.float32}
-    model, loading = pretrained(AutoModelForSequenceClassification, argument, source, **options)
-    if absent := sorted(loading["missing_keys"]):
+    if Path(source).is_dir() and saved_in(source):
+        model, loading = pretrained(EarlyExit, argument, source, dtype=torch.float32), {}
+    else:
+        options = {"output_loading_info": True, "dtype": torch.float32}
+        model, loading = pretrained(AutoModelForSequenceClassification, argument, source, **options)
+    if absent := sorted(loading.get("missing_keys", ())):
         raise ValueError(f"{who}: expected a classifier, got a model without weights for {', '.join(absent[:4])}")
     if (found := model.config.num_labels) != (count := max(1, len(task.names))):
         raise ValueError(f"{who}: expected {count} classes, as the data has, got {found}")

@@ -92,7 +92,7 @@ def follow(op: str, before: Any, config: Any, changes: dict[str, Any]) -> None:
 
 # ---- models ----
 def layers_path(op: str, teacher: Any, argument: str = "teacher") -> str | None:
-    """The name of the teacher's list of layers, with a dot at its end. None for ALBERT, whose layers are one."""
+    """The name of the model's list of layers, with a dot at its end. None for ALBERT, whose layers are one."""
     if not isinstance(teacher, PreTrainedModel):
         raise TypeError(f"{op}: {argument}: expected a transformers model, got {type(teacher).__name__}")
     if teacher.config.model_type == "albert":

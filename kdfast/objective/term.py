@@ -52,7 +52,7 @@ class Term(nn.Module):
 
     Attributes:
         needs: "" for logits, "hidden" for hidden states too, "attention" for queries, keys and values too
-            (`kdfast.hf.Features`).
+            (`kdfast.hf.Features`), "branches" for the logits of every layer's classifier (`kdfast.early_exit`).
     """
 
     needs = ""

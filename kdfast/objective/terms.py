@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast.data.distances import COMPARED
-from kdfast.models.inputs import model_inputs, unwrapped
+from kdfast.models.inputs import model_inputs, parameters_of, unwrapped
 from kdfast.models.router import warn_of_router_loss
 from kdfast.objective._protocol import Missing
 from kdfast.objective.of_layers import Attention
@@ -16,7 +16,7 @@ from kdfast.objective.of_logits import Labels, Logits
 from kdfast.objective.term import Inputs, Stored, Term, any_column, check_per_row, divisor
 from kdfast.ops._checks import check_fraction, check_temperature_number
 
-NEEDS = ("", "hidden", "attention")
+NEEDS = ("", "hidden", "attention", "branches")
 RESERVED = (  # what the Trainer and its evaluation log: a term of such a name would take its place, or be lost
     *("loss", "grad_norm", "learning_rate", "epoch", "step", "num_input_tokens_seen", *COMPARED),
     *("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "seconds"),
@@ -90,6 +90,9 @@ class Terms(nn.Module):
         """The student or the teacher on a batch: its outputs, or where a term needs more, `kdfast.hf.Features`."""
         own = model_inputs(model, inputs)
         needs = {term.needs for term in self.terms.values()}
+        if "branches" in needs:
+            self._check_branches(model)
+            own["branches"] = True
         if not needs & {"hidden", "attention"}:
             return model(**own)
         from kdfast.models import reader  # imports transformers, which logits do not need
@@ -105,6 +108,11 @@ class Terms(nn.Module):
                 f"{type(self).__name__}: model: expected one whose forward takes output_hidden_states, as those of "
                 f"transformers do, got {type(unwrapped(model)).__name__}"
             ) from error
+
+    def _check_branches(self, model: nn.Module) -> None:
+        if "branches" not in parameters_of(model):
+            got = type(unwrapped(model)).__name__
+            raise TypeError(f"{type(self).__name__}: model: expected a kdfast.early_exit.EarlyExit, got {got}")
 
     def num_items(self, inputs: Inputs) -> Tensor:
         """What each term is a mean of, [terms]."""

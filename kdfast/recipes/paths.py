@@ -14,7 +14,7 @@ from kdfast.data.glue import GLUE
 
 CONFIG, METRICS = "config.yaml", "metrics.json"  # of a run's folder
 MODELS = ("base", "teacher", "student")  # settings that may be folders, other runs' models among them
-PATHS = ("data", *MODELS)  # settings that may be files or folders, or names on the Hub
+PATHS = ("data", "unlabeled", *MODELS)  # settings that may be files or folders, or names on the Hub
 
 
 def absolute(name: str, value: Any) -> Any:

@@ -132,3 +132,37 @@ def plot_comparison(path: Path, comparison: Comparison) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(comparison.title)
     _save(plt, figure, path)
+
+
+def plot_speeds(path: Path, curves: Sequence[Sequence[Mapping[str, float]]], metric: str, title: str) -> None:
+    """The metric of an `EarlyExit` against operations and time at its speeds, of `kdfast.results.speed_curve`, saved as an
+    image: the mean of the curves with standard errors.
+
+    Args:
+        curves: of seeds, at the same speeds.
+    """
+    plt = _pyplot()
+    heading, factor, _ = HEADINGS[metric]
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    quantities = {"flops_per_row": ("GFLOP per row", 1e-9), LATENCY: ("ms of a forward pass, 1 row", 1.0)}
+    for axes, (name, (quantity, scale)) in zip(panels, quantities.items(), strict=True):
+        points = list(zip(*curves, strict=True))
+        across = [[scale * point[name] for point in at] for at in points]
+        up = [[factor * point[metric] for point in at] for at in points]
+        errors = {f"{of}err": [standard_error(v) or 0 for v in values] for of, values in (("x", across), ("y", up))}
+        style = {"color": "#1b6ca8", "marker": "o", "markersize": 4, "capsize": 2}
+        axes.errorbar([fmean(v) for v in across], [fmean(v) for v in up], **errors, **style)
+        labelled: list[float] = []
+        apart = 0.07 * max(map(fmean, across))  # nearer to each other, labels would lie upon each other
+        for at, x, y in zip(points, map(fmean, across), map(fmean, up), strict=True):
+            if all(abs(x - other) > apart for other in labelled):
+                label = f"{at[0]['speed']:g}"
+                axes.annotate(label, (x, y), (4, -11), textcoords="offset points", fontsize=8)
+                labelled.append(x)
+        axes.set(xlabel=quantity, xlim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel=heading.replace("\n", ", " if factor == 100 else " "))
+    seeds = f", ± standard error of {len(curves)} seeds" * (len(curves) > 1)
+    figure.suptitle(f"{title}: numbers beside points are speeds{seeds}")
+    _save(plt, figure, path)

@@ -25,6 +25,7 @@ from transformers import (
 from kdfast import teacher_cache
 from kdfast.data import demo, files, metrics, tasks
 from kdfast.models import pairing, students
+from kdfast.models.early_exit import EarlyExit
 from kdfast.models.first_token import shortcut
 from kdfast.models.loading import classifier, device, load_tokenizer, named, pretrained
 from kdfast.objective import CLS, Labels, Logits
@@ -52,8 +53,11 @@ class ClassifierRun:
     name), `teacher_outputs/`, `config.yaml`, `metrics.json` and `learning_curves.png`.
     """
 
+    loader = "AutoModelForSequenceClassification"  # of the student
+
     def __init__(self, recipe: ClassifierRecipe, folder: Path, console: Console) -> None:
         self.recipe, self.folder, self.console = recipe, folder, console
+        self.more: dict[str, Any] = {}  # in metrics.json beside the models'
         stages.begin(recipe, folder, console)
 
     def execute(self) -> dict[str, Metrics]:
@@ -165,6 +169,11 @@ class ClassifierRun:
 
     def _given_teacher(self, source: str) -> Any:
         model = classifier(self.task, "teacher", source)
+        if isinstance(model, EarlyExit):
+            raise ValueError(
+                f"{named('teacher', source)}: expected a classifier, got one with branches (early_exit.json); "
+                "fastbert goes on with it"
+            )
         pairing.pad_alike(named("teacher", source), model, self.tokenizer)
         return model
 
@@ -275,7 +284,7 @@ class ClassifierRun:
     ) -> dict[str, Metrics]:
         stored = self.folder / "metrics.json"
         if not stored.is_file():
-            results = self._measure(titles, histories, cached[0][1].cache)
+            measured = self._measure(titles, histories, cached[0][1].cache)
             facts = {
                 "data": absolute("data", self.task.name),
                 "kind": self.task.kind,
@@ -285,18 +294,23 @@ class ClassifierRun:
             }
             trained = {name: stages.trained_in(self.folder / name) for name in titles}
             settings = {"settings": self.recipe.as_dict(), "versions": versions(), "precision": trained}
-            stages.write_json(stored, {**settings, "task": facts, "models": results})
-        results = json.loads(stored.read_text())["models"]
+            stages.write_json(stored, {**settings, "task": facts, "models": measured, **self.more})
+        known = json.loads(stored.read_text())
+        results: dict[str, Metrics] = known["models"]
+        self.console.print(tables.results_table(results, titles, files.shown_name(self.task.name), self.task.metric))
+        plot = self._plot(titles, histories, known)
+        self.console.print(f"In {self.folder}: student/ ({self.loader} loads it), metrics.json, {plot}")
+        return results
+
+    def _plot(self, titles: dict[str, str], histories: dict[str, stages.History], known: dict[str, Any]) -> str:
+        """Leaves an image of what metrics.json knows; its name."""
         plots.plot_learning_curves(
             self.folder / "learning_curves.png",
             {title: histories[folder] for folder, title in titles.items() if folder != "teacher"},
             self.task.metric,
-            results["teacher"][self.task.metric],
+            known["models"]["teacher"][self.task.metric],
         )
-        self.console.print(tables.results_table(results, titles, files.shown_name(self.task.name), self.task.metric))
-        saved = "student/ (AutoModelForSequenceClassification loads it), metrics.json, learning_curves.png"
-        self.console.print(f"In {self.folder}: {saved}")
-        return results  # type: ignore[no-any-return]
+        return "learning_curves.png"
 
     def _measure(self, titles: dict[str, str], histories: dict[str, stages.History], cache: Any) -> dict[str, Metrics]:
         """On all test rows."""
