@@ -13,8 +13,8 @@ import yaml
 from kdfast.data.glue import GLUE
 
 CONFIG, METRICS = "config.yaml", "metrics.json"  # of a run's folder
-MODELS = ("base", "teacher", "student")  # settings that may be folders, other runs' models among them
-PATHS = ("data", *MODELS)  # settings that may be files or folders, or names on the Hub
+MODELS = ("base", "teacher", "student", "augment_model")  # settings that may be folders, other runs' models among them
+PATHS = ("data", "general_text", "word_vectors", *MODELS)  # settings that may be files or folders, or names on the Hub
 
 
 def absolute(name: str, value: Any) -> Any:
