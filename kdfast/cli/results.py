@@ -49,8 +49,8 @@ def evaluate(
 ) -> None:
     """Measures a classifier on the test rows of a task: quality, distance to a teacher, size and latency.
 
-    Of a run's folder (`kdfast distill hinton`, `patient-kd`, `minilm`, `tinybert`), all its models, on the run's data and against
-    its teacher. Classes must be the data's, in the same order.
+    Of a run's folder (`kdfast distill hinton`, `patient-kd`, `minilm`, `tinybert`), all its models, on the run's data
+    and against its teacher. Classes must be the data's, in the same order.
 
     A regressor's quality is its correlation with the labels; KL and agreement are of classes alone.
     """

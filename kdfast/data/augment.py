@@ -232,11 +232,9 @@ class Proposer:
 
     def _whole(self, tokens: Sequence[int]) -> list[str]:
         special = self.tokenizer.all_special_ids
-        words = (
-            whole_word(self.tokenizer, token)
-            for token in self.tokenizer.convert_ids_to_tokens([one for one in tokens if one not in special])
-        )
-        return [word for word in words if word]
+        # A model may have more logits than its tokenizer has tokens: those are None.
+        named = self.tokenizer.convert_ids_to_tokens([one for one in tokens if one not in special])
+        return [word for token in named if token and (word := whole_word(self.tokenizer, token))]
 
 
 def variants(of: Words, text: str, how: Augmentation, draw: random.Random) -> list[str]:

@@ -114,7 +114,7 @@ class Hidden(_OfLayers):
         several = isinstance(projection, (Sequence, nn.ModuleList))
         if not several or not all(isinstance(x, nn.Linear) for x in projection):
             got = type(projection) if isinstance(projection, nn.Module) else projection
-            expected = "an nn.Linear, a list of them, one per layer, or a function of both widths that makes either"
+            expected = "an nn.Linear, or a list of them, one per layer, or a function of both widths that makes either"
             self.refuse("projection", expected, got, TypeError)
         return nn.ModuleList(projection)
 
