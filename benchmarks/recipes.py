@@ -7,6 +7,7 @@ Ends with a table, and leaves it with its numbers and a plot in the output folde
 `kdfast distill` in a folder of its own, and is finished, continued or skipped like one: interrupt this whenever you
 like and start it again. Of each seed there is one teacher. Every student is three layers, trained for three epochs at
 the same rate with batches in the same order; only the objective differs, and, where the name says so, the start.
+TinyBERT's have two stages before, and three times the rows in its last.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from kdfast.bench import harness
-from kdfast.recipes import hinton, minilm, patient_kd
+from kdfast.recipes import hinton, minilm, patient_kd, tinybert
 from kdfast.recipes.base import Recipe
 from kdfast.results import compare, plots, tables
 from kdfast.runs import run
@@ -31,7 +32,17 @@ CELLS: dict[str, Callable[[int, str], Recipe]] = {
     "hinton": lambda seed, teacher: hinton.Recipe(seed=seed, **EQUAL),
     "patient-kd": lambda seed, teacher: patient_kd.Recipe(seed=seed, teacher=teacher, student_start="teacher", **EQUAL),
     "minilm": lambda seed, teacher: minilm.Recipe(seed=seed, teacher=teacher, base=base(), **EQUAL),
-    # MiniLM's students start from the pre-trained encoder, those above from the fine-tuned teacher.
+    # Before the three epochs of the prediction: three on text and three on the teacher's layers; and rows with variants.
+    "tinybert": lambda seed, teacher: tinybert.Recipe(
+        seed=seed,
+        teacher=teacher,
+        base=base(),
+        general_rate=EQUAL["learning_rate"],
+        intermediate_rate=EQUAL["learning_rate"],
+        freeze_embeddings=True,
+        **EQUAL,
+    ),
+    # MiniLM's and TinyBERT's students start from the pre-trained encoder, those above from the fine-tuned teacher.
     "labels-pretrained-start": lambda seed, teacher: hinton.Recipe(
         seed=seed, teacher=teacher, base=base(), student_start="base", alpha=0.0, baseline=False, **EQUAL
     ),

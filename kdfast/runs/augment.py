@@ -18,9 +18,9 @@ from kdfast.models import pairing
 from kdfast.models.last_hidden import last_hidden
 from kdfast.models.loading import device, load_tokenizer, named, pretrained
 from kdfast.results.disk import saving
+from kdfast.results.measure import BATCH
 from kdfast.results.progress import bar
 
-BATCH = 64  # masked texts of a forward pass
 TEXTS = {1: ("text",), 2: ("sentence1", "sentence2")}  # columns of the written files, which `kdfast.data.tasks` knows
 
 
