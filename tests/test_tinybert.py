@@ -176,6 +176,8 @@ def test_settings_of_the_paper() -> None:
     terms: Any = intermediate.objective
     assert terms.terms["attention"].layers == {1: 3, 2: 6, 3: 9, 4: 12}
     assert terms.terms["hidden"].layers == {0: 0, 1: 3, 2: 6, 3: 9, 4: 12}
+    cola = tinybert.Recipe.for_glue("cola", seed=4)
+    assert (cola.data, cola.augment, cola.intermediate_epochs, cola.max_length, cola.seed) == ("cola", 30, 50, 64, 4)
     demonstration = tinybert.Recipe().stages(3, 6, "classification")
     assert (demonstration[1].epochs, demonstration[1].rows) == (3, Augmentation(2))
     for wrong, expected in (

@@ -26,12 +26,13 @@ MANIFEST = "augmentation.json"
 VOCABULARY = 100_000  # words of a file of vectors, which begins with the frequent ones
 # The original's stop words that are letters alone: words with an apostrophe are several words to a tokenizer.
 _STOP_WORDS = """
-    i me my myself we our ours ourselves you your yours yourself yourselves he him his himself she her hers herself it its
-    itself they them their theirs themselves this that these those am is are was were be been being have has had having do
-    does did doing a an the and but if or because as until while of at by for with about against between into through
-    during before after above below to from up down in out on off over under again further then once here there all any
-    both each few more most other some such no nor not only own same so than too very s t can will just don should now d ll
-    m o re ve y ain aren couldn didn doesn hadn hasn haven isn ma mightn mustn needn shan shouldn wasn weren won wouldn
+    i me my myself we our ours ourselves you your yours yourself yourselves he him his himself she her hers herself it
+    its itself they them their theirs themselves this that these those am is are was were be been being have has had
+    having do does did doing a an the and but if or because as until while of at by for with about against between
+    into through during before after above below to from up down in out on off over under again further then once here
+    there all any both each few more most other some such no nor not only own same so than too very s t can will just
+    don should now d ll m o re ve y ain aren couldn didn doesn hadn hasn haven isn ma mightn mustn needn shan shouldn
+    wasn weren won wouldn
 """
 STOP_WORDS = frozenset(_STOP_WORDS.split())
 
@@ -331,7 +332,8 @@ def check(folder: Path, how: Augmentation, identity: Mapping[str, str]) -> None:
     for name, value in _facts(how, identity).items():
         if stored.get(name) != value:
             raise ValueError(
-                f"output folder {folder} holds rows augmented with {name} {stored.get(name)}, not {value}; choose another"
+                f"output folder {folder} holds rows augmented with {name} {stored.get(name)}, not {value}; "
+                "choose another"
             )
 
 

@@ -31,7 +31,8 @@ class Stage:
             is not trained; None.
         start: "student" made as the settings say, or the folder of an earlier stage, of whose objective the parameters
             (projections) go on too, where this one has the same.
-        rows: what it is trained on: None: the task's rows; variants of them besides; or texts, without a "stored" teacher.
+        rows: what it is trained on: None: the task's rows; variants of them besides; or texts, without a "stored"
+            teacher.
         cls_layers: hidden states of the teacher.
         epochs, learning_rate: None: the recipe's.
         schedule: "linear", with the recipe's warm-up, or "constant", without any.

@@ -28,8 +28,9 @@ Where the paper and its code disagree or leave a choice, the default is the code
   which are those of padding (its mask adds −10,000). Here padding is left out by default.
 - `layers`: the paper also tried the teacher's last layers ("top") and its first ("bottom").
 - Epochs of the intermediate stage: 10 in the code's README, 20 in the paper (50 for CoLA, 10 for large tasks).
-- The code leaves the teacher's dropout on, puts a ReLU before both classifiers, keeps the best of many evaluations of the
-  test rows, and drops the last batch of an epoch where it is smaller: not done here.
+- `Recipe.for_glue` has the code's variants and the paper's epochs and lengths by task.
+- The code leaves the teacher's dropout on, puts a ReLU before both classifiers, keeps the best of many evaluations of
+  the test rows, and drops the last batch of an epoch where it is smaller: not done here.
 """
 
 from __future__ import annotations
@@ -47,7 +48,18 @@ from kdfast.recipes.base import setting
 from kdfast.recipes.classifier import ClassifierRecipe, Stage, Texts
 
 DEMONSTRATION = {"augment": 2, "intermediate_epochs": 3}  # on the movie reviews, where nothing else is said
-PAPER = {"augment": 20, "intermediate_epochs": 10}
+ELSEWHERE = {"augment": 20, "intermediate_epochs": 10}
+# Variants are the code's, epochs and lengths the paper's.
+GLUE: dict[str, dict[str, Any]] = {
+    "cola": {"augment": 30, "intermediate_epochs": 50, "max_length": 64},
+    "sst2": {"augment": 20, "intermediate_epochs": 20, "max_length": 64},
+    "mrpc": {"augment": 30, "intermediate_epochs": 20, "max_length": 128},
+    "stsb": {"augment": 30, "intermediate_epochs": 20, "max_length": 128},
+    "rte": {"augment": 30, "intermediate_epochs": 20, "max_length": 128},
+    "mnli": {"augment": 10, "intermediate_epochs": 10, "max_length": 128},
+    "qqp": {"augment": 10, "intermediate_epochs": 10, "max_length": 128},
+    "qnli": {"augment": 20, "intermediate_epochs": 10, "max_length": 128},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +102,8 @@ class Recipe(ClassifierRecipe):
     augment_candidates: int = setting(15, "Words that take its place, to draw from.")
     augment_model: str | None = setting(
         None,
-        "Masked language model that proposes them, a folder or Hub name. Default: the base where it is one, else words of "
-        "similar vectors.",
+        "Masked language model that proposes them, a folder or Hub name. Default: the base where it is one, else words "
+        "of similar vectors.",
     )
     word_vectors: str | None = setting(
         None,
@@ -120,6 +132,15 @@ class Recipe(ClassifierRecipe):
         if self.general_epochs and self.teacher is not None and self.base is None:
             raise ValueError("general_epochs above 0 with a given teacher needs base, the pre-trained encoder")
         super().__post_init__()
+
+    @classmethod
+    def for_glue(cls, task: str, **settings: Any) -> Recipe:
+        """With what was used for a task of GLUE.
+
+        Raises:
+            KeyError: no such task.
+        """
+        return cls(data=task, **(GLUE[task] | settings))
 
     def stages(self, student_layers: int, teacher_layers: int, kind: str) -> list[Stage]:
         variants = self._augmentation()
@@ -157,7 +178,7 @@ class Recipe(ClassifierRecipe):
 
     def _of_data(self, name: str) -> int:
         given: int | None = getattr(self, name)
-        return (DEMONSTRATION if self.data is None else PAPER)[name] if given is None else given
+        return (DEMONSTRATION if self.data is None else ELSEWHERE)[name] if given is None else given
 
     def _augmentation(self) -> Augmentation | None:
         count = self._of_data("augment")

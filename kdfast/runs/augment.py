@@ -131,9 +131,8 @@ class AugmentedRows:
                 augment.write(train, test, texts, self.how, self.proposer, self.folder, self.identity, progress)
             self.proposer = None
         made = tasks.load(self.folder, kind=self.task.kind)
-        console.print(
-            f"{files.shown_name(str(self.folder))}: {len(made.train):,} rows, {len(self.task.train):,} of them as they were"
-        )
+        count = f"{len(made.train):,} rows, {len(self.task.train):,} of them as they were"
+        console.print(f"{files.shown_name(str(self.folder))}: {count}")
         return made
 
     def _renamed(self, part: Any, texts: Sequence[str]) -> Any:
