@@ -165,16 +165,11 @@ class Proposer:
         predict: most likely tokens for the place of each mask, so many; None: `vectors` serve words of one piece too.
         vectors: for words of several pieces; None: these stay.
         length: tokens of the longest input of `predict`.
-
-    Raises:
-        ValueError: the tokenizer is not a fast one.
     """
 
     def __init__(
         self, tokenizer: Any, candidates: int, predict: Predict | None, vectors: Vectors | None, length: int = 512
     ) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise ValueError(f"augment: tokenizer: expected a fast one, got {type(tokenizer).__name__}")
         self.tokenizer, self.candidates, self.predict = tokenizer, candidates, predict
         self.vectors, self.length = vectors, length
 

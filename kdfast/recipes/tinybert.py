@@ -72,7 +72,14 @@ class Recipe(ClassifierRecipe):
     """
 
     name = "tinybert"
-    quick: ClassVar = {**ClassifierRecipe.quick, "general_epochs": 1, "intermediate_epochs": 1, "augment": 1}
+    # Of so few rows, a teacher learns little at the rate of the prediction, which is its own too.
+    quick: ClassVar = {
+        **ClassifierRecipe.quick,
+        "general_epochs": 1,
+        "intermediate_epochs": 1,
+        "augment": 1,
+        "learning_rate": 1e-4,
+    }
 
     general_text: str | None = setting(
         None, "Text file with empty lines between the texts, for the general stage. Default: the training rows."

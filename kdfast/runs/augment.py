@@ -39,7 +39,8 @@ class Predictor:
             hidden = last_hidden(self.model, **self._inputs([masked[i] for i in some]))
             places = torch.tensor([masked[i].place for i in some], device=self.model.device)
             logits = hidden.make_logits(hidden.hidden[torch.arange(len(some), device=places.device), places])
-            for i, tokens in zip(some, logits.topk(self.count).indices.tolist(), strict=True):
+            best = logits.topk(min(self.count, logits.shape[-1])).indices
+            for i, tokens in zip(some, best.tolist(), strict=True):
                 found[i] = tokens
         return found
 
@@ -68,6 +69,8 @@ def proposer(how: Augmentation, base: str | Path) -> Proposer:
     vectors = None if how.vectors is None else Vectors.read(how.vectors)
     source, argument = (base, "base") if how.model is None else (how.model, "augment_model")
     tokenizer = load_tokenizer(argument, source)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{named(argument, source)}: expected a fast tokenizer, got {type(tokenizer).__name__}")
     model = _masked_language_model(argument, source, required=how.model is not None)
     if model is None:
         if vectors is None:

@@ -50,7 +50,8 @@ class ClassifierRun:
     """One run in its folder. `execute` does what is not done yet.
 
     The folder has a folder for `from_pretrained` per model (`teacher/`, `student/`, and what else the recipe's stages
-    name), `teacher_outputs/`, `config.yaml`, `metrics.json` and `learning_curves.png`.
+    name), `teacher_outputs/`, `augmented/` where a stage has variants of the rows, `config.yaml`, `metrics.json` and
+    `learning_curves.png`.
     """
 
     def __init__(self, recipe: ClassifierRecipe, folder: Path, console: Console) -> None:
