@@ -6,8 +6,9 @@ r"""Recipes on real data, over seeds: accuracy, KL to the teacher, latency and t
 Ends with a table, and leaves it with its numbers and a plot in the output folder. Every cell is a run of
 `kdfast distill` in a folder of its own, and is finished, continued or skipped like one: interrupt this whenever you
 like and start it again. Of each seed there is one teacher. Every student is three layers, trained for three epochs at
-the same rate with batches in the same order; only the objective differs, and, where the name says so, the start. FastBERT
-is the teacher with branches, at speed 0.5; its other speeds are in files of their own.
+the same rate with batches in the same order; only the objective differs, and, where the name says so, the start.
+TinyBERT's have two stages before, and three times the rows in its last. FastBERT is the teacher with branches, at speed
+0.5; its other speeds are in files of their own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from kdfast.bench import harness
-from kdfast.recipes import fastbert, hinton, minilm, patient_kd
+from kdfast.recipes import fastbert, hinton, minilm, patient_kd, tinybert
 from kdfast.recipes.base import Recipe
 from kdfast.results import compare, plots, speed_curve, tables
 from kdfast.runs import run
@@ -35,7 +36,17 @@ CELLS: dict[str, Callable[[int, str], Recipe]] = {
     "minilm": lambda seed, teacher: minilm.Recipe(seed=seed, teacher=teacher, base=base(), **EQUAL),
     # No student: the teacher itself, whose rows leave early. Its branches are trained as in the paper.
     "fastbert": lambda seed, teacher: fastbert.Recipe(seed=seed, teacher=teacher),
-    # MiniLM's students start from the pre-trained encoder, those above from the fine-tuned teacher.
+    # Before the three epochs of the prediction: three on text and three on the teacher's layers; and rows with variants.
+    "tinybert": lambda seed, teacher: tinybert.Recipe(
+        seed=seed,
+        teacher=teacher,
+        base=base(),
+        general_rate=EQUAL["learning_rate"],
+        intermediate_rate=EQUAL["learning_rate"],
+        freeze_embeddings=True,
+        **EQUAL,
+    ),
+    # MiniLM's and TinyBERT's students start from the pre-trained encoder, those above from the fine-tuned teacher.
     "labels-pretrained-start": lambda seed, teacher: hinton.Recipe(
         seed=seed, teacher=teacher, base=base(), student_start="base", alpha=0.0, baseline=False, **EQUAL
     ),

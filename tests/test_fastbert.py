@@ -140,7 +140,9 @@ def test_given_teacher_keeps_its_head_and_text_needs_no_labels(tmp_path: Path) -
     assert max(event.get("step", 0) for event in history) == 3 * (160 + 240) // 8
     both = compare.compare([tmp_path / "hinton", tmp_path / "run"])
     assert {row.name for row in both.rows} >= {"teacher", "run/student"}
-    with pytest.raises(ValueError, match=r"has branches \(early_exit.json\): only fastbert goes on with it"):
+    with pytest.raises(
+        ValueError, match=r"expected a classifier, got one with branches \(early_exit.json\); fastbert goes on with it"
+    ):
         run(tmp_path / "other", hinton.Recipe(**short, teacher=str(tmp_path / "run" / "student")))
     again, _ = run(
         tmp_path / "again", dataclasses.replace(recipe, teacher=str(tmp_path / "run" / "student"), unlabeled=None)
@@ -152,7 +154,7 @@ def test_refused(tmp_path: Path) -> None:
     for wrong, expected in (
         ({"speed": 1.5}, "speed must be between 0 and 1, got 1.5"),
         ({"divergence": "js_div"}, "divergence must be one of kl_div, reverse_kl_div, got js_div"),
-        ({"branch_width": 9}, "branch_width must be a multiple of branch_heads, got 9 and 2"),
+        ({"branch_width": 9}, "branch_width: expected a multiple of branch_heads, 2, got 9"),
         ({"kind": "regression"}, "kind must be one of classification, got regression"),
     ):
         with pytest.raises(ValueError, match=expected):
@@ -160,7 +162,7 @@ def test_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="student_layers"):
         fastbert.Recipe(student_layers=(0, 1))
     (tmp_path / "numbers.csv").write_text("text,label\n" + "\n".join(f"film {i},{i / 7}" for i in range(40)))
-    with pytest.raises(ValueError, match="fastbert: kind must be classification"):
+    with pytest.raises(ValueError, match="kind: expected classification"):
         run(tmp_path / "run", dataclasses.replace(RECIPE, data=str(tmp_path / "numbers.csv"), test_rows=None))
     with pytest.raises(ValueError, match=r"unlabeled: expected .*none.csv"):
         run(tmp_path / "other", dataclasses.replace(RECIPE, unlabeled="./none.csv", epochs=1, teacher_epochs=1))

@@ -157,6 +157,14 @@ class Plain(nn.Module):
         (lambda: Hidden(1), r"Hidden: layers: expected one of uniform, .* or a dict of .*, got 1"),
         (lambda: Hidden({"1": "2"}), r"Hidden: layers: expected one of uniform, .* or a dict of .*, got {'1': '2'}"),
         (
+            lambda: Hidden(projection=nn.Linear.__call__)(*TINY),
+            r"Hidden: projection: expected one that Terms.for_models\(student, teacher\) made, got <function",
+        ),
+        (
+            lambda: Terms(it=Hidden(projection=lambda a, b: nn.Linear(a, b))).for_models(nn.Linear(2, 2), None),
+            r"Hidden: projection: expected a module where a model's config has no hidden_size, or there is no teacher",
+        ),
+        (
             lambda: Hidden(projection=(64, 96)),
             r"Hidden: projection: expected an nn.Linear, or a list .*, got \(64, 96\)",
         ),

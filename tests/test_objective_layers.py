@@ -75,6 +75,25 @@ def test_hidden(
     check(term, by_hand, side(0, dtype), teacher, batch(weighted), tolerance)
 
 
+def test_projection_of_both_widths() -> None:
+    made: list[tuple[int, int]] = []
+
+    def projection(width: int, teacher_width: int) -> nn.Linear:
+        made.append((width, teacher_width))
+        return nn.Linear(width, teacher_width)
+
+    small, large = (BertConfig(hidden_size=width, num_attention_heads=2) for width in (12, 20))
+    student, teacher = (BertForSequenceClassification(config) for config in (small, large))
+    objective = Terms(hid=Hidden(projection=projection))
+    assert not list(objective.parameters())
+    assert objective.for_models(student, teacher) is objective
+    weight = objective.terms["hid"].projection.weight
+    assert weight.shape == (20, 12)
+    objective.for_models(student, teacher)  # what is there stays
+    assert objective.terms["hid"].projection.weight is weight
+    assert made == [(12, 20)]
+
+
 @WEIGHTED
 def test_embedding_and_hidden_share_a_projection(weighted: bool) -> None:
     linear = nn.Linear(12, 20, dtype=torch.float64)
@@ -187,6 +206,29 @@ def test_attention(
             term(student, teacher, inputs)
         return
     check(term, of_heads({1: 2, 2: 4}, of_row, count, mean_over_layers), student, teacher, inputs, tolerance)
+
+
+@PRECISIONS
+@WEIGHTED
+def test_attention_of_padding(weighted: bool, dtype: torch.dtype, tolerance: float) -> None:
+    """As TinyBERT's code: scores of keys that are padding are 0 on both sides, and all count."""
+    length = MASK.shape[1]
+
+    def by_hand(student: Any, teacher: Any, inputs: Any) -> Tensor:
+        w, total = inputs.get("sample_weight", torch.ones(BATCH)).double(), torch.zeros((), dtype=dtype)
+        for i, j in ((0, 1), (1, 3)):
+            a, b = (x.scale * x.q[n] @ x.k[n].mT for x, n in ((student, i), (teacher, j)))
+            squares = torch.where(MASK[:, None, None, :], (a - b).square(), 0)
+            total = total + (w.to(dtype) * squares.mean((1, 2, 3))).mean()
+        return total
+
+    term, inputs = Attention(masked=False), batch(weighted)
+    student, teacher = side(0, dtype), side(1, dtype, layers=4, width=20)
+    check(term, by_hand, student, teacher, inputs, tolerance)
+    assert term.count(inputs) == (BATCH if weighted else BATCH * length**2)
+    causal = side(0, dtype, causal=True)
+    with pytest.raises(ValueError, match="Attention: masked: expected True for causal models"):
+        term(causal, side(1, dtype, layers=4, causal=True), inputs)
 
 
 @PRECISIONS

@@ -37,6 +37,23 @@ def hidden() -> tuple[Any, Any, Terms]:
     return bert(0, width=24, layers=4), bert(1), Terms(**terms, embedding=Embedding(projection=shared))
 
 
+def tinybert() -> tuple[Any, Any, Terms]:
+    """A narrower student, and a projection that is made of both widths; pooler and classifier are out of reach."""
+    teacher, student = bert(0, width=24, layers=4), bert(1)
+    torch.manual_seed(5)
+    linear = nn.Linear(16, 24)
+
+    def projection(width: int, teacher_width: int) -> nn.Linear:
+        assert (width, teacher_width) == (16, 24)
+        return linear
+
+    return (
+        teacher,
+        student,
+        Terms(attention=Attention(weight=0.1), hidden=Hidden({0: 0, 1: 2, 2: 4}, projection=projection)),
+    )
+
+
 def tokens() -> tuple[Any, Any, Terms]:
     """Micro-batches whose tokens and targets are not equally many."""
     terms = {
@@ -48,7 +65,7 @@ def tokens() -> tuple[Any, Any, Terms]:
 
 
 CASES: dict[str, Callable[[], tuple[Any, Any, Terms]]] = {
-    "patient": patient, "relations": relations, "hidden": hidden, "tokens": tokens,
+    "patient": patient, "relations": relations, "hidden": hidden, "tokens": tokens, "tinybert": tinybert,
 }  # fmt: skip
 
 
@@ -86,7 +103,7 @@ def check(name: str, folder: Path, rank: int) -> None:
     assert "bert.encoder.layer.1.attention.self.query.weight" in moved
     saved = {path.name for path in (folder / f"{name}-{rank}" / "checkpoint-4").iterdir()}
     assert ("model.safetensors" in saved) == (rank == 0)
-    assert ("distillation.safetensors" in saved) == (rank == 0 and name == "hidden")
+    assert ("distillation.safetensors" in saved) == (rank == 0 and name in ("hidden", "tinybert"))
 
 
 def check_cases(rank: int, folder: Path) -> None:

@@ -28,7 +28,7 @@ from transformers import (
 
 from kdfast import students
 from kdfast.data import demo
-from kdfast.recipes import causal_lm, distilbert, fastbert, hinton, minilm, patient_kd
+from kdfast.recipes import causal_lm, distilbert, fastbert, hinton, minilm, patient_kd, tinybert
 from kdfast.runs import arguments
 from kdfast.runs import run as run_recipe
 
@@ -45,6 +45,7 @@ RECIPES: dict[str, Any] = {
     "patient-kd": patient_kd.Recipe(**CLASSIFIERS),
     "minilm": minilm.Recipe(**CLASSIFIERS, relation_epochs=1),
     "fastbert": fastbert.Recipe(**CLASSIFIERS, branch_width=16),
+    "tinybert": tinybert.Recipe(**CLASSIFIERS, general_epochs=1, intermediate_epochs=1, augment=0),
     "distilbert": distilbert.Recipe(
         teacher_steps=8, steps=8, batch_size=8, max_length=24, test_rows=20, learning_rate=5e-3, train_rows=64
     ),
@@ -69,7 +70,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path
     of_classifiers |= {"teacher": reviews / "teacher", "base": base}
     of_masked, of_causal = tiny_texts.masked(masked), tiny_texts.causal(causal)
     of_masked["teacher"], of_causal["teacher"] = of_masked["masked-lm"], of_causal[demo.SMOLLM2.folder]
-    return dict.fromkeys(("hinton", "patient-kd", "minilm", "fastbert"), of_classifiers) | {
+    return dict.fromkeys(("hinton", "patient-kd", "minilm", "tinybert", "fastbert"), of_classifiers) | {
         "distilbert": of_masked,
         "causal-lm": of_causal,
     }
@@ -178,7 +179,7 @@ def test_students_of_teachers_stored_in_16_bits(
         name, AutoModelForSequenceClassification
     )
     halves, wholes = {}, {}
-    for setting in ("teacher", "base") if name in ("patient-kd", "minilm") else ("teacher",):
+    for setting in ("teacher", "base") if name in ("patient-kd", "minilm", "tinybert") else ("teacher",):
         half, whole = stored_in(dtype, assets[name][setting], auto, tmp_path / setting)
         assert {x.dtype for x in weights(half).values()} == {dtype}
         halves[setting], wholes[setting] = str(half), str(whole)

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup
+from transformers import AutoModelForSequenceClassification, get_constant_schedule, get_linear_schedule_with_warmup
 
 from kdfast import runs
 from kdfast.data import demo
-from kdfast.recipes import hinton, minilm, patient_kd
+from kdfast.recipes import hinton, minilm, patient_kd, tinybert
 from kdfast.runs import stages
 
 STEPS, BATCH, RATE, WARMUP = 20, 8, 1e-3, 0.1
@@ -100,6 +100,54 @@ def of_minilm(relations: tuple[str, ...], heads: int, layer: int) -> Loss:
     return loss
 
 
+def eager_scores(model: Any, states: Any, layer: int, batch: dict[str, Tensor]) -> Tensor:
+    """Those of a layer from 1 on, [B, H, L, L], with the mask added as BERT does."""
+    attention = model.bert.encoder.layer[layer - 1].attention.self
+    q, k = (
+        linear(states[layer - 1]).unflatten(-1, (2, -1)).transpose(1, 2) for linear in (attention.query, attention.key)
+    )
+    return q @ k.mT / q.shape[-1] ** 0.5 + (1 - batch["attention_mask"][:, None, None, :].float()) * -10000.0
+
+
+def of_tinybert(layers: dict[int, int], padding: bool, projection: str) -> Loss:
+    """`student.distillation` has the projections."""
+
+    def loss(student: Any, teacher: Any, batch: dict[str, Tensor]) -> Tensor:
+        s = student(**inputs(batch), output_hidden_states=True).hidden_states
+        with torch.no_grad():
+            t = teacher(**inputs(batch), output_hidden_states=True).hidden_states
+        on, total = batch["attention_mask"].bool(), torch.zeros(())
+        counted = (on[:, None, :, None] & on[:, None, None, :]).expand(-1, 2, -1, -1)
+        for mine, its in layers.items():
+            a, b = eager_scores(student, s, mine, batch), eager_scores(teacher, t, its, batch)
+            if padding:  # as the original
+                a, b = (torch.where(x <= -100, 0.0, x) for x in (a, b))
+                total = total + F.mse_loss(a, b)
+            else:
+                total = total + F.mse_loss(a[counted], b[counted])
+        terms = student.distillation.terms
+        for number, (mine, its) in enumerate({0: 0, **layers}.items()):
+            linear = terms["embedding" if projection == "paper" and mine == 0 else "hidden"].projection
+            linear = linear[number] if projection == "per_layer" else linear
+            assert (linear.bias is None) == (projection == "paper")
+            a, b = linear(s[mine]), t[its]
+            total = total + (F.mse_loss(a, b) if padding else F.mse_loss(a[on], b[on]))
+        return total
+
+    return loss
+
+
+def of_prediction(temperature: float, factor: float) -> Loss:
+    def loss(student: Any, teacher: Any, batch: dict[str, Tensor]) -> Tensor:
+        soft = F.softmax(teacher(**inputs(batch)).logits / temperature, -1)
+        return -factor * (soft * F.log_softmax(student(**inputs(batch)).logits / temperature, -1)).sum(-1).mean()
+
+    return loss
+
+
+TINY: dict[str, Any] = {"general_epochs": 1, "intermediate_epochs": 1, "general_rate": RATE, "intermediate_rate": RATE}
+NARROW = "hidden_size=16,intermediate_size=24"
+EVERY_SECOND = {1: 2, 2: 4, 3: 6}
 V2 = {"relations": ("qq", "kk", "vv"), "relation_heads": 4, "teacher_layer": -2}
 # Recipe, and of each of its stages the loss and what stands for the teacher.
 CASES: dict[str, tuple[Any, dict[str, tuple[Loss, str]]]] = {
@@ -123,17 +171,51 @@ CASES: dict[str, tuple[Any, dict[str, tuple[Loss, str]]]] = {
         minilm.Recipe(**SETTINGS, relation_epochs=1, relation_rate=RATE, **V2),
         {"relations": (of_minilm(("qq", "kk", "vv"), 4, -2), "base")},
     ),
-}
+    "tinybert": (
+        tinybert.Recipe(**SETTINGS, **TINY, augment=0),
+        {
+            "general": (of_tinybert(EVERY_SECOND, False, "shared"), "base"),
+            "intermediate": (of_tinybert(EVERY_SECOND, False, "shared"), "teacher"),
+            "student": (of_prediction(1.0, 0.5), "teacher"),
+        },
+    ),
+    "tinybert, as its code": (
+        tinybert.Recipe(**SETTINGS, **TINY, augment=1, padding=True, student_config=NARROW),
+        {
+            "general": (of_tinybert(EVERY_SECOND, True, "shared"), "base"),
+            "intermediate": (of_tinybert(EVERY_SECOND, True, "shared"), "teacher"),
+            "student": (of_prediction(1.0, 0.5), "teacher"),
+        },
+    ),
+    "tinybert, as its paper": (
+        tinybert.Recipe(
+            **SETTINGS, **TINY, augment=2, augment_prediction=False, projection="paper", layers="top", per_class=False,
+            t_squared=True, temperature=2.0,
+        ),
+        {
+            "intermediate": (of_tinybert({1: 4, 2: 5, 3: 6}, False, "paper"), "teacher"),
+            "student": (of_prediction(2.0, 4.0), "teacher"),
+        },
+    ),
+    "tinybert, a projection per layer": (
+        tinybert.Recipe(**SETTINGS, **TINY, augment=0, projection="per_layer", layers="bottom"),
+        {"intermediate": (of_tinybert({1: 1, 2: 2, 3: 3}, False, "per_layer"), "teacher")},
+    ),
+}  # fmt: skip
+CONSTANT = ("intermediate",)  # stages whose rate is
 
 
-def by_hand(student: Any, teacher: Any, batches: list[dict[str, Tensor]], loss_of: Loss) -> list[float]:
+def by_hand(
+    student: Any, teacher: Any, batches: list[dict[str, Tensor]], loss_of: Loss, constant: bool = False
+) -> list[float]:
     """The Trainer's defaults: AdamW, decay of matrices, linear schedule, clipping at 1."""
     student.train()
     trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
     decays = [("bias" not in name and "LayerNorm" not in name, p) for name, p in trained]
     groups = [{"params": [p for d, p in decays if d is on], "weight_decay": 0.01 * on} for on in (True, False)]
     optimizer = torch.optim.AdamW(groups, lr=RATE, eps=EPSILON)
-    schedule = get_linear_schedule_with_warmup(optimizer, int(WARMUP * STEPS), STEPS)
+    linear = get_linear_schedule_with_warmup(optimizer, int(WARMUP * STEPS), STEPS)
+    schedule = get_constant_schedule(optimizer) if constant else linear
     losses = []
     for batch in batches:
         loss = loss_of(student, teacher, batch)
@@ -155,20 +237,25 @@ def test_stages_follow_a_plain_loop(case: str, tmp_path: Path, monkeypatch: pyte
 
     def compare(trainer: Any, folder: Path, title: str, dtype: str) -> Any:
         trainer.args.logging_steps, trainer.args.adam_epsilon = 1, EPSILON
+        trainer.args.max_steps = STEPS  # of augmented rows there are more
         if folder.name not in expected:
             return train_stage(trainer, folder, title, dtype)
         loss_of, teacher_folder = expected[folder.name]
         where = {"teacher": tmp_path / "run" / "teacher", "base": assets[demo.MINILM.requirement]}[teacher_folder]
         teacher = AutoModelForSequenceClassification.from_pretrained(where).eval()
-        copied, batches = copy.deepcopy(trainer.model), list(trainer.get_train_dataloader())
-        losses = by_hand(copied, teacher, batches, loss_of)
+        copied, batches = copy.deepcopy(trainer.model), list(trainer.get_train_dataloader())[:STEPS]
+        copied.distillation = copy.deepcopy(trainer.objective)
+        losses = by_hand(copied, teacher, batches, loss_of, folder.name in CONSTANT)
         history = train_stage(trainer, folder, title, dtype)
         assert len(batches) == STEPS
         got = [event["loss"] for event in history if "loss" in event]
         torch.testing.assert_close(got, losses, rtol=1e-5, atol=1e-5)
         assert max(losses) > 1.01 * min(losses) > 0
+        assert {name for name, _ in copied.distillation.named_parameters()} == {*trainer._parameters_of_objective()}
+        trainer.model.distillation = trainer.objective
         for (name, a), b in zip(trainer.model.named_parameters(), copied.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        del trainer.model.distillation
         compared.append(folder.name)
         return history
 

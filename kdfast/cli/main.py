@@ -14,6 +14,7 @@ except ModuleNotFoundError:
     sys.exit("kdfast: the command line needs typer, which is not installed: pip install kdfast[train]")
 
 from kdfast.cli import interrupt
+from kdfast.cli.augment import augment
 from kdfast.cli.bench import bench
 from kdfast.cli.cache import cache_teacher, check_cache
 from kdfast.cli.distill import add_recipes
@@ -55,7 +56,7 @@ def _kdfast(
 
 
 add_recipes(distill)
-for command in (evaluate, compare, cache_teacher, check_cache, bench):
+for command in (evaluate, compare, augment, cache_teacher, check_cache, bench):
     app.command()(command)
 
 

@@ -51,8 +51,8 @@ def evaluate(
 
     A pruned model is measured beside what it was made of: --teacher.
 
-    Of a run's folder (`kdfast distill hinton`, `patient-kd`, `minilm`, `fastbert`), all its models, on the run's data and against
-    its teacher. Classes must be the data's, in the same order.
+    Of a run's folder (`kdfast distill hinton`, `patient-kd`, `minilm`, `tinybert`, `fastbert`), all its models, on the run's data
+    and against its teacher. Classes must be the data's, in the same order.
 
     A regressor's quality is its correlation with the labels; KL and agreement are of classes alone.
     """

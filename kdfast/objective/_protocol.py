@@ -41,6 +41,7 @@ class Objective(Protocol):
     `logits(student_outputs)`: predictions, where the outputs have none; asked for in evaluations that want them.
 
     `for_student(model)` returns the objective to use for this student; the trainer asks once, at its beginning.
+    `for_models(student, teacher)`, asked next, the one to use for both, of which the teacher may be None.
 
     `progress`: an attribute, the share of the training that is done, from 0 to 1; the trainer sets it.
 

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from kdfast import cls_distance, cosine_distance, hidden_mse, qk_attention_mse, qk_relation_kl
+from kdfast.models.inputs import unwrapped
 from kdfast.objective._protocol import Missing
 from kdfast.objective.layer_maps import LayerMap, layer_map
 from kdfast.objective.schedules import Weight
 from kdfast.objective.term import Inputs, Stored, Term, check_aligned, token_mask, tokens_of_rows
 from kdfast.ops._checks import check_int
 
-Projection = nn.Linear | Sequence[nn.Linear] | None
+Linears = nn.Linear | Sequence[nn.Linear]
+Projection = Linears | Callable[[int, int], Linears] | None
 
 
 class _OfLayers(Term):
@@ -83,8 +85,9 @@ class Hidden(_OfLayers):
     Args:
         layers: which state of the student learns from which of the teacher's (`kdfast.objective.layer_map`).
         projection: an `nn.Linear` of the student's width to the teacher's, shared by all layers (TinyBERT's code), or
-            one per layer; several terms may share one too. None where the widths are equal. It is trained with the
-            student and is no part of it.
+            one per layer; several terms may share one too; or a function of both widths that makes it, which
+            `Terms.for_models` calls. None where the widths are equal. It is trained with the student and is no part of
+            it.
         weight: a number or a schedule.
         masked: leave out padding; False counts it, as the code of TinyBERT and DynaBERT does.
         mean_over_layers: divide by the number of layers.
@@ -100,14 +103,31 @@ class Hidden(_OfLayers):
         mean_over_layers: bool = False,
     ) -> None:
         super().__init__(layers, weight, mean_over_layers)
-        if projection is None or isinstance(projection, nn.Linear):
-            self.projection: nn.Linear | nn.ModuleList | None = projection
-        elif isinstance(projection, (Sequence, nn.ModuleList)) and all(isinstance(x, nn.Linear) for x in projection):
-            self.projection = nn.ModuleList(projection)
-        else:
-            got = type(projection) if isinstance(projection, nn.Module) else projection
-            self.refuse("projection", "an nn.Linear, or a list of them, one per layer", got, TypeError)
+        self.make_projection: Callable[[int, int], Linears] | None = None
+        if callable(projection) and not isinstance(projection, nn.Module):
+            self.make_projection, projection = projection, None
+        self.projection = self._checked(projection)
         self.masked = masked
+
+    def _checked(self, projection: Any) -> nn.Linear | nn.ModuleList | None:
+        if projection is None or isinstance(projection, nn.Linear):
+            return projection
+        several = isinstance(projection, (Sequence, nn.ModuleList))
+        if not several or not all(isinstance(x, nn.Linear) for x in projection):
+            got = type(projection) if isinstance(projection, nn.Module) else projection
+            expected = "an nn.Linear, or a list of them, one per layer, or a function of both widths that makes either"
+            self.refuse("projection", expected, got, TypeError)
+        return nn.ModuleList(projection)
+
+    def for_models(self, student: Any, teacher: Any) -> None:
+        if self.make_projection is None or self.projection is not None:
+            return
+        configs = [getattr(unwrapped(model), "config", None) for model in (student, teacher)]
+        widths: list[Any] = [getattr(config, "hidden_size", None) for config in configs]
+        if None in widths:
+            expected = "a module where a model's config has no hidden_size, or there is no teacher"
+            self.refuse("projection", expected, self.make_projection)
+        self.projection = self._checked(self.make_projection(*widths))
 
     def count(self, inputs: Inputs) -> Tensor:
         return tokens_of_rows(inputs, self.masked).sum()
@@ -123,6 +143,8 @@ class Hidden(_OfLayers):
         return self.reduced(loss, len(s), inputs, s[0].shape[:2].numel() if mask is None else mask.sum())
 
     def _projected(self, layers: int) -> dict[str, Any]:
+        if self.projection is None and self.make_projection is not None:
+            self.refuse("projection", "one that Terms.for_models(student, teacher) made", self.make_projection)
         if self.projection is None:
             return {}
         if isinstance(self.projection, nn.Linear):
@@ -140,7 +162,7 @@ class Hidden(_OfLayers):
 class Embedding(Hidden):
     """mean (E_s Wᵀ + b − E_t)² of the embeddings' outputs: TinyBERT. Arguments as of `Hidden`."""
 
-    def __init__(self, *, projection: nn.Linear | None = None, weight: Weight = 1.0, masked: bool = True) -> None:
+    def __init__(self, *, projection: Projection = None, weight: Weight = 1.0, masked: bool = True) -> None:
         super().__init__({0: 0}, projection=projection, weight=weight, masked=masked)
 
 
@@ -227,12 +249,12 @@ class Attention(_OfHeads):
     """Σ_layers mean (Q_s K_sᵀ/√d_s − Q_t K_tᵀ/√d_t)² over heads and pairs of tokens:
     TinyBERT (`kdfast.qk_attention_mse`).
 
-    Padding is left out, queries and keys alike (TinyBERT's code counts the queries, and everything in the divisor).
-
     Args:
         layers: which layer of the student learns from which of the teacher's.
         head_map: the teacher's head of every student head; needed where the counts differ.
         weight: a number or a schedule.
+        masked: leave out padding, queries and keys alike; False: as TinyBERT's code, to which scores of keys that are
+            padding are 0 on both sides, and all else counts: queries that are padding, and every score in the divisor.
         mean_over_layers: divide by the number of layers.
 
     With `sample_weight`, the mean of every row is weighted (and rows of any length count alike).
@@ -247,23 +269,26 @@ class Attention(_OfHeads):
         *,
         head_map: Sequence[int] | None = None,
         weight: Weight = 1.0,
+        masked: bool = True,
         mean_over_layers: bool = False,
     ) -> None:
         super().__init__(layers, weight, mean_over_layers)
         if head_map is not None and not isinstance(head_map, Sequence):
             self.refuse("head_map", "the teacher's head of every student head, such as [0, 2]", head_map, TypeError)
-        self.head_map, self.causal = head_map, False
+        self.head_map, self.masked, self.causal = head_map, masked, False
 
     def count(self, inputs: Inputs) -> Tensor:
         if "sample_weight" in inputs:
             return super().count(inputs)
-        tokens = tokens_of_rows(inputs)
+        tokens = tokens_of_rows(inputs, self.masked)
         return (tokens * (tokens + 1) // 2 if self.causal else tokens**2).sum()
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
         mine, its = self.heads(student, teacher, inputs)
         if self.head_map is not None and min(self.head_map) < 0 and "sample_weight" in inputs:
             self.refuse("head_map", "no heads to skip beside sample_weight", list(self.head_map))
+        if student.causal and not self.masked:
+            self.refuse("masked", "True for causal models, whose padding sees other tokens", self.masked)
         mask = self.mask(student, inputs)
 
         def loss(reduction: str) -> Tensor:
@@ -273,12 +298,16 @@ class Attention(_OfHeads):
                 student_scale=student.scale,
                 teacher_scale=teacher.scale,
                 key_mask=mask,
-                query_mask=mask,
+                query_mask=mask if self.masked else None,
                 is_causal=student.causal,
                 head_map=self.head_map,
                 reduction=reduction,
             )
-            return value.mean(-1) if reduction == "none" else value
+            value = value.mean(-1) if reduction == "none" else value
+            if self.masked:
+                return value
+            share = mask.to(value.dtype).mean(-1)  # of each row's keys: the others' zeros count in the divisor
+            return value * (share if reduction == "none" else share.mean())
 
         return self.reduced(loss, len(mine), inputs, len(student.q[0]))
 

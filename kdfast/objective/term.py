@@ -68,6 +68,9 @@ class Term(nn.Module):
         check_weight(type(self).__name__, "weight", weight, f"{NOT_NEGATIVE}, or a schedule of such numbers")
         return weight
 
+    def for_models(self, student: Any, teacher: Any) -> None:
+        """Makes what depends on both models, such as a projection between their widths. The teacher may be None."""
+
     def count(self, inputs: Inputs) -> Tensor:
         """Rows, unless a subclass counts something else; a scalar."""
         return torch.tensor(rows_of(inputs))

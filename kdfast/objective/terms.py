@@ -86,6 +86,13 @@ class Terms(nn.Module):
                 term.causal = adapter.causal
         return self
 
+    def for_models(self, student: nn.Module, teacher: nn.Module | None) -> Terms:
+        """This objective, whose terms have what they make of both models: projections that are functions of widths.
+        A teacher whose outputs are stored is None."""
+        for term in self.terms.values():
+            term.for_models(student, teacher)  # type: ignore[operator]
+        return self
+
     def run(self, model: nn.Module, inputs: Inputs) -> Any:
         """The student or the teacher on a batch: its outputs, or where a term needs more, `kdfast.hf.Features`."""
         own = model_inputs(model, inputs)

@@ -6,8 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from kdfast.data.augment import Augmentation
 from kdfast.objective import Hinton, Labels, Logits, Objective, Terms
 from kdfast.recipes.base import Recipe, setting
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Rows without labels: the texts of a file, with empty lines between them."""
+
+    path: str
 
 
 @dataclass(frozen=True)
@@ -21,9 +29,13 @@ class Stage:
         teacher: "stored": its logits, and the first token's states of `cls_layers`, were computed once; "live": it runs
             beside the student, for hidden states and attention; "base": so does the pre-trained model, whose classifier
             is not trained; None.
-        start: "student" made as the settings say, or the folder of an earlier stage.
+        start: "student" made as the settings say, or the folder of an earlier stage, of whose objective the parameters
+            (projections) go on too, where this one has the same.
+        rows: what it is trained on: None: the task's rows; variants of them besides; or texts, without a "stored"
+            teacher.
         cls_layers: hidden states of the teacher.
         epochs, learning_rate: None: the recipe's.
+        schedule: "linear", with the recipe's warm-up, or "constant", without any.
         measured: whether it is a student of the result, and not a teacher or the start of another stage.
     """
 
@@ -32,14 +44,20 @@ class Stage:
     objective: Objective
     teacher: str | None = None
     start: str = "student"
+    rows: Texts | Augmentation | None = None
     cls_layers: Sequence[int] = ()
     epochs: int | None = None
     learning_rate: float | None = None
+    schedule: str = "linear"
     measured: bool = True
 
     def __post_init__(self) -> None:
         if self.teacher not in (None, "stored", "live", "base"):
             raise ValueError(f"Stage: teacher: expected stored, live, base or None, got {self.teacher!r}")
+        if self.schedule not in ("linear", "constant"):
+            raise ValueError(f"Stage: schedule: expected linear or constant, got {self.schedule!r}")
+        if self.teacher == "stored" and isinstance(self.rows, Texts):
+            raise ValueError("Stage: teacher: expected live, base or None beside texts, got 'stored'")
         terms = getattr(self.objective, "terms", {}).values()
         if self.teacher == "base" and any(isinstance(term, Logits) for term in terms):
             raise ValueError(

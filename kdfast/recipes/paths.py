@@ -13,8 +13,9 @@ import yaml
 from kdfast.data.glue import GLUE
 
 CONFIG, METRICS = "config.yaml", "metrics.json"  # of a run's folder
-MODELS = ("base", "teacher", "student")  # settings that may be folders, other runs' models among them
-PATHS = ("data", "unlabeled", *MODELS)  # settings that may be files or folders, or names on the Hub
+MODELS = ("base", "teacher", "student", "augment_model")  # settings that may be folders, other runs' models among them
+# Settings that may be files or folders, or names on the Hub.
+PATHS = ("data", "unlabeled", "general_text", "word_vectors", *MODELS)
 
 
 def absolute(name: str, value: Any) -> Any:

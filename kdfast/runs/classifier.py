@@ -35,6 +35,7 @@ from kdfast.results import measured_rows, plots, tables
 from kdfast.results.measure import BATCH, Candidate, Metrics, length, measure, versions
 from kdfast.results.progress import bar
 from kdfast.runs import arguments, stages
+from kdfast.runs.stage_rows import StageRows
 from kdfast.train.trainer import DistillationTrainer
 
 CURVE_ROWS = 500  # of the test rows, for the points of the learning curves; the table is measured on all
@@ -50,7 +51,8 @@ class ClassifierRun:
     """One run in its folder. `execute` does what is not done yet.
 
     The folder has a folder for `from_pretrained` per model (`teacher/`, `student/`, and what else the recipe's stages
-    name), `teacher_outputs/`, `config.yaml`, `metrics.json` and `learning_curves.png`.
+    name), `teacher_outputs/`, `augmented/` where a stage has variants of the rows, `config.yaml`, `metrics.json` and
+    `learning_curves.png`.
     """
 
     loader = "AutoModelForSequenceClassification"  # of the student
@@ -89,7 +91,8 @@ class ClassifierRun:
                 if base is None and (stage.teacher == "base" or r.student_start == "base"):
                     base = self._load("base", source)
                 start = self._start(stage, base if r.student_start == "base" else teacher, layers)
-                self._train(stage, start, {"live": teacher, "base": base}.get(stage.teacher or ""), cached)
+                beside = {"live": teacher, "base": base}.get(stage.teacher or "")
+                self._train(stage, start, beside, self._rows_of(stage, teacher, cached))
             histories[stage.folder] = stages.finished(self.folder / stage.folder) or []
         titles = {"teacher": "teacher"} | {stage.folder: stage.title for stage in todo if stage.measured}
         return self._finish(titles, histories, cached)
@@ -125,6 +128,9 @@ class ClassifierRun:
         teacher = self._load("base", source) if r.teacher is None else self._given_teacher(r.teacher)
         base = self._load("base", r.base) if r.teacher and r.base else teacher
         layers, todo = self._plan(teacher)
+        self.rows = StageRows(self.folder, self.task, self.tokenizer, r.max_length, source, todo)
+        for told in self.rows.notes:
+            self.console.print(told, markup=False)
         student = self._student(base if r.student_start == "base" else teacher, layers)
         titles = {"teacher": (r.teacher, teacher), "base": (r.base, base), "student": (r.student, student)}
         for name, (given, model) in titles.items():
@@ -138,11 +144,11 @@ class ClassifierRun:
         rows = DataCollatorWithPadding(self.tokenizer)(self.train[:2])
         for stage in todo:
             terms: Any = stage.objective
+            beside = None if stage.teacher is None else base if stage.teacher == "base" else teacher
             with torch.no_grad():
-                outputs = (
-                    None if stage.teacher is None else terms.run(base if stage.teacher == "base" else teacher, rows)
-                )
                 try:
+                    terms = terms.for_models(student, beside) if hasattr(terms, "for_models") else terms
+                    outputs = None if beside is None else terms.run(beside, rows)
                     terms(terms.run(student, rows), outputs, rows)
                 except ValueError as error:
                     raise ValueError(f"{r.name}, {stage.title}: {error}") from None
@@ -238,6 +244,15 @@ class ClassifierRun:
                 progress=progress,
             )
 
+    def _rows_of(self, stage: Stage, teacher: Any, cached: tuple[Any, Any]) -> tuple[Any, Any]:
+        """What a stage is trained and evaluated on, and the collator."""
+        (train, test), collate = cached
+        if stage.rows is not None:
+            train = self.rows.of(stage.rows, self.console)
+            if stage.teacher == "stored":
+                train = self._stored("augmented", train, teacher, sorted(stage.cls_layers)).beside(train)
+        return (train, test), collate
+
     def _train(self, stage: Stage, student: Any, teacher: Any, cached: tuple[Any, Any] | None) -> None:
         train, test, collate = self.train, None, DataCollatorWithPadding(self.tokenizer)
         if cached is not None:
@@ -253,6 +268,8 @@ class ClassifierRun:
             processing_class=self.tokenizer,
             compute_metrics=self._quality,
         )
+        if stage.start != "student":
+            trainer.load_objective(self.folder / stage.start)
         with _shortcut(trainer.model, stage.objective):
             dtype = self.recipe.save_dtype if stage.measured else "float32"
             stages.train_stage(trainer, self.folder / stage.folder, stage.title, dtype)
@@ -269,8 +286,8 @@ class ClassifierRun:
             num_train_epochs=stage.epochs or r.epochs,
             per_device_eval_batch_size=BATCH,
             learning_rate=stage.learning_rate or r.learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=r.warmup,
+            lr_scheduler_type=stage.schedule,
+            warmup_steps=r.warmup if stage.schedule == "linear" else 0,
             weight_decay=0.01,
             eval_strategy="steps" if stage.measured else "no",
             eval_steps=max(1, rows // (2 * r.batch_size)),

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdfast.recipes.base import Recipe
@@ -29,6 +29,7 @@ from kdfast.recipes.paths import CONFIG, PATHS, located, moved, run_settings
 from kdfast.results.disk import saving, why_not_writable
 from kdfast.results.progress import bar
 from kdfast.runs import arguments
+from kdfast.train.objective_trainer import ObjectiveTrainer
 
 History = list[dict[str, float]]
 
@@ -231,9 +232,9 @@ def trained_in(folder: Path) -> str | None:
     return json.loads(marker.read_text()).get("precision") if marker.is_file() else None
 
 
-def train_stage(trainer: Trainer, folder: Path, title: str, dtype: str = "float32") -> History:
+def train_stage(trainer: ObjectiveTrainer, folder: Path, title: str, dtype: str = "float32") -> History:
     """Trains until done, from the checkpoint in `trainer.args.output_dir` if there is one; the model goes to `folder`,
-    its weights in `dtype`.
+    its weights in `dtype`, and beside it the objective's parameters.
 
     Raises:
         StageInterrupted: stopped by Ctrl-C or SIGTERM; a checkpoint was saved.
@@ -255,6 +256,7 @@ def train_stage(trainer: Trainer, folder: Path, title: str, dtype: str = "float3
     with saving(folder):
         trainer.model.to(getattr(torch, dtype)).save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
+        trainer.save_objective(folder)
     write_json(folder / "stage.json", {"history": history, "precision": arguments.precision_of(trainer.args)})
     shutil.rmtree(checkpoints)
     return history

@@ -53,9 +53,23 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         of_student = {name: value for name, value in every.items() if not name.startswith(f"{OBJECTIVE}.")}
         super()._save(output_dir, of_student)
         if self.args.should_save:
-            # Not those of state_dict: projections that terms share would be there twice.
-            own = {name: value.detach().contiguous() for name, value in self.objective.named_parameters()}
-            save_file(own, Path(output_dir or self.args.output_dir) / f"{OBJECTIVE}.safetensors")
+            self.save_objective(Path(output_dir or self.args.output_dir))
+
+    def save_objective(self, folder: Path) -> None:
+        """Writes the objective's parameters, where it has any, into a folder beside the student's weights."""
+        # Not those of state_dict: projections that terms share would be there twice.
+        if own := {name: value.detach().contiguous() for name, value in self._parameters_of_objective().items()}:
+            save_file(own, folder / f"{OBJECTIVE}.safetensors")
+
+    def load_objective(self, folder: Path) -> None:
+        """The other way round, where the parameters there are of the same names and shapes; else nothing."""
+        path, own = folder / f"{OBJECTIVE}.safetensors", self._parameters_of_objective()
+        saved = load_file(path) if path.exists() else {}
+        if own and {k: x.shape for k, x in saved.items()} == {k: x.shape for k, x in own.items()}:
+            self.objective.load_state_dict(saved, strict=False)
+
+    def _parameters_of_objective(self) -> dict[str, Tensor]:
+        return dict(self.objective.named_parameters()) if isinstance(self.objective, nn.Module) else {}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with without(self.model, OBJECTIVE):

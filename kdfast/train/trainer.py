@@ -99,6 +99,8 @@ class DistillationTrainer(ObjectiveTrainer):
             self.teacher.to(self.args.device)
         if hasattr(objective, "for_student"):
             objective = objective.for_student(self.model)
+        if hasattr(objective, "for_models"):
+            objective = objective.for_models(self.model, self.teacher)
         self.objective: Any = objective.to(self.args.device) if isinstance(objective, nn.Module) else objective
         if self.model_init is not None and isinstance(objective, nn.Module):
             self._objective_start = copy.deepcopy(objective.state_dict())
