@@ -241,13 +241,13 @@ def test_killed_and_continued(tmp_path: Path) -> None:
 
 def test_other_rows_or_settings_are_refused(tmp_path: Path) -> None:
     augment.write(rows(3), rows(2), ["text"], HOW, of_letters, tmp_path / "run", {"rows": "r"})
-    with pytest.raises(ValueError, match="holds rows augmented with seed 5, not 6; choose another"):
+    with pytest.raises(ValueError, match="expected rows augmented with seed 6, got 5; choose another"):
         augment.check(tmp_path / "run", Augmentation(3, seed=6), {"rows": "r"})
-    with pytest.raises(ValueError, match="holds rows augmented with rows r, not q"):
+    with pytest.raises(ValueError, match="expected rows augmented with rows q, got r"):
         augment.check(tmp_path / "run", HOW, {"rows": "q"})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="mine is not empty and holds no augmented rows"):
+    with pytest.raises(ValueError, match="mine: expected a new folder or one of augmented rows"):
         augment.check(tmp_path / "mine", HOW, {"rows": "r"})
 
 
@@ -272,7 +272,7 @@ def test_command_writes_what_distill_reads(folder: Path, tmp_path: Path, monkeyp
     assert {path.name: path.read_bytes() for path in (tmp_path / "rows").iterdir()} == before
     capsys.readouterr()
     message = refused(monkeypatch, capsys, "augment", tmp_path / "rows", *options, "--seed", 1)
-    assert "holds rows augmented with seed 0, not 1" in message
+    assert "expected rows augmented with seed 1, got 0" in message
     assert call(monkeypatch, "augment", tmp_path / "rows", *options, "--seed", 1, "--fresh") == 0
     assert json.loads((tmp_path / "rows" / augment.MANIFEST).read_text())["seed"] == 1
 
@@ -308,7 +308,7 @@ def test_pairs_keep_names_and_order_of_classes(folder: Path, tmp_path: Path, mon
         ),
         (["--word-vectors", "empty.txt"], "expected a word and its numbers in each line, got an empty file"),
         (["--model", "/none"], "augment_model /none: there is no such folder"),
-        (["--model", "encoder"], "encoder is no masked language model: it has no cls.predictions"),
+        (["--model", "encoder"], "encoder: expected a masked language model, got one without cls.predictions"),
         (["--data", "none.csv"], "source: expected a file none.csv, got none"),
         (["--probability", "1.5"], "--probability"),
     ],

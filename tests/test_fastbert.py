@@ -152,10 +152,10 @@ def test_given_teacher_keeps_its_head_and_text_needs_no_labels(tmp_path: Path) -
 
 def test_refused(tmp_path: Path) -> None:
     for wrong, expected in (
-        ({"speed": 1.5}, "speed must be between 0 and 1, got 1.5"),
-        ({"divergence": "js_div"}, "divergence must be one of kl_div, reverse_kl_div, got js_div"),
+        ({"speed": 1.5}, "speed: expected 0 to 1, got 1.5"),
+        ({"divergence": "js_div"}, "divergence: expected one of kl_div, reverse_kl_div, got js_div"),
         ({"branch_width": 9}, "branch_width: expected a multiple of branch_heads, 2, got 9"),
-        ({"kind": "regression"}, "kind must be one of classification, got regression"),
+        ({"kind": "regression"}, "kind: expected one of classification, got regression"),
     ):
         with pytest.raises(ValueError, match=expected):
             fastbert.Recipe(**wrong)

@@ -181,14 +181,14 @@ def test_settings_of_the_paper() -> None:
     demonstration = tinybert.Recipe().stages(3, 6, "classification")
     assert (demonstration[1].epochs, demonstration[1].rows) == (3, Augmentation(2))
     for wrong, expected in (
-        ({"layers": "last"}, "layers must be one of uniform, top, bottom, got last"),
-        ({"projection": "none"}, "projection must be one of shared, per_layer, paper, got none"),
-        ({"augment": -1}, "augment must be at least 0, got -1"),
-        ({"intermediate_epochs": 0}, "intermediate_epochs must be at least 1"),
-        ({"general_rate": 0.0}, "general_rate must be between 0 and 1"),
-        ({"augment_probability": 1.5}, "augment_probability must be between 0 and 1"),
-        ({"attention_weight": 0.0, "hidden_weight": 0.0}, "one of attention_weight, hidden_weight must be positive"),
-        ({"teacher": "t", "student_start": "teacher"}, "general_epochs above 0 with a given teacher needs base"),
+        ({"layers": "last"}, "layers: expected one of uniform, top, bottom, got last"),
+        ({"projection": "none"}, "projection: expected one of shared, per_layer, paper, got none"),
+        ({"augment": -1}, "augment: expected at least 0, got -1"),
+        ({"intermediate_epochs": 0}, "intermediate_epochs: expected at least 1"),
+        ({"general_rate": 0.0}, "general_rate: expected above 0 and below 1"),
+        ({"augment_probability": 1.5}, "augment_probability: expected 0 to 1"),
+        ({"attention_weight": 0.0, "hidden_weight": 0.0}, "attention_weight, hidden_weight: expected one above 0"),
+        ({"teacher": "t", "student_start": "teacher"}, "general_epochs: expected 0 beside teacher without base"),
     ):
         with pytest.raises(ValueError, match=expected):
             tinybert.Recipe(**wrong)  # type: ignore[arg-type]
