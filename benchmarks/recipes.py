@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from kdfast.bench import harness
-from kdfast.recipes import hinton, minilm, patient_kd
+from kdfast.recipes import dynamic, hinton, minilm, patient_kd
 from kdfast.recipes.base import Recipe
 from kdfast.results import compare, plots, tables
 from kdfast.runs import run
@@ -31,6 +31,11 @@ CELLS: dict[str, Callable[[int, str], Recipe]] = {
     "hinton": lambda seed, teacher: hinton.Recipe(seed=seed, **EQUAL),
     "patient-kd": lambda seed, teacher: patient_kd.Recipe(seed=seed, teacher=teacher, student_start="teacher", **EQUAL),
     "minilm": lambda seed, teacher: minilm.Recipe(seed=seed, teacher=teacher, base=base(), **EQUAL),
+    "dynamic-up": lambda seed, teacher: dynamic.Recipe(seed=seed, teacher=teacher, **EQUAL),
+    "dynamic-down": lambda seed, teacher: dynamic.Recipe(seed=seed, teacher=teacher, direction="down", **EQUAL),
+    "dynamic-flsw": lambda seed, teacher: dynamic.Recipe(
+        seed=seed, teacher=teacher, direction="equal", rule="flsw", **EQUAL
+    ),
     # MiniLM's students start from the pre-trained encoder, those above from the fine-tuned teacher.
     "labels-pretrained-start": lambda seed, teacher: hinton.Recipe(
         seed=seed, teacher=teacher, base=base(), student_start="base", alpha=0.0, baseline=False, **EQUAL

@@ -28,7 +28,7 @@ from transformers import (
 
 from kdfast import students
 from kdfast.data import demo
-from kdfast.recipes import causal_lm, distilbert, hinton, minilm, patient_kd
+from kdfast.recipes import causal_lm, distilbert, dynamic, hinton, minilm, patient_kd
 from kdfast.runs import arguments
 from kdfast.runs import run as run_recipe
 
@@ -44,6 +44,7 @@ RECIPES: dict[str, Any] = {
     "hinton": hinton.Recipe(**CLASSIFIERS, baseline=False),
     "patient-kd": patient_kd.Recipe(**CLASSIFIERS),
     "minilm": minilm.Recipe(**CLASSIFIERS, relation_epochs=1),
+    "dynamic": dynamic.Recipe(**CLASSIFIERS, rule="flsw"),
     "distilbert": distilbert.Recipe(
         teacher_steps=8, steps=8, batch_size=8, max_length=24, test_rows=20, learning_rate=5e-3, train_rows=64
     ),
@@ -68,7 +69,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path
     of_classifiers |= {"teacher": reviews / "teacher", "base": base}
     of_masked, of_causal = tiny_texts.masked(masked), tiny_texts.causal(causal)
     of_masked["teacher"], of_causal["teacher"] = of_masked["masked-lm"], of_causal[demo.SMOLLM2.folder]
-    return dict.fromkeys(("hinton", "patient-kd", "minilm"), of_classifiers) | {
+    return dict.fromkeys(RECIPES, of_classifiers) | {
         "distilbert": of_masked,
         "causal-lm": of_causal,
     }

@@ -146,9 +146,8 @@ def by_hand(student: Any, teacher: Any, batches: list[dict[str, Tensor]], loss_o
     return losses
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_stages_follow_a_plain_loop(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, expected = CASES[case]
+def follow(recipe: Any, expected: dict[str, tuple[Loss, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a recipe, every stage of `expected` beside its plain loop."""
     assets = tiny_reviews.make(tmp_path)
     monkeypatch.setattr(demo, "fetch", lambda package: assets[package.requirement])
     train_stage, compared = stages.train_stage, []
@@ -175,3 +174,8 @@ def test_stages_follow_a_plain_loop(case: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(stages, "train_stage", compare)
     runs.run(recipe, tmp_path / "run", Console(file=io.StringIO()))
     assert compared == list(expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stages_follow_a_plain_loop(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    follow(*CASES[case], tmp_path, monkeypatch)

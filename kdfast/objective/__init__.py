@@ -2,11 +2,12 @@
 
 `Terms` puts an objective together from terms: `Logits`, `Spans`, `Labels`, `Hidden`, `Embedding`, `Cosine`, `CLS`,
 `Attention` and `Relations`, each with a weight that is constant or follows a schedule.
-`LanguageModel` is for language models.
+`DynamicLogits` are `Logits` with a weight and a temperature of each row. `LanguageModel` is for language models.
 """
 
 from kdfast.models.inputs import model_inputs
 from kdfast.objective._protocol import Missing, Objective
+from kdfast.objective.dynamic_logits import DynamicLogits
 from kdfast.objective.language_model import LanguageModel
 from kdfast.objective.layer_maps import layer_map
 from kdfast.objective.of_layers import CLS, Attention, Cosine, Embedding, Hidden, Relations
@@ -19,6 +20,7 @@ __all__ = [
     "CLS",
     "Attention",
     "Cosine",
+    "DynamicLogits",
     "Embedding",
     "ExponentialSchedule",
     "Hidden",

@@ -1,13 +1,14 @@
 """Published distillation systems, each a short file of settings and stages. How they are run is another room:
 kdfast/runs. May import: objective, models, data, ops."""
 
-from kdfast.recipes import causal_lm, distilbert, hinton, minilm, patient_kd
+from kdfast.recipes import causal_lm, distilbert, dynamic, hinton, minilm, patient_kd
 from kdfast.recipes.base import Recipe
 
 RECIPES: tuple[type[Recipe], ...] = (
     hinton.Recipe,
     patient_kd.Recipe,
     minilm.Recipe,
+    dynamic.Recipe,
     distilbert.Recipe,
     causal_lm.Recipe,
 )
