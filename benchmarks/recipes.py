@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from kdfast.bench import harness
-from kdfast.recipes import dynamic, hinton, minilm, patient_kd
+from kdfast.recipes import dynamic, hinton, minilm, multi_teacher, patient_kd
 from kdfast.recipes.base import Recipe
 from kdfast.results import compare, plots, tables
 from kdfast.runs import run
@@ -36,6 +36,12 @@ CELLS: dict[str, Callable[[int, str], Recipe]] = {
     "dynamic-flsw": lambda seed, teacher: dynamic.Recipe(
         seed=seed, teacher=teacher, direction="equal", rule="flsw", **EQUAL
     ),
+    **{
+        f"multi-teacher-{combine}": lambda seed, teacher, combine=combine: multi_teacher.Recipe(
+            seed=seed, combine=combine, **EQUAL
+        )
+        for combine in multi_teacher.COMBINED
+    },
     # MiniLM's students start from the pre-trained encoder, those above from the fine-tuned teacher.
     "labels-pretrained-start": lambda seed, teacher: hinton.Recipe(
         seed=seed, teacher=teacher, base=base(), student_start="base", alpha=0.0, baseline=False, **EQUAL

@@ -28,7 +28,15 @@ from transformers import (
 
 from kdfast import students
 from kdfast.data import demo
-from kdfast.recipes import causal_lm, distilbert, dynamic, hinton, minilm, patient_kd
+from kdfast.recipes import (
+    causal_lm,
+    distilbert,
+    dynamic,
+    hinton,
+    minilm,
+    multi_teacher,
+    patient_kd,
+)
 from kdfast.runs import arguments
 from kdfast.runs import run as run_recipe
 
@@ -45,6 +53,7 @@ RECIPES: dict[str, Any] = {
     "patient-kd": patient_kd.Recipe(**CLASSIFIERS),
     "minilm": minilm.Recipe(**CLASSIFIERS, relation_epochs=1),
     "dynamic": dynamic.Recipe(**CLASSIFIERS, rule="flsw"),
+    "multi-teacher": multi_teacher.Recipe(**CLASSIFIERS, teachers=2, combine="confidence", cached=False),
     "distilbert": distilbert.Recipe(
         teacher_steps=8, steps=8, batch_size=8, max_length=24, test_rows=20, learning_rate=5e-3, train_rows=64
     ),

@@ -147,7 +147,8 @@ def by_hand(student: Any, teacher: Any, batches: list[dict[str, Tensor]], loss_o
 
 
 def follow(recipe: Any, expected: dict[str, tuple[Loss, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs a recipe, every stage of `expected` beside its plain loop."""
+    """Runs a recipe, every stage of `expected` beside its plain loop, with its teacher: "base", or a folder of the run,
+    or several with commas."""
     assets = tiny_reviews.make(tmp_path)
     monkeypatch.setattr(demo, "fetch", lambda package: assets[package.requirement])
     train_stage, compared = stages.train_stage, []
@@ -157,8 +158,10 @@ def follow(recipe: Any, expected: dict[str, tuple[Loss, str]], tmp_path: Path, m
         if folder.name not in expected:
             return train_stage(trainer, folder, title, dtype)
         loss_of, teacher_folder = expected[folder.name]
-        where = {"teacher": tmp_path / "run" / "teacher", "base": assets[demo.MINILM.requirement]}[teacher_folder]
-        teacher = AutoModelForSequenceClassification.from_pretrained(where).eval()
+        base = assets[demo.MINILM.requirement]
+        where = [base if one == "base" else tmp_path / "run" / one for one in teacher_folder.split(",")]
+        teachers = [AutoModelForSequenceClassification.from_pretrained(one).eval() for one in where]
+        teacher = teachers[0] if len(teachers) == 1 else teachers
         copied, batches = copy.deepcopy(trainer.model), list(trainer.get_train_dataloader())
         losses = by_hand(copied, teacher, batches, loss_of)
         history = train_stage(trainer, folder, title, dtype)

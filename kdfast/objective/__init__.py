@@ -2,12 +2,14 @@
 
 `Terms` puts an objective together from terms: `Logits`, `Spans`, `Labels`, `Hidden`, `Embedding`, `Cosine`, `CLS`,
 `Attention` and `Relations`, each with a weight that is constant or follows a schedule.
-`DynamicLogits` are `Logits` with a weight and a temperature of each row. `LanguageModel` is for language models.
+`DynamicLogits` are `Logits` with a weight and a temperature of each row, `Ensemble` those of several teachers.
+`LanguageModel` is for language models.
 """
 
 from kdfast.models.inputs import model_inputs
 from kdfast.objective._protocol import Missing, Objective
 from kdfast.objective.dynamic_logits import DynamicLogits
+from kdfast.objective.ensemble import Ensemble
 from kdfast.objective.language_model import LanguageModel
 from kdfast.objective.layer_maps import layer_map
 from kdfast.objective.of_layers import CLS, Attention, Cosine, Embedding, Hidden, Relations
@@ -22,6 +24,7 @@ __all__ = [
     "Cosine",
     "DynamicLogits",
     "Embedding",
+    "Ensemble",
     "ExponentialSchedule",
     "Hidden",
     "Hinton",

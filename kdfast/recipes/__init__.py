@@ -1,7 +1,15 @@
 """Published distillation systems, each a short file of settings and stages. How they are run is another room:
 kdfast/runs. May import: objective, models, data, ops."""
 
-from kdfast.recipes import causal_lm, distilbert, dynamic, hinton, minilm, patient_kd
+from kdfast.recipes import (
+    causal_lm,
+    distilbert,
+    dynamic,
+    hinton,
+    minilm,
+    multi_teacher,
+    patient_kd,
+)
 from kdfast.recipes.base import Recipe
 
 RECIPES: tuple[type[Recipe], ...] = (
@@ -9,6 +17,7 @@ RECIPES: tuple[type[Recipe], ...] = (
     patient_kd.Recipe,
     minilm.Recipe,
     dynamic.Recipe,
+    multi_teacher.Recipe,
     distilbert.Recipe,
     causal_lm.Recipe,
 )

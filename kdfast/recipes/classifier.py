@@ -24,6 +24,7 @@ class Stage:
         start: "student" made as the settings say, or the folder of an earlier stage.
         cls_layers: hidden states of the teacher.
         epochs, learning_rate: None: the recipe's.
+        seed: added to the recipe's.
         measured: whether it is a student of the result, and not a teacher or the start of another stage.
     """
 
@@ -35,6 +36,7 @@ class Stage:
     cls_layers: Sequence[int] = ()
     epochs: int | None = None
     learning_rate: float | None = None
+    seed: int = 0
     measured: bool = True
 
     def __post_init__(self) -> None:

@@ -31,7 +31,9 @@ def run(recipe: Recipe, folder: Path, console: Any, fresh: bool = False) -> dict
     from kdfast.runs import stages
 
     kind: Any
-    if isinstance(recipe, ClassifierRecipe):
+    if isinstance(recipe, recipes.multi_teacher.Recipe):
+        from kdfast.runs.multi_teacher import MultiTeacherRun as kind
+    elif isinstance(recipe, ClassifierRecipe):
         from kdfast.runs.classifier import ClassifierRun as kind
     elif isinstance(recipe, recipes.distilbert.Recipe):
         from kdfast.runs.distilbert import DistilBERTRun as kind
