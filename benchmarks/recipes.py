@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from kdfast.bench import harness
-from kdfast.recipes import dynamic, hinton, minilm, multi_teacher, patient_kd
+from kdfast.recipes import adversarial, dynamic, hinton, minilm, multi_teacher, patient_kd
 from kdfast.recipes.base import Recipe
 from kdfast.results import compare, plots, tables
 from kdfast.runs import run
@@ -42,6 +42,8 @@ CELLS: dict[str, Callable[[int, str], Recipe]] = {
         )
         for combine in multi_teacher.COMBINED
     },
+    "adversarial-fgsm": lambda seed, teacher: adversarial.Recipe(seed=seed, teacher=teacher, **EQUAL),
+    "adversarial-pgd": lambda seed, teacher: adversarial.Recipe(seed=seed, teacher=teacher, steps=3, **EQUAL),
     # MiniLM's students start from the pre-trained encoder, those above from the fine-tuned teacher.
     "labels-pretrained-start": lambda seed, teacher: hinton.Recipe(
         seed=seed, teacher=teacher, base=base(), student_start="base", alpha=0.0, baseline=False, **EQUAL

@@ -14,6 +14,7 @@ from torch import nn
 
 from kdfast.objective import (
     CLS,
+    Adversarial,
     Attention,
     Cosine,
     DynamicLogits,
@@ -22,6 +23,7 @@ from kdfast.objective import (
     Labels,
     LinearSchedule,
     Logits,
+    Perturbed,
     Relations,
     Terms,
 )
@@ -64,8 +66,14 @@ def dynamic() -> tuple[Any, Any, Terms]:
     return bert(0, layers=4), bert(1), Terms(kl=DynamicLogits(temperature=8.0, rule="flsw", weight=5.0), ce=Labels())
 
 
+def adversarial() -> tuple[Any, Any, Terms]:
+    """δ of a row depends on no other; l2, as signs of numbers near 0 are chance."""
+    perturbed = Perturbed(temperature=2.0, epsilon=0.5, steps=2, norm="l2")
+    return bert(0, layers=4), bert(1), Adversarial(kl=Logits(), ce=Labels(weight=0.3), it=perturbed)
+
+
 CASES: dict[str, Callable[[], tuple[Any, Any, Terms]]] = {
-    "patient": patient, "relations": relations, "hidden": hidden, "tokens": tokens, "dynamic": dynamic,
+    "patient": patient, "relations": relations, "hidden": hidden, "tokens": tokens, "dynamic": dynamic, "adversarial": adversarial,
 }  # fmt: skip
 
 
@@ -120,7 +128,7 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
         metrics = it.evaluate()
         terms = list(it.objective.terms)
         compared = [f"eval_{term}" for term in terms] + (
-            ["eval_agreement", "eval_kl_to_teacher"] if name in ("patient", "dynamic") else []
+            ["eval_agreement", "eval_kl_to_teacher"] if name in ("patient", "dynamic", "adversarial") else []
         )
         assert all(metrics[key] > 1e-3 for key in compared)
         assert all(min(logged(it, term)) > 1e-3 for term in terms)

@@ -29,6 +29,7 @@ from transformers import (
 from kdfast import students
 from kdfast.data import demo
 from kdfast.recipes import (
+    adversarial,
     causal_lm,
     distilbert,
     dynamic,
@@ -54,6 +55,7 @@ RECIPES: dict[str, Any] = {
     "minilm": minilm.Recipe(**CLASSIFIERS, relation_epochs=1),
     "dynamic": dynamic.Recipe(**CLASSIFIERS, rule="flsw"),
     "multi-teacher": multi_teacher.Recipe(**CLASSIFIERS, teachers=2, combine="confidence", cached=False),
+    "adversarial": adversarial.Recipe(**CLASSIFIERS, norm="l2", epsilon=0.3),
     "distilbert": distilbert.Recipe(
         teacher_steps=8, steps=8, batch_size=8, max_length=24, test_rows=20, learning_rate=5e-3, train_rows=64
     ),

@@ -2,12 +2,14 @@
 
 `Terms` puts an objective together from terms: `Logits`, `Spans`, `Labels`, `Hidden`, `Embedding`, `Cosine`, `CLS`,
 `Attention` and `Relations`, each with a weight that is constant or follows a schedule.
-`DynamicLogits` are `Logits` with a weight and a temperature of each row, `Ensemble` those of several teachers.
+`DynamicLogits` are `Logits` with a weight and a temperature of each row, `Ensemble` those of several teachers,
+`Perturbed`, in `Adversarial`, those of inputs that the student is wrong about.
 `LanguageModel` is for language models.
 """
 
 from kdfast.models.inputs import model_inputs
 from kdfast.objective._protocol import Missing, Objective
+from kdfast.objective.adversarial import Adversarial, Perturbed
 from kdfast.objective.dynamic_logits import DynamicLogits
 from kdfast.objective.ensemble import Ensemble
 from kdfast.objective.language_model import LanguageModel
@@ -20,6 +22,7 @@ from kdfast.objective.terms import Hinton, Terms
 
 __all__ = [
     "CLS",
+    "Adversarial",
     "Attention",
     "Cosine",
     "DynamicLogits",
@@ -34,6 +37,7 @@ __all__ = [
     "Logits",
     "Missing",
     "Objective",
+    "Perturbed",
     "Relations",
     "Spans",
     "StageSchedule",

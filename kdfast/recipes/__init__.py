@@ -2,6 +2,7 @@
 kdfast/runs. May import: objective, models, data, ops."""
 
 from kdfast.recipes import (
+    adversarial,
     causal_lm,
     distilbert,
     dynamic,
@@ -18,6 +19,7 @@ RECIPES: tuple[type[Recipe], ...] = (
     minilm.Recipe,
     dynamic.Recipe,
     multi_teacher.Recipe,
+    adversarial.Recipe,
     distilbert.Recipe,
     causal_lm.Recipe,
 )
