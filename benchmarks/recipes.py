@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from kdfast.bench import harness
-from kdfast.recipes import adversarial, dynamic, hinton, minilm, multi_teacher, patient_kd
+from kdfast.recipes import adversarial, dynamic, hinton, minilm, multi_teacher, patient_kd, self_distillation
 from kdfast.recipes.base import Recipe
 from kdfast.results import compare, plots, tables
 from kdfast.runs import run
@@ -44,6 +44,10 @@ CELLS: dict[str, Callable[[int, str], Recipe]] = {
     },
     "adversarial-fgsm": lambda seed, teacher: adversarial.Recipe(seed=seed, teacher=teacher, **EQUAL),
     "adversarial-pgd": lambda seed, teacher: adversarial.Recipe(seed=seed, teacher=teacher, steps=3, **EQUAL),
+    # Of the teacher's depth, as it is meant.
+    "self-distillation": lambda seed, teacher: self_distillation.Recipe(
+        seed=seed, teacher=teacher, base=base(), **{**EQUAL, "student_layers": None}
+    ),
     # MiniLM's students start from the pre-trained encoder, those above from the fine-tuned teacher.
     "labels-pretrained-start": lambda seed, teacher: hinton.Recipe(
         seed=seed, teacher=teacher, base=base(), student_start="base", alpha=0.0, baseline=False, **EQUAL

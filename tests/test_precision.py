@@ -37,6 +37,7 @@ from kdfast.recipes import (
     minilm,
     multi_teacher,
     patient_kd,
+    self_distillation,
 )
 from kdfast.runs import arguments
 from kdfast.runs import run as run_recipe
@@ -56,6 +57,7 @@ RECIPES: dict[str, Any] = {
     "dynamic": dynamic.Recipe(**CLASSIFIERS, rule="flsw"),
     "multi-teacher": multi_teacher.Recipe(**CLASSIFIERS, teachers=2, combine="confidence", cached=False),
     "adversarial": adversarial.Recipe(**CLASSIFIERS, norm="l2", epsilon=0.3),
+    "self-distillation": self_distillation.Recipe(**CLASSIFIERS),
     "distilbert": distilbert.Recipe(
         teacher_steps=8, steps=8, batch_size=8, max_length=24, test_rows=20, learning_rate=5e-3, train_rows=64
     ),

@@ -10,6 +10,7 @@ from kdfast.recipes import (
     minilm,
     multi_teacher,
     patient_kd,
+    self_distillation,
 )
 from kdfast.recipes.base import Recipe
 
@@ -20,6 +21,7 @@ RECIPES: tuple[type[Recipe], ...] = (
     dynamic.Recipe,
     multi_teacher.Recipe,
     adversarial.Recipe,
+    self_distillation.Recipe,
     distilbert.Recipe,
     causal_lm.Recipe,
 )

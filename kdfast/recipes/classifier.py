@@ -21,6 +21,8 @@ class Stage:
         teacher: "stored": its logits, and the first token's states of `cls_layers`, were computed once; "live": it runs
             beside the student, for hidden states and attention; "base": so does the pre-trained model, whose classifier
             is not trained; None.
+        teacher_of: the folder of the earlier stage whose model is the teacher, where that is not "teacher"; `teacher` is
+            "stored" then.
         start: "student" made as the settings say, or the folder of an earlier stage.
         cls_layers: hidden states of the teacher.
         epochs, learning_rate: None: the recipe's.
@@ -32,6 +34,7 @@ class Stage:
     title: str
     objective: Objective
     teacher: str | None = None
+    teacher_of: str = "teacher"
     start: str = "student"
     cls_layers: Sequence[int] = ()
     epochs: int | None = None
@@ -42,6 +45,8 @@ class Stage:
     def __post_init__(self) -> None:
         if self.teacher not in (None, "stored", "live", "base"):
             raise ValueError(f"Stage: teacher: expected stored, live, base or None, got {self.teacher!r}")
+        if self.teacher_of != "teacher" and self.teacher != "stored":
+            raise ValueError(f"Stage: teacher: expected stored beside teacher_of, got {self.teacher!r}")
         terms = getattr(self.objective, "terms", {}).values()
         if self.teacher == "base" and any(isinstance(term, Logits) for term in terms):
             raise ValueError(
