@@ -22,7 +22,17 @@ from typing import Any
 from rich.console import Console
 
 from kdfast.bench import harness
-from kdfast.recipes import fastbert, hinton, minilm, patient_kd, tinybert
+from kdfast.recipes import (
+    adversarial,
+    dynamic,
+    fastbert,
+    hinton,
+    minilm,
+    multi_teacher,
+    patient_kd,
+    self_distillation,
+    tinybert,
+)
 from kdfast.recipes.base import Recipe
 from kdfast.results import compare, plots, speed_curve, tables
 from kdfast.runs import run
@@ -45,6 +55,23 @@ CELLS: dict[str, Callable[[int, str], Recipe]] = {
         intermediate_rate=EQUAL["learning_rate"],
         freeze_embeddings=True,
         **EQUAL,
+    ),
+    "dynamic-up": lambda seed, teacher: dynamic.Recipe(seed=seed, teacher=teacher, **EQUAL),
+    "dynamic-down": lambda seed, teacher: dynamic.Recipe(seed=seed, teacher=teacher, direction="down", **EQUAL),
+    "dynamic-flsw": lambda seed, teacher: dynamic.Recipe(
+        seed=seed, teacher=teacher, direction="equal", rule="flsw", **EQUAL
+    ),
+    **{
+        f"multi-teacher-{combine}": lambda seed, teacher, combine=combine: multi_teacher.Recipe(
+            seed=seed, combine=combine, **EQUAL
+        )
+        for combine in multi_teacher.COMBINED
+    },
+    "adversarial-fgsm": lambda seed, teacher: adversarial.Recipe(seed=seed, teacher=teacher, **EQUAL),
+    "adversarial-pgd": lambda seed, teacher: adversarial.Recipe(seed=seed, teacher=teacher, steps=3, **EQUAL),
+    # Of the teacher's depth, as it is meant.
+    "self-distillation": lambda seed, teacher: self_distillation.Recipe(
+        seed=seed, teacher=teacher, base=base(), **{**EQUAL, "student_layers": None}
     ),
     # MiniLM's and TinyBERT's students start from the pre-trained encoder, those above from the fine-tuned teacher.
     "labels-pretrained-start": lambda seed, teacher: hinton.Recipe(

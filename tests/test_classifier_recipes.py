@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 import kdfast
 from kdfast.data import demo, tasks
 from kdfast.models.first_token import first_token_only
-from kdfast.recipes import hinton, minilm, patient_kd
+from kdfast.recipes import dynamic, hinton, minilm, patient_kd
 from kdfast.results import measure
 from kdfast.runs import run as run_recipe
 from kdfast.runs import stages
@@ -34,6 +34,7 @@ RECIPES: dict[str, Any] = {
     "minilm v2": minilm.Recipe(
         **SHORT, **ROWS, relation_epochs=1, relations=("qq", "kk", "vv"), relation_heads=4, teacher_layer=-2
     ),
+    "dynamic": dynamic.Recipe(**SHORT, **ROWS, rule="cwsm", alpha_end=0.5),
 }
 
 

@@ -12,7 +12,21 @@ from ranks import spawn
 from tiny_berts import bert, logged, masked_lm, rows, same, trainer
 from torch import nn
 
-from kdfast.objective import CLS, Attention, Cosine, Embedding, Hidden, Labels, LinearSchedule, Logits, Relations, Terms
+from kdfast.objective import (
+    CLS,
+    Adversarial,
+    Attention,
+    Cosine,
+    DynamicLogits,
+    Embedding,
+    Hidden,
+    Labels,
+    LinearSchedule,
+    Logits,
+    Perturbed,
+    Relations,
+    Terms,
+)
 
 RANKS, STEPS, BATCH = 2, 6, 2
 
@@ -64,8 +78,20 @@ def tokens() -> tuple[Any, Any, Terms]:
     return masked_lm(0, width=24, layers=4), masked_lm(1), Terms(**terms, relations=Relations())
 
 
+def dynamic() -> tuple[Any, Any, Terms]:
+    """Means over the rows of a process's own micro-batch."""
+    return bert(0, layers=4), bert(1), Terms(kl=DynamicLogits(temperature=8.0, rule="flsw", weight=5.0), ce=Labels())
+
+
+def adversarial() -> tuple[Any, Any, Terms]:
+    """δ of a row depends on no other; l2, as signs of numbers near 0 are chance."""
+    perturbed = Perturbed(temperature=2.0, epsilon=0.5, steps=2, norm="l2")
+    return bert(0, layers=4), bert(1), Adversarial(kl=Logits(), ce=Labels(weight=0.3), it=perturbed)
+
+
 CASES: dict[str, Callable[[], tuple[Any, Any, Terms]]] = {
     "patient": patient, "relations": relations, "hidden": hidden, "tokens": tokens, "tinybert": tinybert,
+    "dynamic": dynamic, "adversarial": adversarial,
 }  # fmt: skip
 
 
@@ -75,9 +101,11 @@ def run(name: str, folder: Path, ranks: int) -> Any:
     given = rows(STEPS * RANKS * BATCH + 8, tokens=name == "tokens")
     parts = {"gradient_accumulation_steps": 2} if name == "tokens" and ranks > 1 else {}  # DDP then waits for the last
     size = RANKS * BATCH // ranks
+    if name == "dynamic":  # the same micro-batches, one after another
+        size, parts = BATCH, {"gradient_accumulation_steps": RANKS} if ranks == 1 else {}
     return trainer(
         folder, student, given[8:], objective, teacher=teacher, eval_dataset=given[:8], save_strategy="steps", save_steps=4,
-        per_device_train_batch_size=size if not parts else size // 2, per_device_eval_batch_size=size,
+        per_device_train_batch_size=size // 2 if name == "tokens" and parts else size, per_device_eval_batch_size=size,
         ddp_backend=None if ranks == 1 else "gloo", **parts,
     )  # fmt: skip
 
@@ -118,7 +146,7 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
         metrics = it.evaluate()
         terms = list(it.objective.terms)
         compared = [f"eval_{term}" for term in terms] + (
-            ["eval_agreement", "eval_kl_to_teacher"] if name == "patient" else []
+            ["eval_agreement", "eval_kl_to_teacher"] if name in ("patient", "dynamic", "adversarial") else []
         )
         assert all(metrics[key] > 1e-3 for key in compared)
         assert all(min(logged(it, term)) > 1e-3 for term in terms)

@@ -28,7 +28,19 @@ from transformers import (
 
 from kdfast import students
 from kdfast.data import demo
-from kdfast.recipes import causal_lm, distilbert, fastbert, hinton, minilm, patient_kd, tinybert
+from kdfast.recipes import (
+    adversarial,
+    causal_lm,
+    distilbert,
+    dynamic,
+    fastbert,
+    hinton,
+    minilm,
+    multi_teacher,
+    patient_kd,
+    self_distillation,
+    tinybert,
+)
 from kdfast.runs import arguments
 from kdfast.runs import run as run_recipe
 
@@ -46,6 +58,10 @@ RECIPES: dict[str, Any] = {
     "minilm": minilm.Recipe(**CLASSIFIERS, relation_epochs=1),
     "fastbert": fastbert.Recipe(**CLASSIFIERS, branch_width=16),
     "tinybert": tinybert.Recipe(**CLASSIFIERS, general_epochs=1, intermediate_epochs=1, augment=0),
+    "dynamic": dynamic.Recipe(**CLASSIFIERS, rule="flsw"),
+    "multi-teacher": multi_teacher.Recipe(**CLASSIFIERS, teachers=2, combine="confidence", cached=False),
+    "adversarial": adversarial.Recipe(**CLASSIFIERS, norm="l2", epsilon=0.3),
+    "self-distillation": self_distillation.Recipe(**CLASSIFIERS),
     "distilbert": distilbert.Recipe(
         teacher_steps=8, steps=8, batch_size=8, max_length=24, test_rows=20, learning_rate=5e-3, train_rows=64
     ),
@@ -70,7 +86,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path
     of_classifiers |= {"teacher": reviews / "teacher", "base": base}
     of_masked, of_causal = tiny_texts.masked(masked), tiny_texts.causal(causal)
     of_masked["teacher"], of_causal["teacher"] = of_masked["masked-lm"], of_causal[demo.SMOLLM2.folder]
-    return dict.fromkeys(("hinton", "patient-kd", "minilm", "tinybert", "fastbert"), of_classifiers) | {
+    return dict.fromkeys(RECIPES, of_classifiers) | {
         "distilbert": of_masked,
         "causal-lm": of_causal,
     }

@@ -228,9 +228,9 @@ def by_hand(
     return losses
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_stages_follow_a_plain_loop(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, expected = CASES[case]
+def follow(recipe: Any, expected: dict[str, tuple[Loss, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a recipe, every stage of `expected` beside its plain loop, with its teacher: "base", or a folder of the run,
+    or several with commas."""
     assets = tiny_reviews.make(tmp_path)
     monkeypatch.setattr(demo, "fetch", lambda package: assets[package.requirement])
     train_stage, compared = stages.train_stage, []
@@ -241,8 +241,10 @@ def test_stages_follow_a_plain_loop(case: str, tmp_path: Path, monkeypatch: pyte
         if folder.name not in expected:
             return train_stage(trainer, folder, title, dtype)
         loss_of, teacher_folder = expected[folder.name]
-        where = {"teacher": tmp_path / "run" / "teacher", "base": assets[demo.MINILM.requirement]}[teacher_folder]
-        teacher = AutoModelForSequenceClassification.from_pretrained(where).eval()
+        base = assets[demo.MINILM.requirement]
+        where = [base if one == "base" else tmp_path / "run" / one for one in teacher_folder.split(",")]
+        teachers = [AutoModelForSequenceClassification.from_pretrained(one).eval() for one in where]
+        teacher = teachers[0] if len(teachers) == 1 else teachers
         copied, batches = copy.deepcopy(trainer.model), list(trainer.get_train_dataloader())[:STEPS]
         copied.distillation = copy.deepcopy(trainer.objective)
         losses = by_hand(copied, teacher, batches, loss_of, folder.name in CONSTANT)
@@ -262,3 +264,8 @@ def test_stages_follow_a_plain_loop(case: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(stages, "train_stage", compare)
     runs.run(recipe, tmp_path / "run", Console(file=io.StringIO()))
     assert compared == list(expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stages_follow_a_plain_loop(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    follow(*CASES[case], tmp_path, monkeypatch)

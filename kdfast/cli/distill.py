@@ -39,7 +39,8 @@ def _command(recipe: type[Recipe]) -> Callable[..., None]:
         try:
             values = {} if config is None else recipe.read_yaml(config)
             values |= recipe.quick if quick else {}
-            values |= {name: value for name, value in given.items() if value is not None}
+            given = {name: value for name, value in given.items() if value not in (None, [])}
+            values |= given
             chosen = recipe(**{name: _parsed(name, types_of[name], value) for name, value in values.items()})
         except (ValueError, TypeError) as error:
             raise typer.BadParameter(str(error)) from None
@@ -47,7 +48,7 @@ def _command(recipe: type[Recipe]) -> Callable[..., None]:
             typer.echo(chosen.to_yaml(), nl=False)
             return
         folder = Path("runs") / (recipe.name + "-quick" * quick) if output is None else output
-        _run(chosen, folder, not resume, config, [name for name, value in given.items() if value is not None])
+        _run(chosen, folder, not resume, config, list(given))
 
     shared = {
         "output": (Path | None, typer.Option(help=f"Run folder. Default: runs/{recipe.name}."), None),
@@ -63,7 +64,7 @@ def _command(recipe: type[Recipe]) -> Callable[..., None]:
         ),
     }
     own = {
-        field.name: (_option_type(types_of[field.name]), _option(field), None)
+        field.name: (_option_type(types_of[field.name], field.metadata["repeated"]), _option(field), None)
         for field in settings
         if field.name != "seed"
     }
@@ -123,14 +124,19 @@ def _option(field: dataclasses.Field[Any]) -> Any:
     return typer.Option(help=field.metadata["help"] + told, show_default=False)
 
 
-def _option_type(kind: Any) -> Any:
-    """A field's type on the command line: lists are texts with commas, and None is what was not given."""
+def _option_type(kind: Any, repeated: bool) -> Any:
+    """A field's type on the command line: lists are texts with commas, or options that are repeated, and None is what
+    was not given."""
     kind = _without_none(kind)
+    if repeated:
+        return list[str] | None
     return (str if typing.get_origin(kind) is tuple else kind) | None
 
 
 def _parsed(name: str, kind: Any, value: Any) -> Any:
     kind = _without_none(kind)
+    if isinstance(value, list):
+        return tuple(value)
     if not isinstance(value, str) or typing.get_origin(kind) is not tuple:
         return value
     if int in typing.get_args(kind):

@@ -12,7 +12,7 @@ import typer
 import yaml
 
 from kdfast.cli.shared import fail
-from kdfast.recipes import RECIPES
+from kdfast.recipes import RECIPES, multi_teacher
 from kdfast.recipes.classifier import ClassifierRecipe
 from kdfast.recipes.paths import CONFIG, moved, run_settings
 from kdfast.results import compare as comparing
@@ -51,8 +51,8 @@ def evaluate(
 
     A pruned model is measured beside what it was made of: --teacher.
 
-    Of a run's folder (`kdfast distill hinton`, `patient-kd`, `minilm`, `tinybert`, `fastbert`), all its models, on the run's data
-    and against its teacher. Classes must be the data's, in the same order.
+    Of a run's folder (`kdfast distill hinton` or another of classifiers), all its models, on the run's data and against
+    its teacher, if it is one. Classes must be the data's, in the same order.
 
     A regressor's quality is its correlation with the labels; KL and agreement are of classes alone.
     """
@@ -166,6 +166,10 @@ def _chosen(model: str, teacher: str | None) -> _Chosen:
         )
     titles = json.loads((folder / "metrics.json").read_text())["task"]["titles"]
     sources = {title: folder / name for name, title in titles.items()}
+    if isinstance(recipe, multi_teacher.Recipe):
+        del sources[titles["teacher"]]  # all of them together, which is no model
+        sources |= {titles[f"teacher_{k}"]: of for k, of in enumerate(recipe.teacher or ())}
+        return _Chosen(sources, None, recipe, folder, own=("data", "teacher"))
     if recipe.teacher is not None:
         sources[titles["teacher"]] = recipe.teacher
     return _Chosen(sources, titles["teacher"], recipe, folder, own=("data", "teacher"))

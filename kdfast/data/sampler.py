@@ -18,24 +18,30 @@ class TeacherCollator:
     Args:
         inner: the collator of the student, such as `DataCollatorWithPadding(tokenizer)`.
         teacher_tokenizer: of transformers. Other columns that begin with `teacher_` go to `inner`.
+        number: of one of several teachers (`kdfast.models.teachers.Teachers`), whose columns are `teacher_0_input_ids`
+            and the like; `inner` may be a `TeacherCollator` of another.
 
     Raises:
         ValueError: a row without `teacher_input_ids`.
     """
 
-    def __init__(self, inner: Callable[[list[dict[str, Any]]], Any], teacher_tokenizer: Any) -> None:
+    def __init__(
+        self, inner: Callable[[list[dict[str, Any]]], Any], teacher_tokenizer: Any, number: int | None = None
+    ) -> None:
         self.inner, self.tokenizer = inner, teacher_tokenizer
+        self.prefix = "teacher_" if number is None else f"teacher_{number}_"
         names = {"input_ids", "attention_mask", "token_type_ids", *teacher_tokenizer.model_input_names}
-        self.columns = {f"teacher_{name}": name for name in names}
+        self.columns = {f"{self.prefix}{name}": name for name in names}
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for number, row in enumerate(rows):
-            if "teacher_input_ids" not in row:
-                raise ValueError(f"TeacherCollator: row {number}: expected teacher_input_ids, got {', '.join(row)}")
+            if f"{self.prefix}input_ids" not in row:
+                expected = f"{self.prefix}input_ids"
+                raise ValueError(f"TeacherCollator: row {number}: expected {expected}, got {', '.join(row)}")
         own = [{name: x for name, x in row.items() if name not in self.columns} for row in rows]
         its = [{self.columns[name]: x for name, x in row.items() if name in self.columns} for row in rows]
         padded = self.tokenizer.pad(its, return_tensors="pt")
-        return {**self.inner(own), **{f"teacher_{name}": x for name, x in padded.items()}}
+        return {**self.inner(own), **{f"{self.prefix}{name}": x for name, x in padded.items()}}
 
 
 class LengthGroupedSampler(Sampler[int]):

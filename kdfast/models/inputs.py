@@ -42,6 +42,7 @@ def teacher_inputs(teacher: nn.Module, inputs: Mapping[str, Any]) -> dict[str, A
     """
     parameters = parameters_of(teacher)
     arguments = parameters.keys() - set(TARGETS) | (set(TOKENS) if _open(parameters) else set())
+    arguments |= getattr(unwrapped(teacher), "columns", set())  # of several teachers, by their numbers
     own = {name.removeprefix(TEACHER): x for name, x in inputs.items() if name.startswith(TEACHER)}
     if "input_ids" in own and "input_ids" not in arguments:
         name = type(unwrapped(teacher)).__name__

@@ -25,7 +25,8 @@ def check_tokens(named: str, tokenizer: Any, teachers: Any) -> None:
         number, token = differing[0]
         raise ValueError(
             f"{named}: expected the teacher's tokenizer, in which {token!r} is token {number}, got one in which it is "
-            f"{own.get(token, 'none')} ({len(differing):,} tokens differ)"
+            f"{own.get(token, 'none')} ({len(differing):,} tokens differ); multi-teacher, of one teacher or more, "
+            "compares whole sequences of other tokens"
         )
 
 

@@ -2,11 +2,16 @@
 
 `Terms` puts an objective together from terms: `Logits`, `Spans`, `Labels`, `Hidden`, `Embedding`, `Cosine`, `CLS`,
 `Attention`, `Relations` and `Branches`, each with a weight that is constant or follows a schedule.
+`DynamicLogits` are `Logits` with a weight and a temperature of each row, `Ensemble` those of several teachers,
+`Perturbed`, in `Adversarial`, those of inputs that the student is wrong about.
 `LanguageModel` is for language models.
 """
 
 from kdfast.models.inputs import model_inputs
 from kdfast.objective._protocol import Missing, Objective
+from kdfast.objective.adversarial import Adversarial, Perturbed
+from kdfast.objective.dynamic_logits import DynamicLogits
+from kdfast.objective.ensemble import Ensemble
 from kdfast.objective.language_model import LanguageModel
 from kdfast.objective.layer_maps import layer_map
 from kdfast.objective.of_branches import Branches
@@ -18,10 +23,13 @@ from kdfast.objective.terms import Hinton, Terms
 
 __all__ = [
     "CLS",
+    "Adversarial",
     "Attention",
     "Branches",
     "Cosine",
+    "DynamicLogits",
     "Embedding",
+    "Ensemble",
     "ExponentialSchedule",
     "Hidden",
     "Hinton",
@@ -31,6 +39,7 @@ __all__ = [
     "Logits",
     "Missing",
     "Objective",
+    "Perturbed",
     "Relations",
     "Spans",
     "StageSchedule",

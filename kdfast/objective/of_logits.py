@@ -49,13 +49,13 @@ class _Soft(Term):
         factor = temperature**2 if self.t_squared else 1.0
         if isinstance(factor, Tensor):
             weight, factor = factor if weight is None else factor * weight, 1.0
-        rows = (-1, *[1] * (student.dim() - 2))
+        rows, dtype = (-1, *[1] * (student.dim() - 2)), _checks.loss_dtype(student)
         loss: Tensor = getattr(kdfast, self.divergence)(
             student,
             teacher,
-            temperature=temperature.float().view(rows) if isinstance(temperature, Tensor) else temperature,
+            temperature=temperature.to(dtype).view(rows) if isinstance(temperature, Tensor) else temperature,
             mask=mask,
-            weight=None if weight is None else weight.float().view(rows),
+            weight=None if weight is None else weight.to(dtype).view(rows),
             **self.settings,
         )
         return loss * factor

@@ -1,7 +1,19 @@
 """Published distillation systems, each a short file of settings and stages. How they are run is another room:
 kdfast/runs. May import: objective, models, data, ops."""
 
-from kdfast.recipes import causal_lm, distilbert, fastbert, hinton, minilm, patient_kd, tinybert
+from kdfast.recipes import (
+    adversarial,
+    causal_lm,
+    distilbert,
+    dynamic,
+    fastbert,
+    hinton,
+    minilm,
+    multi_teacher,
+    patient_kd,
+    self_distillation,
+    tinybert,
+)
 from kdfast.recipes.base import Recipe
 
 RECIPES: tuple[type[Recipe], ...] = (
@@ -10,6 +22,10 @@ RECIPES: tuple[type[Recipe], ...] = (
     minilm.Recipe,
     tinybert.Recipe,
     fastbert.Recipe,
+    dynamic.Recipe,
+    multi_teacher.Recipe,
+    adversarial.Recipe,
+    self_distillation.Recipe,
     distilbert.Recipe,
     causal_lm.Recipe,
 )

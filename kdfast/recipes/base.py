@@ -17,9 +17,10 @@ from kdfast.recipes.paths import absolute, located
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
-def setting(default: Any, help: str) -> Any:
-    """A field of a recipe, with the text that `kdfast distill` shows for it."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, repeated: bool = False) -> Any:
+    """A field of a recipe, with the text that `kdfast distill` shows for it. `repeated`: of several values, each is an
+    option of its own, and not one with commas."""
+    return dataclasses.field(default=default, metadata={"help": help, "repeated": repeated})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """As YAML and JSON have it: the recipe's name first, lists for tuples,
         files and folders that are there as absolute paths."""
-        values = {k: list(v) if isinstance(v, tuple) else absolute(k, v) for k, v in dataclasses.asdict(self).items()}
+        values = {k: absolute(k, v) for k, v in dataclasses.asdict(self).items()}
         return {"recipe": self.name, **values}
 
     def to_yaml(self) -> str:

@@ -29,6 +29,8 @@ class Stage:
         teacher: "stored": its logits, and the first token's states of `cls_layers`, were computed once; "live": it runs
             beside the student, for hidden states and attention; "base": so does the pre-trained model, whose classifier
             is not trained; None.
+        teacher_of: the folder of the earlier stage whose model is the teacher, where that is not "teacher"; `teacher` is
+            "stored" then.
         start: "student" made as the settings say, or the folder of an earlier stage, of whose objective the parameters
             (projections) go on too, where this one has the same.
         rows: what it is trained on: None: the task's rows; variants of them besides; or texts, without a "stored"
@@ -36,6 +38,7 @@ class Stage:
         cls_layers: hidden states of the teacher.
         epochs, learning_rate: None: the recipe's.
         schedule: "linear", with the recipe's warm-up, or "constant", without any.
+        seed: added to the recipe's.
         measured: whether it is a student of the result, and not a teacher or the start of another stage.
     """
 
@@ -43,12 +46,14 @@ class Stage:
     title: str
     objective: Objective
     teacher: str | None = None
+    teacher_of: str = "teacher"
     start: str = "student"
     rows: Texts | Augmentation | None = None
     cls_layers: Sequence[int] = ()
     epochs: int | None = None
     learning_rate: float | None = None
     schedule: str = "linear"
+    seed: int = 0
     measured: bool = True
 
     def __post_init__(self) -> None:
@@ -58,6 +63,8 @@ class Stage:
             raise ValueError(f"Stage: schedule: expected linear or constant, got {self.schedule!r}")
         if self.teacher == "stored" and isinstance(self.rows, Texts):
             raise ValueError("Stage: teacher: expected live, base or None beside texts, got 'stored'")
+        if self.teacher_of != "teacher" and self.teacher != "stored":
+            raise ValueError(f"Stage: teacher: expected stored beside teacher_of, got {self.teacher!r}")
         terms = getattr(self.objective, "terms", {}).values()
         if self.teacher == "base" and any(isinstance(term, Logits) for term in terms):
             raise ValueError(

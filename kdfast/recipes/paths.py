@@ -20,6 +20,8 @@ PATHS = ("data", "unlabeled", "general_text", "word_vectors", *MODELS)
 
 def absolute(name: str, value: Any) -> Any:
     """A setting as a run stores it: what is a file or folder here is one from everywhere."""
+    if isinstance(value, (list, tuple)):
+        return [absolute(name, one) for one in value]
     if name not in PATHS or not isinstance(value, str) or _is_task(name, value) or not Path(value).exists():
         return value
     return os.path.abspath(value)
@@ -31,8 +33,10 @@ def located(name: str, value: Any, folder: Path) -> Any:
 
     Looked for are the path itself, then, as a run may have been moved with what it was made of, the same path, or its
     end of two names or more, from one of the folders around the run.
-    A model of a run that has no weights any more is where that run is.
+    A model of a run that has no weights any more is where that run is. Of several, each for itself.
     """
+    if isinstance(value, (list, tuple)):
+        return [located(name, one, folder) for one in value]
     if name not in PATHS or not isinstance(value, str) or _is_task(name, value):
         return value
     path = Path(value)
@@ -48,9 +52,15 @@ def moved(settings: Mapping[str, Any], folder: Path) -> list[str]:
     but elsewhere."""
     return [
         f"{name}: {value} is not there; {found} is read"
-        for name, value in settings.items()
+        for name, values in settings.items()
+        for value in each(values)
         if (found := located(name, value, folder)) != value and not Path(value).exists()
     ]
+
+
+def each(values: Any) -> list[Any]:
+    """The values of a setting that may have several."""
+    return list(values) if isinstance(values, (list, tuple)) else [values]
 
 
 def _is_task(name: str, value: str) -> bool:

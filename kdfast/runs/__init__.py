@@ -33,6 +33,10 @@ def run(recipe: Recipe, folder: Path, console: Any, fresh: bool = False) -> dict
     kind: Any
     if isinstance(recipe, recipes.fastbert.Recipe):
         from kdfast.runs.fastbert import FastBERTRun as kind
+    elif isinstance(recipe, recipes.multi_teacher.Recipe):
+        from kdfast.runs.multi_teacher import MultiTeacherRun as kind
+    elif isinstance(recipe, recipes.self_distillation.Recipe):
+        from kdfast.runs.self_distillation import SelfDistillationRun as kind
     elif isinstance(recipe, ClassifierRecipe):
         from kdfast.runs.classifier import ClassifierRun as kind
     elif isinstance(recipe, recipes.distilbert.Recipe):

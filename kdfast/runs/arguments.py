@@ -14,14 +14,13 @@ def training(recipe: Any, folder: Path, **own: Any) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         **of_precision(recipe.precision),
-        seed=recipe.seed,
         per_device_train_batch_size=recipe.batch_size,
         train_sampling_strategy="group_by_length",
         save_total_limit=1,
         disable_tqdm=False,
         dataloader_pin_memory=False,
         report_to="none",
-        **own,
+        **{"seed": recipe.seed, **own},
     )
 
 

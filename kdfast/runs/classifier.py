@@ -27,6 +27,7 @@ from kdfast.data import demo, files, metrics, tasks
 from kdfast.models import pairing, students
 from kdfast.models.early_exit import EarlyExit
 from kdfast.models.first_token import shortcut
+from kdfast.models.inputs import teacher_inputs
 from kdfast.models.loading import classifier, device, load_tokenizer, named, pretrained
 from kdfast.objective import CLS, Labels, Logits
 from kdfast.recipes.classifier import ClassifierRecipe, Stage, labels_only
@@ -70,14 +71,9 @@ class ClassifierRun:
         r = self.recipe
         self.task = self._task()
         measured_rows.check(self.folder, self.task)
-        source = r.base or r.teacher or demo.fetch(demo.MINILM)
-        self.tokenizer = load_tokenizer("teacher" if r.teacher else "base", r.teacher or source)
+        source = self._source()
         self._check_tokenizers()
-        train, test = (part.to_list() for part in tasks.tokenize(self.task, self.tokenizer, r.max_length))
-        self.curve = len(test[:CURVE_ROWS])
-        # Batches that are made in this order have hardly any padding; training has an order of its own.
-        self.test = [*sorted(test[: self.curve], key=length), *sorted(test[self.curve :], key=length)]
-        self.train = sorted(train, key=length)
+        self._make_rows()
         self._check(source)
         stages.write_config(self.folder, r.as_dict())
 
@@ -94,8 +90,35 @@ class ClassifierRun:
                 beside = {"live": teacher, "base": base}.get(stage.teacher or "")
                 self._train(stage, start, beside, self._rows_of(stage, teacher, cached))
             histories[stage.folder] = stages.finished(self.folder / stage.folder) or []
-        titles = {"teacher": "teacher"} | {stage.folder: stage.title for stage in todo if stage.measured}
+        titles = self._teachers() | {stage.folder: stage.title for stage in todo if stage.measured}
         return self._finish(titles, histories, cached)
+
+    def _source(self) -> str | Path:
+        """Where the pre-trained encoder is; and the tokenizer that rows are made by."""
+        r = self.recipe
+        source = r.base or r.teacher or demo.fetch(demo.MINILM)
+        self.tokenizer = load_tokenizer("teacher" if r.teacher else "base", r.teacher or source)
+        return source
+
+    def _make_rows(self) -> None:
+        train, test = self._tokenized(self.tokenizer)
+        self.curve = len(test[:CURVE_ROWS])
+        # Batches that are made in this order have hardly any padding; training has an order of its own.
+        first, rest = range(self.curve), range(self.curve, len(test))
+        self.order = _by_length(train, range(len(train))), [*_by_length(test, first), *_by_length(test, rest)]
+        self.train, self.test = self._in_order(train, test)
+
+    def _tokenized(self, tokenizer: Any) -> tuple[list[Any], list[Any]]:
+        train, test = tasks.tokenize(self.task, tokenizer, self.recipe.max_length)
+        return train.to_list(), test.to_list()
+
+    def _in_order(self, *parts: list[Any]) -> tuple[list[Any], list[Any]]:
+        train, test = ([part[i] for i in order] for part, order in zip(parts, self.order, strict=True))
+        return train, test
+
+    def _teachers(self) -> dict[str, str]:
+        """Titles of the teachers in the result, by their folders."""
+        return {"teacher": "teacher"}
 
     def _task(self) -> tasks.Task:
         r = self.recipe
@@ -143,15 +166,18 @@ class ClassifierRun:
             self.console.print(note, markup=False)
         rows = DataCollatorWithPadding(self.tokenizer)(self.train[:2])
         for stage in todo:
-            terms: Any = stage.objective
             beside = None if stage.teacher is None else base if stage.teacher == "base" else teacher
-            with torch.no_grad():
-                try:
-                    terms = terms.for_models(student, beside) if hasattr(terms, "for_models") else terms
-                    outputs = None if beside is None else terms.run(beside, rows)
-                    terms(terms.run(student, rows), outputs, rows)
-                except ValueError as error:
-                    raise ValueError(f"{r.name}, {stage.title}: {error}") from None
+            self._try(stage, student, beside, rows)
+
+    def _try(self, stage: Stage, student: Any, teacher: Any, rows: Any) -> None:
+        terms: Any = stage.objective
+        with torch.no_grad():
+            try:
+                terms = terms.for_models(student, teacher) if hasattr(terms, "for_models") else terms
+                outputs = None if teacher is None else terms.run(teacher, teacher_inputs(teacher, rows))
+                terms(terms.run(student, rows), outputs, rows)
+            except ValueError as error:
+                raise ValueError(f"{self.recipe.name}, {stage.title}: {error}") from None
 
     # ---- models ----
     def _load(self, argument: str, source: str | Path) -> Any:
@@ -188,10 +214,14 @@ class ClassifierRun:
         if r.teacher is not None:
             return self._given_teacher(r.teacher)
         if stages.finished(folder) is None:
-            rates: Any = {"epochs": r.teacher_epochs, "learning_rate": r.teacher_learning_rate}
-            stage = Stage("teacher", "teacher", labels_only(self.task.kind), measured=False, **rates)
-            self._train(stage, self._frozen(self._load("base", source)), None, None)
+            self._train(self._of_teacher("teacher"), self._frozen(self._load("base", source)), None, None)
         return self._load("teacher", folder)
+
+    def _of_teacher(self, folder: str, title: str = "teacher", seed: int = 0) -> Stage:
+        """The fine-tuning of a teacher."""
+        r = self.recipe
+        rates: Any = {"epochs": r.teacher_epochs, "learning_rate": r.teacher_learning_rate, "seed": seed}
+        return Stage(folder, title, labels_only(self.task.kind), measured=False, **rates)
 
     def _start(self, stage: Stage, model: Any, layers: tuple[int, ...]) -> Any:
         """The student before a stage."""
@@ -286,6 +316,7 @@ class ClassifierRun:
             num_train_epochs=stage.epochs or r.epochs,
             per_device_eval_batch_size=BATCH,
             learning_rate=stage.learning_rate or r.learning_rate,
+            seed=r.seed + stage.seed,
             lr_scheduler_type=stage.schedule,
             warmup_steps=r.warmup if stage.schedule == "linear" else 0,
             weight_decay=0.01,
@@ -301,7 +332,7 @@ class ClassifierRun:
     ) -> dict[str, Metrics]:
         stored = self.folder / "metrics.json"
         if not stored.is_file():
-            measured = self._measure(titles, histories, cached[0][1].cache)
+            measured = self._measure(titles, histories, cached[0][1])
             facts = {
                 "data": absolute("data", self.task.name),
                 "kind": self.task.kind,
@@ -323,15 +354,15 @@ class ClassifierRun:
         """Leaves an image of what metrics.json knows; its name."""
         plots.plot_learning_curves(
             self.folder / "learning_curves.png",
-            {title: histories[folder] for folder, title in titles.items() if folder != "teacher"},
+            {title: histories[folder] for folder, title in titles.items() if folder not in self._teachers()},
             self.task.metric,
             known["models"]["teacher"][self.task.metric],
         )
         return "learning_curves.png"
 
-    def _measure(self, titles: dict[str, str], histories: dict[str, stages.History], cache: Any) -> dict[str, Metrics]:
-        """On all test rows."""
-        of_teacher = torch.stack([cache[i]["logits"] for i in range(len(cache))])
+    def _measure(self, titles: dict[str, str], histories: dict[str, stages.History], test: Any) -> dict[str, Metrics]:
+        """On all test rows, which are here with what the teacher made of them."""
+        of_teacher = torch.stack([test.cache[i]["logits"] for i in range(len(test))])
         candidates = {}
         for name, title in titles.items():
             folder = self.recipe.teacher or self.folder / name if name == "teacher" else self.folder / name
@@ -347,6 +378,10 @@ class ClassifierRun:
         """Seconds of a model's training, and of the stages that it started from."""
         before = self.starts.get(name)
         return stages.seconds(histories.get(name, [])) + (0.0 if before is None else self._seconds(before, histories))
+
+
+def _by_length(rows: list[Any], numbers: range) -> list[int]:
+    return sorted(numbers, key=lambda number: length(rows[number]))
 
 
 def _changes(text: str) -> dict[str, Any]:

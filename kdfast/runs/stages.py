@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdfast.recipes.base import Recipe
-from kdfast.recipes.paths import CONFIG, PATHS, located, moved, run_settings
+from kdfast.recipes.paths import CONFIG, PATHS, each, located, moved, run_settings
 from kdfast.results.disk import saving, why_not_writable
 from kdfast.results.progress import bar
 from kdfast.runs import arguments
@@ -188,12 +188,12 @@ def anew(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         ValueError: the new run is made of what lies in the folder.
     """
     for name in PATHS:
-        value = settings.get(name)
-        if value is not None and Path(value).resolve().is_relative_to(folder.resolve()):
-            raise ValueError(
-                f"{name} {value}: expected a place outside of the output folder {folder}, which would be removed, got "
-                "one inside; choose another"
-            )
+        for value in each(settings.get(name)):
+            if value is not None and Path(value).resolve().is_relative_to(folder.resolve()):
+                raise ValueError(
+                    f"{name} {value}: expected a place outside of the output folder {folder}, which would be removed, "
+                    "got one inside; choose another"
+                )
     held = (folder / CONFIG).is_file()
     if held:
         shutil.rmtree(_aside(folder), ignore_errors=True)

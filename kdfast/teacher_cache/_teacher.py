@@ -71,6 +71,8 @@ class Teacher:
         self.model = model.eval() if device is None else model.eval().to(device)
         self.settings = settings
         self.pad_id = getattr(tokenizer, "pad_token_id", None) or 0
+        # XLNet's classifier reads the last token, whatever that is.
+        self.left = getattr(getattr(model, "config", None), "model_type", "") == "xlnet"
         self.device = next(iter(model.parameters())).device
         self.head = self._plain_head() if settings.outputs == ("topk",) else None
         self.vocab_size: int | None = None
@@ -122,11 +124,14 @@ class Teacher:
         return {name: self._cast(name, value, rows) for name, value in stored.items()}
 
     def _batch(self, rows: list[Row]) -> tuple[dict[str, Tensor], Tensor]:
-        """Inputs [B, L], padded on the right, and the places [n] of the kept tokens in a flattened [B·L]."""
+        """Inputs [B, L], padded on one side, and the places [n] of the kept tokens in a flattened [B·L]."""
         length = max(len(row.input_ids) for row in rows)
+        starts = [number * length + (length - len(row.input_ids)) * self.left for number, row in enumerate(rows)]
 
         def padded(lists: list[list[int]], fill: int) -> Tensor:
-            return torch.tensor([one + [fill] * (length - len(one)) for one in lists], device=self.device)
+            fills = [[fill] * (length - len(one)) for one in lists]
+            whole = [more + one if self.left else one + more for one, more in zip(lists, fills, strict=True)]
+            return torch.tensor(whole, device=self.device)
 
         inputs = {
             "input_ids": padded([row.input_ids for row in rows], self.pad_id),
@@ -135,7 +140,7 @@ class Teacher:
         types = [row.token_type_ids for row in rows if row.token_type_ids is not None]
         if len(types) == len(rows):
             inputs["token_type_ids"] = padded(types, 0)
-        places = [number * length + place for number, row in enumerate(rows) for place in row.kept]
+        places = [start + place for start, row in zip(starts, rows, strict=True) for place in row.kept]
         return inputs, torch.tensor(places, dtype=torch.long, device=self.device)
 
     def _logits(self, answer: Any, output: str, form: str, leading: torch.Size) -> Tensor:
