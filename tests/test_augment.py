@@ -300,7 +300,7 @@ def test_pairs_keep_names_and_order_of_classes(folder: Path, tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--word-vectors", "none.txt"], "word_vectors none.txt: No such file or directory"),
+        (["--word-vectors", "none.txt"], "word_vectors none.txt: expected a file of text in UTF-8, got No such file or directory"),
         (["--word-vectors", "header.txt"], "header.txt:1: expected a word and its numbers, got '3' after the word"),
         (
             ["--word-vectors", "uneven.txt"],

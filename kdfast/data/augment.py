@@ -104,7 +104,7 @@ class Vectors:
                     words.append(word)
         except (OSError, UnicodeDecodeError) as error:
             got = error.strerror if isinstance(error, OSError) else "other bytes"
-            raise ValueError(f"word_vectors {path}: expected text in UTF-8, got {got}") from None
+            raise ValueError(f"word_vectors {path}: expected a file of text in UTF-8, got {got}") from None
         if not rows:
             raise ValueError(f"word_vectors {path}: expected a word and its numbers in each line, got an empty file")
         return cls(words, torch.stack(rows))
