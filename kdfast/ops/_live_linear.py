@@ -140,7 +140,8 @@ class _LiveLinear(torch.autograd.Function):
             else:
                 live.add_product_(into, left, right)
         if of_x:
-            of[0] = _cast((rows @ part).view(x.shape), ctx.dtype)
+            gradient = rows @ part
+            of[0] = _cast(gradient if x.dim() == 2 else gradient.view(x.shape), ctx.dtype)
         if of_bias:
             of[2] = live.of_bias(ctx.bias, rows.sum(0))
         return *of, None, None
