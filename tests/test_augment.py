@@ -300,14 +300,17 @@ def test_pairs_keep_names_and_order_of_classes(folder: Path, tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--word-vectors", "none.txt"], "word_vectors none.txt: expected a file of text in UTF-8, got No such file or directory"),
+        (
+            ["--word-vectors", "none.txt"],
+            "word_vectors none.txt: expected a file of text in UTF-8, got No such file or directory",
+        ),
         (["--word-vectors", "header.txt"], "header.txt:1: expected a word and its numbers, got '3' after the word"),
         (
             ["--word-vectors", "uneven.txt"],
             "uneven.txt:2: expected a word and 2 numbers, as in the first line, got '1'",
         ),
         (["--word-vectors", "empty.txt"], "expected a word and its numbers in each line, got an empty file"),
-        (["--model", "/none"], "augment_model /none: there is no such folder"),
+        (["--model", "/none"], "augment_model /none: expected the folder of a model, got no folder"),
         (["--model", "encoder"], "encoder: expected a masked language model, got one without cls.predictions"),
         (["--data", "none.csv"], "source: expected a file none.csv, got none"),
         (["--probability", "1.5"], "--probability"),

@@ -261,7 +261,7 @@ def test_what_cannot_be_evaluated(
         ((run, "--test-rows", "0"), "--test-rows"),
         (
             (language,),
-            "language: expected a run of classifiers (hinton, patient-kd, minilm), got one of another recipe",
+            "language: expected a run of classifiers (hinton, patient-kd, minilm, ",
         ),
         ((unfinished,), "unfinished: expected a finished run, got one without metrics.json; the same kdfast distill"),
         ((), "Missing argument"),

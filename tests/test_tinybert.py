@@ -218,14 +218,14 @@ def test_refused_before_anything_is_trained(tmp_path: Path, monkeypatch: Any) ->
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     (tmp_path / "short.txt").write_text("a\n\nthe")
     for changes, expected in (
-        ({"general_text": "none.txt"}, "general_text none.txt: No such file or directory"),
+        ({"general_text": "none.txt"}, "general_text none.txt: expected a file of text, got No such file or directory"),
         ({"general_text": str(tmp_path / "image.png")}, "general_text .*image.png: .*expected text in UTF-8"),
         (
             {"general_text": str(tmp_path / "short.txt")},
             "general_text .*short.txt: .*expected one of at least 4 tokens",
         ),
-        ({"augment_model": "/none"}, "augment_model /none: there is no such folder"),
-        ({"word_vectors": "none.txt"}, "word_vectors none.txt: No such file"),
+        ({"augment_model": "/none"}, "augment_model /none: expected the folder of a model, got no folder"),
+        ({"word_vectors": "none.txt"}, "word_vectors none.txt: expected a file of text in UTF-8, got No such file"),
         ({"student_config": "num_attention_heads=4"}, "tinybert, student, general: .*head_map"),
         ({"student_layers": (0, 1, 2, 3, 4, 5, 5)}, "tinybert: layers: expected a dict where the rule has no pairs"),
     ):
