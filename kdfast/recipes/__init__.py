@@ -8,6 +8,7 @@ from kdfast.recipes import (
     dynamic,
     hinton,
     minilm,
+    multi_task,
     multi_teacher,
     patient_kd,
     self_distillation,
@@ -22,6 +23,7 @@ RECIPES: tuple[type[Recipe], ...] = (
     multi_teacher.Recipe,
     adversarial.Recipe,
     self_distillation.Recipe,
+    multi_task.Recipe,
     distilbert.Recipe,
     causal_lm.Recipe,
 )

@@ -21,8 +21,8 @@ class Stage:
         teacher: "stored": its logits, and the first token's states of `cls_layers`, were computed once; "live": it runs
             beside the student, for hidden states and attention; "base": so does the pre-trained model, whose classifier
             is not trained; None.
-        teacher_of: the folder of the earlier stage whose model is the teacher, where that is not "teacher"; `teacher` is
-            "stored" then.
+        teacher_of: the folder of the earlier stage whose model is the teacher, where that is not "teacher"; `teacher`
+            is "stored" then.
         start: "student" made as the settings say, or the folder of an earlier stage.
         cls_layers: hidden states of the teacher.
         epochs, learning_rate: None: the recipe's.
