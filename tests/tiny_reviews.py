@@ -42,4 +42,10 @@ def make(folder: Path) -> dict[str, Path]:
         rest = [WORDS[6 + int(k)] for k in torch.randint(6, (length,), generator=generator)]
         lines.append(f"{i}\t{1.0 if label else -1.0}\t{' '.join([first, *rest])}")
     (reviews / "movie_reviews.tsv").write_text("\n".join(lines))
+    lines = []
+    for i in range(700):  # product_reviews keeps 500 of them for the test set
+        first, second = (int(torch.randint(6, (), generator=generator)) for _ in range(2))
+        rating = (1 if first < 3 else -1) * (1 + second / 4)
+        lines.append(f"1_{i}\t{rating}\t{WORDS[first]} {WORDS[6 + second]} the a")
+    (reviews / "products.tsv").write_text("\n".join(lines))
     return {demo.MINILM.requirement: model, demo.MOVIE_REVIEWS.requirement: reviews}

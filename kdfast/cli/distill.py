@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdfast.cli.shared import fail, layer_numbers
+from kdfast.cli.shared import fail, layer_numbers, numbers
 from kdfast.recipes import RECIPES
 from kdfast.recipes.base import Recipe
 from kdfast.results.disk import failure, told
@@ -141,6 +141,8 @@ def _parsed(name: str, kind: Any, value: Any) -> Any:
         return value
     if int in typing.get_args(kind):
         return layer_numbers(name, value)
+    if float in typing.get_args(kind):
+        return numbers(name, value)
     return tuple(part.strip() for part in value.split(","))
 
 

@@ -12,7 +12,7 @@ import typer
 import yaml
 
 from kdfast.cli.shared import fail
-from kdfast.recipes import RECIPES, multi_teacher
+from kdfast.recipes import RECIPES, multi_task, multi_teacher
 from kdfast.recipes.classifier import ClassifierRecipe
 from kdfast.recipes.paths import CONFIG, moved, run_settings
 from kdfast.results import compare as comparing
@@ -150,6 +150,11 @@ def _chosen(model: str, teacher: str | None) -> _Chosen:
         recipe = _recipe_of(run) if inside_a_run else None
         return _Chosen(sources, teacher and "teacher", recipe, run, own=("data",))
     recipe = _recipe_of(folder)
+    if isinstance(recipe, multi_task.Recipe):
+        raise ValueError(
+            f"model {model}: expected a run of one task, got one of several; one of its folders is "
+            f"{folder / 'task_'}{next(iter(recipe.parts()))}"
+        )
     if recipe is None:
         raise ValueError(
             f"model {model}: expected a run of classifiers ({_classifier_recipes()}), got one of another recipe"
@@ -178,7 +183,7 @@ def _chosen(model: str, teacher: str | None) -> _Chosen:
 def _recipe_of(run: Path) -> ClassifierRecipe | None:
     """The recipe of a run, if it is one of classifiers."""
     settings = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
-    for recipe in RECIPES:
+    for recipe in (*RECIPES, multi_task.OfTask):
         if issubclass(recipe, ClassifierRecipe) and settings.get("recipe") == recipe.name:
             return recipe(**recipe.read_yaml(run / CONFIG))
     return None

@@ -15,6 +15,13 @@ def layer_numbers(name: str, text: str) -> tuple[int, ...]:
         raise typer.BadParameter(f"{name}: expected layer numbers such as 0,2,4, got {text!r}") from None
 
 
+def numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{name}: expected numbers such as 0.9,0.5, got {text!r}") from None
+
+
 def fail(message: str, code: int) -> NoReturn:
     print(f"kdfast: {message}", file=sys.stderr)
     sys.exit(code)

@@ -257,10 +257,11 @@ def _verify(package: Package, archive: Path, cache: Path) -> None:
 
 @dataclass(frozen=True)
 class Review:
-    """One movie-review snippet: its text and label, 1 for a positive mean rating and 0 for a negative one."""
+    """One movie-review snippet: its text and label, 1 for a positive mean rating and 0 for a negative one; or one of a
+    product review, whose label is the mean rating."""
 
     text: str
-    label: int
+    label: float
 
 
 def movie_reviews(folder: Path, test_rows: int = 2000) -> tuple[list[Review], list[Review]]:
@@ -275,6 +276,15 @@ def movie_reviews(folder: Path, test_rows: int = 2000) -> tuple[list[Review], li
             _, rating, text = line.split("\t")
             if float(rating) != 0:
                 reviews.append(Review(text.strip(), int(float(rating) > 0)))
+    random.Random(0).shuffle(reviews)
+    return reviews[test_rows:], reviews[:test_rows]
+
+
+def product_reviews(folder: Path, test_rows: int = 500) -> tuple[list[Review], list[Review]]:
+    """Training and test rows from the unpacked `ARTICLES`: sentences of product reviews, with their mean rating from
+    -4 to 4. The split is fixed, whatever the seed of a run."""
+    rows = [line.split("\t") for line in (folder / "products.tsv").read_text(encoding="utf-8").splitlines()]
+    reviews = [Review(text.strip(), float(rating)) for _, rating, text in rows if text.strip()]
     random.Random(0).shuffle(reviews)
     return reviews[test_rows:], reviews[:test_rows]
 

@@ -12,3 +12,4 @@ GLUE = {
     "stsb": "pearson",
     "wnli": "accuracy",
 }
+DEMONSTRATION = ("movie_reviews", "product_reviews")  # the data that comes with kdfast

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count, cycle, islice
 from typing import Any
 
 import torch
@@ -82,3 +84,56 @@ class LengthGroupedSampler(Sampler[int]):
         whole = len(rows) // self.batch_size
         order = torch.randperm(whole, generator=generator).tolist() + list(range(whole, len(batches)))
         yield from (row for batch in order for row in batches[batch])
+
+
+class TaskSampler(Sampler[int]):
+    """Row numbers of several tasks, one after another in one dataset, such that each run of `batch_size` is of one
+    task.
+
+    Which one is drawn for every batch, with probability ∝ (the task's number of batches)^tau, as TextBrewer (Yang et
+    al., 2020, arXiv:2002.12620) does it. An epoch has as many batches as all tasks together; of one task it may have
+    more than a pass, or less. Within a task, passes are those of `LengthGroupedSampler`; a batch that is not full has
+    the pass's first rows once more.
+
+    Args:
+        lengths: of each task, the length of each row, in tokens.
+        batch_size: rows per micro-batch.
+        tau: 1: by size; 0: all tasks alike.
+        seed: together with the epoch (`set_epoch`) it determines the order.
+
+    Raises:
+        ValueError: no tasks, or one without rows; a negative tau.
+    """
+
+    PASSES = 1 << 20  # more than an epoch has of any task
+
+    def __init__(self, lengths: Sequence[Sequence[int]], batch_size: int, tau: float = 1.0, seed: int = 0) -> None:
+        if not lengths or not all(len(of) for of in lengths):
+            raise ValueError(f"TaskSampler: lengths: expected rows of every task, got {[len(of) for of in lengths]}")
+        if tau < 0:
+            raise ValueError(f"TaskSampler: tau: expected a number that is not negative, got {tau}")
+        self.lengths, self.batch_size, self.tau, self.seed, self.epoch = lengths, batch_size, tau, seed, 0
+        self.batches = [math.ceil(len(of) / batch_size) for of in lengths]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(self.batches) * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        chances = torch.tensor(self.batches, dtype=torch.float64) ** self.tau
+        drawn = torch.multinomial(chances, sum(self.batches), replacement=True, generator=generator)
+        rows = [self._rows(task) for task in range(len(self.lengths))]
+        for task in drawn.tolist():
+            yield from islice(rows[task], self.batch_size)
+
+    def _rows(self, task: int) -> Iterator[int]:
+        """Of one task, full batches without an end."""
+        first = sum(map(len, self.lengths[:task]))
+        sampler = LengthGroupedSampler(self.lengths[task], self.batch_size, self.seed)
+        for passed in count():
+            sampler.set_epoch(self.epoch * self.PASSES + passed)
+            order = list(sampler)
+            yield from (first + row for row in islice(cycle(order), self.batches[task] * self.batch_size))

@@ -21,7 +21,7 @@ from typing import Any
 from kdfast.data import demo
 from kdfast.data.distances import PROBLEM_TYPES
 from kdfast.data.files import read
-from kdfast.data.glue import GLUE
+from kdfast.data.glue import DEMONSTRATION, GLUE
 from kdfast.data.labels import LabelColumn, TaskError, has_labels, mismatch, values_of
 from kdfast.data.metrics import METRICS, metrics
 
@@ -112,9 +112,10 @@ def load(
     or 1 for each, multi-label.
 
     Args:
-        source: None: the movie reviews of `kdfast.data`; a task of GLUE, such as "sst2"; a .csv, .tsv, .json, .jsonl or
-            .parquet file; a folder with such files, their names beginning with train, test, validation or dev; or
-            another dataset on the Hub: "imdb", "org/name", "org/name:config".
+        source: None or "movie_reviews": the movie reviews of `kdfast.data`; "product_reviews": its sentences of product
+            reviews with their ratings, numbers from -4 to 4; a task of GLUE, such as "sst2"; a .csv, .tsv, .json,
+            .jsonl or .parquet file; a folder with such files, their names beginning with train, test, validation or
+            dev; or another dataset on the Hub: "imdb", "org/name", "org/name:config".
         text_columns: one, or two for pairs; None: the first there is of `TEXT_COLUMNS`.
         label_column: None: the first there is of `LABEL_COLUMNS`.
         kind: "classification", also of decimal numbers that are whole; "regression", also of integers, among which -1
@@ -126,12 +127,12 @@ def load(
             same), of one class only, not of the kind, or others for test than for training.
         kdfast.data.demo.AssetError: the movie reviews cannot be fetched.
     """
-    name = "movie_reviews" if source is None else str(source)
+    name = DEMONSTRATION[0] if source is None else str(source)
     for argument, rows in (("train_rows", train_rows), ("test_rows", test_rows)):
         if rows is not None and rows < 1:
             raise mismatch(argument, "at least 1", rows)
-    if source is None:
-        splits = _movie_reviews()
+    if name in DEMONSTRATION:
+        splits = _movie_reviews() if name == DEMONSTRATION[0] else _product_reviews()
     else:
         splits = read(f"nyu-mll/glue:{name}" if name in GLUE else name, partial(mismatch, "source"))
     if "train" not in splits:
@@ -210,13 +211,21 @@ def tokenize(task: Task, tokenizer: Any, max_length: int) -> tuple[Any, Any]:
 
 
 def _movie_reviews() -> dict[str, Any]:
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
-    parts = zip(("train", "test"), demo.movie_reviews(demo.fetch(demo.MOVIE_REVIEWS)), strict=True)
+    parts = demo.movie_reviews(demo.fetch(demo.MOVIE_REVIEWS))
+    return _reviews(parts, ClassLabel(names=["negative", "positive"]))
+
+
+def _product_reviews() -> dict[str, Any]:
+    return _reviews(demo.product_reviews(demo.fetch(demo.ARTICLES)), Value("float64"))
+
+
+def _reviews(parts: tuple[list[demo.Review], list[demo.Review]], label: Any) -> dict[str, Any]:
+    features = Features({"text": Value("string"), "label": label})
     return {
         part: Dataset.from_dict(
             {"text": [review.text for review in reviews], "label": [review.label for review in reviews]}, features
         )
-        for part, reviews in parts
+        for part, reviews in zip(("train", "test"), parts, strict=True)
     }
 
 

@@ -4,6 +4,7 @@
 `Attention`, `Relations` and `Branches`, each with a weight that is constant or follows a schedule.
 `DynamicLogits` are `Logits` with a weight and a temperature of each row, `Ensemble` those of several teachers,
 `Perturbed`, in `Adversarial`, those of inputs that the student is wrong about.
+`Tasks` has an objective for each of several tasks.
 `LanguageModel` is for language models.
 """
 
@@ -17,6 +18,7 @@ from kdfast.objective.layer_maps import layer_map
 from kdfast.objective.of_branches import Branches
 from kdfast.objective.of_layers import CLS, Attention, Cosine, Embedding, Hidden, Relations
 from kdfast.objective.of_logits import Labels, Logits, Spans
+from kdfast.objective.of_tasks import Tasks
 from kdfast.objective.schedules import ExponentialSchedule, LinearSchedule, StageSchedule
 from kdfast.objective.term import Term, token_mask
 from kdfast.objective.terms import Hinton, Terms
@@ -43,6 +45,7 @@ __all__ = [
     "Relations",
     "Spans",
     "StageSchedule",
+    "Tasks",
     "Term",
     "Terms",
     "layer_map",

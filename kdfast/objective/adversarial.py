@@ -67,8 +67,8 @@ class Perturbed(Logits):
     The perturbation is made of the student alone, by its loss ℓ against the labels, on the tokens that are no padding:
 
         FGSM (steps 1, Goodfellow et al., 2015):  δ = epsilon · sign(∂ℓ/∂e), or epsilon · g/‖g‖ of a row's gradient g
-        PGD (Madry et al., 2018), per step:       δ ← the nearest to δ + step · sign(g), or step · g/‖g‖, within epsilon,
-                                                  where |δ|, or ‖δ‖ of a row, is at most that
+        PGD (Madry et al., 2018), per step:       δ + step · sign(g), or step · g/‖g‖, brought back to where
+                                                  |δ|, or ‖δ‖ of a row, is at most epsilon
 
     The loss has a gradient for the student's parameters, none for δ.
 

@@ -9,6 +9,7 @@ from kdfast.recipes import (
     fastbert,
     hinton,
     minilm,
+    multi_task,
     multi_teacher,
     patient_kd,
     self_distillation,
@@ -26,6 +27,7 @@ RECIPES: tuple[type[Recipe], ...] = (
     multi_teacher.Recipe,
     adversarial.Recipe,
     self_distillation.Recipe,
+    multi_task.Recipe,
     distilbert.Recipe,
     causal_lm.Recipe,
 )

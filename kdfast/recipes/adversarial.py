@@ -1,14 +1,16 @@
-"""Adversarial distillation: the student learns from the teacher also where a small change of the input would mislead it.
+"""Adversarial distillation: the student learns from the teacher also where small changes of the input mislead it.
 
-    loss = (1 - alpha) · CE(z_s, label) + alpha · T² · KL(teacher(x) ‖ student(x)) + gamma · T² · KL(teacher(x + δ) ‖ student(x + δ))
+    loss = (1 - alpha) · CE(z_s, label) + alpha · T² · KL(teacher(x) ‖ student(x))
+           + gamma · T² · KL(teacher(x + δ) ‖ student(x + δ))
 
 δ is added to the word embeddings. It goes up the student's own loss against the label, at every step anew:
 
-    FGSM (Goodfellow, Shlens and Szegedy, 2015, arXiv:1412.6572):  δ = epsilon · sign(g), or epsilon · g/‖g‖ of each row
-    PGD (Madry et al., 2018, arXiv:1706.06083):                    `steps` smaller steps, each brought back within epsilon
+    FGSM (Goodfellow et al., 2015, arXiv:1412.6572):  δ = epsilon · sign(g), or epsilon · g/‖g‖ of each row
+    PGD (Madry et al., 2018, arXiv:1706.06083):  `steps` smaller steps, each brought back within epsilon
 
-In articles the teacher says what it makes of the perturbed input: the default. In ARD (Goldblum, Fowl, Feizi and Goldstein,
-2020, arXiv:1905.09747) it reads the input as it is, `clean_teacher`: then it is stored, and may be of any width.
+In articles the teacher says what it makes of the perturbed input: the default. In ARD (Goldblum, Fowl, Feizi and
+Goldstein, 2020, arXiv:1905.09747) it reads the input as it is, `clean_teacher`: then it is stored, and may be of any
+width.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from kdfast.data.glue import GLUE
+from kdfast.data.glue import DEMONSTRATION, GLUE
 
 CONFIG, METRICS = "config.yaml", "metrics.json"  # of a run's folder
 MODELS = ("base", "teacher", "student", "augment_model")  # settings that may be folders, other runs' models among them
@@ -64,7 +64,7 @@ def each(values: Any) -> list[Any]:
 
 
 def _is_task(name: str, value: str) -> bool:
-    return name == "data" and value in GLUE
+    return name == "data" and value in (*GLUE, *DEMONSTRATION)
 
 
 def _places(path: Path, folder: Path) -> Iterator[Path]:

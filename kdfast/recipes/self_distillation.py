@@ -1,16 +1,16 @@
 """Born-again networks (Furlanello, Lipton, Tschannen, Itti and Anandkumar, 2018, arXiv:1805.04770).
 
 1. A teacher is fine-tuned on the labels, or given.
-2. Generation 1 has the same architecture, starts from the pre-trained encoder again with another seed, and learns from the
-   labels and the teacher:
+2. Generation 1 has the same architecture, starts from the pre-trained encoder again with another seed, and learns from
+   the labels and the teacher:
 
        loss = alpha · T² · KL(softmax(z_t/T) ‖ softmax(z_s/T)) + (1 - alpha) · CE(z_s, label)
 
 3. Generation k learns from generation k - 1 in place of the teacher. The last one is the student.
 
-The paper adds both terms at T = 1 without weights, which alpha = 1/2 is but for the rate. Its networks start from random
-numbers; here, where the encoder is pre-trained, that is the classifier. The other kind of self-distillation, branches of one
-model that learn from its last layer, is the recipe of FastBERT.
+The paper adds both terms at T = 1 without weights, which alpha = 1/2 is but for the rate. Its networks start from
+random numbers; here, where the encoder is pre-trained, that is the classifier. The other kind of self-distillation,
+branches of one model that learn from its last layer, is the recipe of FastBERT.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from kdfast.recipes.classifier import ClassifierRecipe, Stage, soft_targets
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(ClassifierRecipe):
-    """Generations of the same architecture, each taught by the one before: born-again networks (Furlanello et al. 2018).
+    """Generations of the same architecture, each taught by the one before: born-again networks (Furlanello et al.
+    2018).
 
-    (1 - alpha) · CE + alpha · T² · KL(generation k - 1 ‖ generation k). Each starts from the pre-trained encoder with a seed
-    of its own; generation 0 is the fine-tuned teacher.
+    (1 - alpha) · CE + alpha · T² · KL(generation k - 1 ‖ generation k). Each starts from the pre-trained encoder with a
+    seed of its own; generation 0 is the fine-tuned teacher.
     """
 
     name = "self-distillation"

@@ -35,6 +35,8 @@ def run(recipe: Recipe, folder: Path, console: Any, fresh: bool = False) -> dict
         from kdfast.runs.fastbert import FastBERTRun as kind
     elif isinstance(recipe, recipes.multi_teacher.Recipe):
         from kdfast.runs.multi_teacher import MultiTeacherRun as kind
+    elif isinstance(recipe, recipes.multi_task.Recipe):
+        from kdfast.runs.multi_task import MultiTaskRun as kind
     elif isinstance(recipe, recipes.self_distillation.Recipe):
         from kdfast.runs.self_distillation import SelfDistillationRun as kind
     elif isinstance(recipe, ClassifierRecipe):

@@ -13,8 +13,8 @@ from kdfast.runs.classifier import ClassifierRun
 
 
 class SelfDistillationRun(ClassifierRun):
-    """The folder has `generation_1/` and so on, the last of them `student/`; in `teacher_outputs/`, beside the teacher's,
-    those of each generation that has taught another."""
+    """The folder has `generation_1/` and so on, the last of them `student/`; in `teacher_outputs/`, beside the
+    teacher's, those of each generation that has taught another."""
 
     recipe: Recipe
 
