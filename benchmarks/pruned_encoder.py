@@ -159,13 +159,15 @@ def accuracies(epochs: float) -> dict[str, float]:
 
 HEADER = (
     *("encoder, rows × tokens", "parameters M", "GFLOP", "ms", "ms, masked", "ms, smaller"),
-    *("× masked", "× smaller", "accuracy %"),
+    *("× masked", "× smaller"),
 )
+ACCURACY = "accuracy %, whole → its half → trained on"
 
 
 def table(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A line per encoder and batch."""
-    lines = []
+    """The header, and a line per encoder and batch."""
+    known = any("accuracy" in row for row in results)
+    lines: list[tuple[str, ...]] = [(*HEADER, ACCURACY) if known else HEADER]
     for i in range(0, len(results), len(WAYS)):
         whole, masked, smaller = results[i : i + len(WAYS)]
         lines.append(
@@ -175,7 +177,7 @@ def table(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
                 f"{whole['gflop']:.1f} → {smaller['gflop']:.1f}",
                 *(f"{of['ms']:.1f}" for of in (whole, masked, smaller)),
                 *(f"{whole['ms'] / of['ms']:.2f}" for of in (masked, smaller)),
-                " → ".join(f"{value:.1f}" for value in whole.get("accuracy", {}).values()) or "–",
+                *[" → ".join(f"{value:.1f}" for value in whole.get("accuracy", {}).values()) or "–"] * known,
             )
         )
     return lines
@@ -192,13 +194,14 @@ def main() -> None:
     results = measure(options.repeats, CASES)
     if options.epochs:
         results[0]["accuracy"] = accuracies(options.epochs)  # of the first encoder
-    shown = Table(*HEADER)
-    for line in table(results):
+    header, *lines = table(results)
+    shown = Table(*header)
+    for line in lines:
         shown.add_row(*line)
     Console(width=160).print(shown)
     if options.output is not None:
         path = harness.write(results, facts, harness.results_path(facts, options.output, "pruned-encoder"))
-        rows = [HEADER, ("---", *("---:",) * (len(HEADER) - 1)), *table(results)]
+        rows = [header, ("---", *("---:",) * (len(header) - 1)), *lines]
         path.with_suffix(".md").write_text("\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n")
         print(path)
 

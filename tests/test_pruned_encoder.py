@@ -54,12 +54,13 @@ def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "ENCODERS", {"tiny": tiny})
     results = benchmark.measure(1, ((2, 8), (1, 4)))
     assert [row["way"] for row in results] == [*benchmark.WAYS] * 2
-    lines = benchmark.table(results)
+    header, *lines = benchmark.table(results)
+    assert header == benchmark.HEADER
     assert [line[0] for line in lines] == ["tiny, 2 × 8", "tiny, 1 × 4"]
-    assert all(len(line) == len(benchmark.HEADER) for line in lines)
+    assert all(len(line) == len(header) for line in lines)
     whole, masked, smaller = results[:3]
-    assert lines[0][-3:] == (*(f"{whole['ms'] / of['ms']:.2f}" for of in (masked, smaller)), "–")
+    assert lines[0][-2:] == tuple(f"{whole['ms'] / of['ms']:.2f}" for of in (masked, smaller))
     whole["accuracy"] = {"whole": 86.0, "pruned": 70.04, "trained": 85.25}
-    assert [line[-1] for line in benchmark.table(results)] == ["86.0 → 70.0 → 85.2", "–"]
+    assert [line[-1] for line in benchmark.table(results)] == [benchmark.ACCURACY, "86.0 → 70.0 → 85.2", "–"]
     assert whole["parameters"] == masked["parameters"] > smaller["parameters"]
     assert whole["gflop"] > masked["gflop"] == smaller["gflop"] > 0
