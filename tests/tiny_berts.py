@@ -67,7 +67,9 @@ def collate(given: Sequence[Row]) -> dict[str, Any]:
     return {name: torch.tensor(values) for name, values in columns.items()}
 
 
-def trainer(folder: Path, model: Any, given: Any, objective: Any, *, teacher: Any = None, **options: Any) -> Any:
+def trainer(
+    folder: Path, model: Any, given: Any, objective: Any, *, teacher: Any = None, kind: Any = None, **options: Any
+) -> Any:
     own = (
         "eval_dataset",
         "callbacks",
@@ -93,7 +95,7 @@ def trainer(folder: Path, model: Any, given: Any, objective: Any, *, teacher: An
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    return kdfast.DistillationTrainer(
+    return (kind or kdfast.DistillationTrainer)(
         model,
         TrainingArguments(**{**defaults, **options}),
         teacher=teacher,

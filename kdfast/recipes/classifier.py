@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import yaml
 
 from kdfast.data.augment import Augmentation
 from kdfast.objective import Hinton, Labels, Logits, Objective, Terms
@@ -30,7 +32,7 @@ class Stage:
             beside the student, for hidden states and attention; "base": so does the pre-trained model, whose classifier
             is not trained; None.
         teacher_of: the folder of the earlier stage whose model is the teacher, where that is not "teacher"; `teacher` is
-            "stored" then.
+            "stored" or "live" then.
         start: "student" made as the settings say, or the folder of an earlier stage, of whose objective the parameters
             (projections) go on too, where this one has the same.
         rows: what it is trained on: None: the task's rows; variants of them besides; or texts, without a "stored"
@@ -63,8 +65,8 @@ class Stage:
             raise ValueError(f"Stage: schedule: expected linear or constant, got {self.schedule!r}")
         if self.teacher == "stored" and isinstance(self.rows, Texts):
             raise ValueError("Stage: teacher: expected live, base or None beside texts, got 'stored'")
-        if self.teacher_of != "teacher" and self.teacher != "stored":
-            raise ValueError(f"Stage: teacher: expected stored beside teacher_of, got {self.teacher!r}")
+        if self.teacher_of != "teacher" and self.teacher not in ("stored", "live"):
+            raise ValueError(f"Stage: teacher: expected stored or live beside teacher_of, got {self.teacher!r}")
         terms = getattr(self.objective, "terms", {}).values()
         if self.teacher == "base" and any(isinstance(term, Logits) for term in terms):
             raise ValueError(
@@ -138,6 +140,20 @@ class ClassifierRecipe(Recipe):
     def student_default(self, teacher_layers: int) -> tuple[int, ...]:
         """The student's layers, where `student_layers` says nothing."""
         return tuple(range(0, teacher_layers, 2))
+
+    def config_changes(self) -> dict[str, Any]:
+        """`student_config`, hidden_size=192,intermediate_size=768, as a dict.
+
+        Raises:
+            ValueError: it is no list of changes.
+        """
+        pairs = [part.split("=", 1) for part in (self.student_config or "").split(",")]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError(
+                "student_config: expected changes like hidden_size=192,intermediate_size=768, got "
+                f"{self.student_config}"
+            )
+        return {name.strip(): yaml.safe_load(value) for name, value in pairs}
 
     def stages(self, student_layers: int, teacher_layers: int, kind: str) -> list[Stage]:
         """What the recipe trains, one after another; the last one is its student.

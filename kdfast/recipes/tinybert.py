@@ -42,13 +42,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from kdfast.data.augment import Augmentation
 from kdfast.objective import Attention, Embedding, Hidden, Labels, Logits, Term, Terms, layer_map
+from kdfast.recipes.augmented import AugmentedRecipe
 from kdfast.recipes.base import setting
 from kdfast.recipes.classifier import ClassifierRecipe, Stage, Texts
 
-DEMONSTRATION = {"augment": 2, "intermediate_epochs": 3}  # on the movie reviews, where nothing else is said
-ELSEWHERE = {"augment": 20, "intermediate_epochs": 10}
+DEMONSTRATION, ELSEWHERE = 3, 10  # intermediate epochs on the movie reviews, where nothing else is said, and on others
 # Variants are the code's, epochs and lengths the paper's.
 GLUE: dict[str, dict[str, Any]] = {
     "cola": {"augment": 30, "intermediate_epochs": 50, "max_length": 64},
@@ -63,7 +62,7 @@ GLUE: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(ClassifierRecipe):
+class Recipe(AugmentedRecipe):
     """All layers of the teacher, on text, then on variants of the rows: TinyBERT (Jiao et al. 2020).
 
     Squared differences of attention scores, embeddings and hidden states, from the pre-trained teacher on text without
@@ -72,6 +71,7 @@ class Recipe(ClassifierRecipe):
     """
 
     name = "tinybert"
+    demonstration_variants = 2
     # Of so few rows, a teacher learns little at the rate of the prediction, which is its own too.
     quick: ClassVar = {
         **ClassifierRecipe.quick,
@@ -102,21 +102,6 @@ class Recipe(ClassifierRecipe):
     per_class: bool = setting(True, "Divide the prediction's loss by the number of classes too.")
     t_squared: bool = setting(False, "Multiply the prediction's loss by the temperature's square.")
     regression: str = setting("labels", "What numbers are learnt from: labels, or teacher.")
-    augment: int | None = setting(
-        None, "Variants of each row, or each text of a pair; 0: none. Default: 20, on the movie reviews 2."
-    )
-    augment_probability: float = setting(0.4, "Of a word to be exchanged.")
-    augment_candidates: int = setting(15, "Words that take its place, to draw from.")
-    augment_model: str | None = setting(
-        None,
-        "Masked language model that proposes them, a folder or Hub name. Default: the base where it is one, else words "
-        "of similar vectors.",
-    )
-    word_vectors: str | None = setting(
-        None,
-        "Text file of GloVe's form, for words of several pieces. Default: the base's own, where no model proposes.",
-    )
-    restore_pairs: bool = setting(True, "Variants of a pair's second text come beside the first as it was.")
     augment_prediction: bool = setting(True, "The prediction stage has the variants too.")
     student_start: str = setting("base", "Whose layers students start from: the fine-tuned teacher's, or the base's.")
     freeze_embeddings: bool = setting(False, "Do not train embeddings.")
@@ -124,11 +109,10 @@ class Recipe(ClassifierRecipe):
     warmup: float = setting(0.1, "Share of the steps before the peak.")
 
     def __post_init__(self) -> None:
-        self.at_least(0, "general_epochs", "attention_weight", "hidden_weight", "augment")
-        self.at_least(1, "intermediate_epochs", "augment_candidates")
+        self.at_least(0, "general_epochs", "attention_weight", "hidden_weight")
+        self.at_least(1, "intermediate_epochs")
         self.inside(0, 1, "general_rate", "intermediate_rate")
         self.positive("temperature")
-        self.between(0, 1, "augment_probability")
         self.one_of(("uniform", "top", "bottom"), "layers")
         self.one_of(("shared", "per_layer", "paper"), "projection")
         self.one_of(("labels", "teacher"), "regression")
@@ -150,7 +134,7 @@ class Recipe(ClassifierRecipe):
         return cls(data=task, **(GLUE[task] | settings))
 
     def stages(self, student_layers: int, teacher_layers: int, kind: str) -> list[Stage]:
-        variants = self._augmentation()
+        variants = self.augmentation()
         general = Stage(
             "general",
             "student, general",
@@ -168,7 +152,7 @@ class Recipe(ClassifierRecipe):
             teacher="live",
             start="general" if self.general_epochs else "student",
             rows=variants,
-            epochs=self._of_data("intermediate_epochs"),
+            epochs=self.intermediate_epochs or (DEMONSTRATION if self.data is None else ELSEWHERE),
             learning_rate=self.intermediate_rate,
             schedule="constant",
             measured=False,
@@ -182,19 +166,6 @@ class Recipe(ClassifierRecipe):
             rows=variants if self.augment_prediction else None,
         )
         return [general] * bool(self.general_epochs) + [intermediate, prediction]
-
-    def _of_data(self, name: str) -> int:
-        given: int | None = getattr(self, name)
-        return (DEMONSTRATION if self.data is None else ELSEWHERE)[name] if given is None else given
-
-    def _augmentation(self) -> Augmentation | None:
-        count = self._of_data("augment")
-        if not count:
-            return None
-        return Augmentation(
-            count, self.augment_probability, self.augment_candidates, self.augment_model, self.word_vectors,
-            self.restore_pairs, self.seed,
-        )  # fmt: skip
 
     def _of_layers(self, m: int, n: int) -> Terms:
         """What the general and the intermediate stage are trained on."""

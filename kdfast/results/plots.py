@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from kdfast.recipes.dynabert import size_of
 from kdfast.results.compare import Comparison, standard_error
 from kdfast.results.disk import saving
 from kdfast.results.tables import HEADINGS, LATENCY, SPEEDS, column_of, folded
@@ -165,4 +166,44 @@ def plot_speeds(path: Path, curves: Sequence[Sequence[Mapping[str, float]]], met
     panels[0].set(ylabel=heading.replace("\n", ", " if factor == 100 else " "))
     seeds = f", ± standard error of {len(curves)} seeds" * (len(curves) > 1)
     figure.suptitle(f"{title}: numbers beside points are speeds{seeds}")
+    _save(plt, figure, path)
+
+
+def plot_sizes(path: Path, runs: Sequence[Mapping[str, Mapping[str, float]]], metric: str, title: str) -> None:
+    """The metric of sub-networks against time and parameters, a line for each depth along its widths, saved as an image:
+    the mean of runs with standard errors.
+
+    Args:
+        runs: metrics by `kdfast.recipes.dynabert.name_of`, and the teacher's; of seeds, with the same sub-networks.
+    """
+    plt = _pyplot()
+    heading, factor, _ = HEADINGS[metric]
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    sizes = {name: size for name in runs[0] if (size := size_of(name)) is not None}
+    quantities = {LATENCY: ("ms of a forward pass, 1 row", 1.0), "parameters": ("parameters, millions", 1e-6)}
+    styles = cycle(zip(("#1b6ca8", "#d95f02", "#2a9d5c", "#8e44ad", "#666666"), "os^Dv", strict=True))
+    of_depth = {depth: next(styles) for depth in sorted({depth for _, depth in sizes.values()}, reverse=True)}
+    for axes, (quantity, (label, scale)) in zip(panels, quantities.items(), strict=True):
+        for depth, (color, marker) in of_depth.items():
+            names = sorted((name for name, size in sizes.items() if size[1] == depth), key=lambda name: sizes[name])
+            across, up = (
+                [[k * run[name][of] for run in runs] for name in names]
+                for k, of in ((scale, quantity), (factor, metric))
+            )
+            errors = {f"{of}err": [standard_error(v) or 0 for v in values] for of, values in (("x", across), ("y", up))}
+            style = {"color": color, "marker": marker, "markersize": 4, "capsize": 2, "label": f"depth {depth:g}"}
+            axes.errorbar([fmean(v) for v in across], [fmean(v) for v in up], **errors, **style)
+            for name, x, y in zip(names, map(fmean, across), map(fmean, up), strict=True):
+                axes.annotate(
+                    f"{sizes[name][0]:g}", (x, y), (3, -10), textcoords="offset points", fontsize=7, color=color
+                )
+        teacher = fmean(factor * run["teacher"][metric] for run in runs)
+        axes.axhline(teacher, color="0.4", linestyle="--", linewidth=1, label="teacher")
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel=heading.replace("\n", ", " if factor == 100 else " "))
+    panels[1].legend(frameon=False, loc="lower right")
+    seeds = f", ± standard error of {len(runs)} seeds" * (len(runs) > 1)
+    figure.suptitle(f"{title}: numbers beside points are widths{seeds}")
     _save(plt, figure, path)

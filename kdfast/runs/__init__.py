@@ -33,6 +33,8 @@ def run(recipe: Recipe, folder: Path, console: Any, fresh: bool = False) -> dict
     kind: Any
     if isinstance(recipe, recipes.fastbert.Recipe):
         from kdfast.runs.fastbert import FastBERTRun as kind
+    elif isinstance(recipe, recipes.dynabert.Recipe):
+        from kdfast.runs.dynabert import DynaBERTRun as kind
     elif isinstance(recipe, recipes.multi_teacher.Recipe):
         from kdfast.runs.multi_teacher import MultiTeacherRun as kind
     elif isinstance(recipe, recipes.multi_task.Recipe):

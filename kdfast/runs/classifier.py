@@ -4,14 +4,13 @@ What is finished is not repeated."""
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 import transformers
-import yaml
 from rich.console import Console
 from torch import nn
 from torch.utils.data import Subset
@@ -90,8 +89,7 @@ class ClassifierRun:
                 beside = {"live": teacher, "base": base}.get(stage.teacher or "")
                 self._train(stage, start, beside, self._rows_of(stage, teacher, cached))
             histories[stage.folder] = stages.finished(self.folder / stage.folder) or []
-        titles = self._teachers() | {stage.folder: stage.title for stage in todo if stage.measured}
-        return self._finish(titles, histories, cached)
+        return self._finish(self._titles(todo), histories, cached)
 
     def _source(self) -> str | Path:
         """Where the pre-trained encoder is; and the tokenizer that rows are made by."""
@@ -115,6 +113,10 @@ class ClassifierRun:
     def _in_order(self, *parts: list[Any]) -> tuple[list[Any], list[Any]]:
         train, test = ([part[i] for i in order] for part, order in zip(parts, self.order, strict=True))
         return train, test
+
+    def _titles(self, todo: list[Stage]) -> dict[str, str]:
+        """Of all models in the result, by their folders."""
+        return self._teachers() | {stage.folder: stage.title for stage in todo if stage.measured}
 
     def _teachers(self) -> dict[str, str]:
         """Titles of the teachers in the result, by their folders."""
@@ -238,7 +240,7 @@ class ClassifierRun:
             student = students.from_layers(model, layers, dropout=0.0)
         else:
             transformers.set_seed(r.seed)  # for the weights that do not fit
-            student = students.narrower(model, layers=layers, dropout=0.0, **_changes(r.student_config)).model
+            student = students.narrower(model, layers=layers, dropout=0.0, **r.config_changes()).model
         return student
 
     def _frozen(self, model: Any) -> Any:
@@ -287,22 +289,26 @@ class ClassifierRun:
         train, test, collate = self.train, None, DataCollatorWithPadding(self.tokenizer)
         if cached is not None:
             (train, test), collate = cached
-        trainer = DistillationTrainer(
-            student,
-            self._arguments(stage, len(train)),
-            teacher=teacher,
-            objective=stage.objective,
-            train_dataset=train,
-            eval_dataset=None if test is None else Subset(test, range(self.curve)),
-            data_collator=collate,
-            processing_class=self.tokenizer,
-            compute_metrics=self._quality,
-        )
-        if stage.start != "student":
-            trainer.load_objective(self.folder / stage.start)
-        with _shortcut(trainer.model, stage.objective):
+        with self._trainer(stage, student, teacher) as kind, _shortcut(student, stage.objective):
+            trainer = kind(
+                student,
+                self._arguments(stage, len(train)),
+                teacher=teacher,
+                objective=stage.objective,
+                train_dataset=train,
+                eval_dataset=None if test is None else Subset(test, range(self.curve)),
+                data_collator=collate,
+                processing_class=self.tokenizer,
+                compute_metrics=self._quality,
+            )
+            if stage.start != "student":
+                trainer.load_objective(self.folder / stage.start)
             dtype = self.recipe.save_dtype if stage.measured else "float32"
             stages.train_stage(trainer, self.folder / stage.folder, stage.title, dtype)
+
+    def _trainer(self, stage: Stage, student: Any, teacher: Any) -> AbstractContextManager[Any]:
+        """Within it, what makes the trainer of a stage."""
+        return nullcontext(DistillationTrainer)
 
     def _quality(self, prediction: Any) -> Metrics:
         logits, labels = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
@@ -363,16 +369,20 @@ class ClassifierRun:
     def _measure(self, titles: dict[str, str], histories: dict[str, stages.History], test: Any) -> dict[str, Metrics]:
         """On all test rows, which are here with what the teacher made of them."""
         of_teacher = torch.stack([test.cache[i]["logits"] for i in range(len(test))])
+        results = measure(self._candidates(titles, of_teacher), self.task, "teacher")
+        for name in titles:
+            if seconds := self._seconds(name, histories):
+                results[name]["training_seconds"] = seconds
+        return results
+
+    def _candidates(self, titles: dict[str, str], of_teacher: Any) -> dict[str, Candidate]:
+        """The models to measure; the teacher's logits are known."""
         candidates = {}
         for name, title in titles.items():
             folder = self.recipe.teacher or self.folder / name if name == "teacher" else self.folder / name
             model, known = self._load(name, folder).to(device()), of_teacher if name == "teacher" else None
             candidates[name] = Candidate(f"test: {title}", model, folder, self.tokenizer, self.test, known)
-        results = measure(candidates, self.task, "teacher")
-        for name in titles:
-            if seconds := self._seconds(name, histories):
-                results[name]["training_seconds"] = seconds
-        return results
+        return candidates
 
     def _seconds(self, name: str, histories: dict[str, stages.History]) -> float:
         """Seconds of a model's training, and of the stages that it started from."""
@@ -382,11 +392,3 @@ class ClassifierRun:
 
 def _by_length(rows: list[Any], numbers: range) -> list[int]:
     return sorted(numbers, key=lambda number: length(rows[number]))
-
-
-def _changes(text: str) -> dict[str, Any]:
-    """hidden_size=192,intermediate_size=768 as a dict."""
-    pairs = [part.split("=", 1) for part in text.split(",")]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"student_config: expected changes like hidden_size=192,intermediate_size=768, got {text}")
-    return {name.strip(): yaml.safe_load(value) for name, value in pairs}

@@ -97,14 +97,17 @@ class DistillationTrainer(ObjectiveTrainer):
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         if self.teacher is not None and not stays(self.teacher):
             self.teacher.to(self.args.device)
+        self.objective: Any = self._prepared(objective)
+        if self.model_init is not None and isinstance(objective, nn.Module):
+            self._objective_start = copy.deepcopy(objective.state_dict())
+        self._trained, self._evaluated, self._compared = Means(), defaultdict[str, Means](Means), Means()
+
+    def _prepared(self, objective: Any) -> Any:
         if hasattr(objective, "for_student"):
             objective = objective.for_student(self.model)
         if hasattr(objective, "for_models"):
             objective = objective.for_models(self.model, self.teacher)
-        self.objective: Any = objective.to(self.args.device) if isinstance(objective, nn.Module) else objective
-        if self.model_init is not None and isinstance(objective, nn.Module):
-            self._objective_start = copy.deepcopy(objective.state_dict())
-        self._trained, self._evaluated, self._compared = Means(), defaultdict[str, Means](Means), Means()
+        return objective.to(self.args.device) if isinstance(objective, nn.Module) else objective
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's; over several processes also after an evaluation."""
