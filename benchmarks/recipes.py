@@ -7,7 +7,7 @@ Ends with a table, and leaves it with its numbers and a plot in the output folde
 `kdfast distill` in a folder of its own, and is finished, continued or skipped like one: interrupt this whenever you
 like and start it again. Of each seed there is one teacher. Every student is three layers, trained for three epochs at
 the same rate with batches in the same order; only the objective differs, and, where the name says so, the start.
-TinyBERT's have two stages before, and three times the rows in its last. FastBERT is the teacher with branches, at speed
+TinyBERT's have two stages before, and twice the rows in its last. FastBERT is the teacher with branches, at speed
 0.5; its other speeds are in files of their own.
 """
 
@@ -46,13 +46,15 @@ CELLS: dict[str, Callable[[int, str], Recipe]] = {
     "minilm": lambda seed, teacher: minilm.Recipe(seed=seed, teacher=teacher, base=base(), **EQUAL),
     # No student: the teacher itself, whose rows leave early. Its branches are trained as in the paper.
     "fastbert": lambda seed, teacher: fastbert.Recipe(seed=seed, teacher=teacher),
-    # Before the three epochs of the prediction: three on text and three on the teacher's layers; and rows with variants.
+    # Before the three epochs of the prediction: three on text and one on the teacher's layers; each row has a variant.
     "tinybert": lambda seed, teacher: tinybert.Recipe(
         seed=seed,
         teacher=teacher,
         base=base(),
         general_rate=EQUAL["learning_rate"],
         intermediate_rate=EQUAL["learning_rate"],
+        intermediate_epochs=1,
+        augment=1,
         freeze_embeddings=True,
         **EQUAL,
     ),

@@ -119,7 +119,7 @@ def test_measured_by_evaluate(finished: Any) -> None:
 def test_given_teacher_keeps_its_head_and_text_needs_no_labels(tmp_path: Path) -> None:
     short = {name: value for name, value in SHORT.items() if name != "teacher_learning_rate"}
     teachers, _ = run(tmp_path / "hinton", hinton.Recipe(**{**short, "learning_rate": 2e-3}, baseline=False))
-    (tmp_path / "more.csv").write_text("text\n" + "\n".join(f"{word} film plot" for word in tiny_reviews.WORDS * 20))
+    (tmp_path / "more.csv").write_text("text\n" + "\n".join(f"{word} nowhere film" for word in tiny_reviews.WORDS * 20))
     recipe = fastbert.Recipe(
         **short,
         teacher=str(tmp_path / "hinton" / "teacher"),
@@ -128,7 +128,7 @@ def test_given_teacher_keeps_its_head_and_text_needs_no_labels(tmp_path: Path) -
         speed=0.0,
     )
     results, shown = run(tmp_path / "run", recipe)
-    assert "240 rows of text beside" in shown
+    assert "240 rows of text without labels beside" in shown
     assert not (tmp_path / "run" / "teacher").exists()
     student = EarlyExit.from_pretrained(tmp_path / "run" / "student")
     assert student.own_head

@@ -131,12 +131,7 @@ def load(
     for argument, rows in (("train_rows", train_rows), ("test_rows", test_rows)):
         if rows is not None and rows < 1:
             raise mismatch(argument, "at least 1", rows)
-    if name in DEMONSTRATION:
-        splits = _movie_reviews() if name == DEMONSTRATION[0] else _product_reviews()
-    else:
-        splits = read(f"nyu-mll/glue:{name}" if name in GLUE else name, partial(mismatch, "source"))
-    if "train" not in splits:
-        raise mismatch("source", f"a split train in {name}", ", ".join(splits))
+    splits = _splits(name)
     train = splits["train"]
     texts = _text_columns(train.features, text_columns, name)
     column = _label_column(train.features, label_column, name)
@@ -160,9 +155,20 @@ def load(
     return Task(name, train, test, labels.kind, labels.names, metric, held_out=not tests, notes=told)
 
 
+def _splits(name: str) -> Any:
+    """By their names, of which train is one."""
+    if name in DEMONSTRATION:
+        return _movie_reviews() if name == DEMONSTRATION[0] else _product_reviews()
+    splits = read(f"nyu-mll/glue:{name}" if name in GLUE else name, partial(mismatch, "source"))
+    if "train" not in splits:
+        raise mismatch("source", f"a split train in {name}", ", ".join(splits))
+    return splits
+
+
 def texts(source: str | Path, task: Task, *, text_columns: Sequence[str] | None = None) -> Any:
     """Text of the same form as a task's, without labels: a `datasets.Dataset` with columns text, and text_pair where the
-    task's rows are pairs. Rows without text, or with one half of a pair empty, are left out.
+    task's rows are pairs. Rows without text, or with one half of a pair empty, are left out, and those that are among the
+    task's, whether to train on or to test.
 
     Args:
         source: as of `load`; of its splits the one named train.
@@ -172,17 +178,17 @@ def texts(source: str | Path, task: Task, *, text_columns: Sequence[str] | None 
         TaskError: no such file or dataset, no network, other columns, or no text.
     """
     name = str(source)
-    splits = read(f"nyu-mll/glue:{name}" if name in GLUE else name, partial(mismatch, "source"))
-    if "train" not in splits:
-        raise mismatch("source", f"a split train in {name}", ", ".join(splits))
+    splits = _splits(name)
     columns = _text_columns(splits["train"].features, text_columns, name)
     ours = [column for column in ("text", "text_pair") if column in task.train.column_names]
     if len(columns) != len(ours):
         raise mismatch("source", f"{len(ours)} columns of text in {name}, as in {task.name}", ", ".join(columns))
     rows = splits["train"].select_columns(list(columns)).rename_columns(dict(zip(columns, ours, strict=True)))
     rows = rows.filter(lambda row: all(row[column] and row[column].strip() for column in ours))
+    known = {tuple(row[column] for column in ours) for part in (task.train, task.test) for row in part}
+    rows = rows.filter(lambda row: tuple(row[column] for column in ours) not in known)
     if not len(rows):
-        raise mismatch("source", f"text in {', '.join(columns)} of {name}", "none")
+        raise mismatch("source", f"text in {', '.join(columns)} of {name} that {task.name} has not", "none")
     return rows
 
 

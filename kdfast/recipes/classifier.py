@@ -90,6 +90,11 @@ class ClassifierRecipe(Recipe):
         "Labelled text: a task of GLUE (sst2), another Hub name, a CSV, TSV, JSON or Parquet file, or a folder of "
         "such files (train*, test*). Default: 10,568 movie reviews.",
     )
+    unlabeled: str | None = setting(
+        None,
+        "More text for what a teacher teaches, its labels not read: a file, a folder or a Hub name, as of data. Rows that "
+        "are among the data's are left out.",
+    )
     text_columns: tuple[str, ...] | None = setting(None, "Column of the text, or two of pairs. Default: found by name.")
     label_column: str | None = setting(None, "Default: found by name.")
     kind: str | None = setting(

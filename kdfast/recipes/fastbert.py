@@ -59,9 +59,6 @@ class Recipe(ClassifierRecipe):
         "kl_div", "Between last classifier and branch: kl_div, or reverse_kl_div as in the paper."
     )
     frozen_dropout: bool = setting(False, "Leave dropout on in the frozen encoder, as the authors' code does.")
-    unlabeled: str | None = setting(
-        None, "More text for the branches, its labels not read: a file, a folder or a Hub name, as of data."
-    )
     branch_width: int = setting(128, "Width of each branch.")
     branch_heads: int = setting(2, "Heads of its self-attention.")
     teacher_epochs: int = setting(3, "Passes of the first stage, encoder and last classifier.")

@@ -34,7 +34,7 @@ from kdfast.recipes.paths import absolute
 from kdfast.results import measured_rows, plots, tables
 from kdfast.results.measure import BATCH, Candidate, Metrics, length, measure, versions
 from kdfast.results.progress import bar
-from kdfast.runs import arguments, stages
+from kdfast.runs import arguments, stages, unlabeled
 from kdfast.runs.stage_rows import StageRows
 from kdfast.train.trainer import DistillationTrainer
 
@@ -107,8 +107,9 @@ class ClassifierRun:
         self.train, self.test = self._in_order(train, test)
 
     def _tokenized(self, tokenizer: Any) -> tuple[list[Any], list[Any]]:
-        train, test = tasks.tokenize(self.task, tokenizer, self.recipe.max_length)
-        return train.to_list(), test.to_list()
+        longest = self.recipe.max_length
+        train, test = tasks.tokenize(self.task, tokenizer, longest)
+        return train.to_list() + unlabeled.rows_of(self.texts, self.task, tokenizer, longest), test.to_list()
 
     def _in_order(self, *parts: list[Any]) -> tuple[list[Any], list[Any]]:
         train, test = ([part[i] for i in order] for part, order in zip(parts, self.order, strict=True))
@@ -130,6 +131,7 @@ class ClassifierRun:
         self.console.print(f"{files.shown_name(task.name)}: {rows}; {task.described}")
         for note in task.notes:
             self.console.print(note, markup=False)
+        self.texts = unlabeled.texts_of(r, task, self.console)
         return task
 
     def _plan(self, teacher: Any) -> tuple[tuple[int, ...], list[Stage]]:
@@ -166,7 +168,7 @@ class ClassifierRun:
             pairing.check_same_classes(named("student", r.student), own, teacher)
         if r.teacher and (note := pairing.matched_by_number("the teacher", teacher.config, self.task.names)):
             self.console.print(note, markup=False)
-        rows = DataCollatorWithPadding(self.tokenizer)(self.train[:2])
+        rows = DataCollatorWithPadding(self.tokenizer)([self.train[i] for i in unlabeled.labelled(self.train)[:2]])
         for stage in todo:
             beside = None if stage.teacher is None else base if stage.teacher == "base" else teacher
             self._try(stage, student, beside, rows)
@@ -279,14 +281,17 @@ class ClassifierRun:
     def _rows_of(self, stage: Stage, teacher: Any, cached: tuple[Any, Any]) -> tuple[Any, Any]:
         """What a stage is trained and evaluated on, and the collator."""
         (train, test), collate = cached
+        if stage.teacher is None:
+            train = unlabeled.labelled_of(train, self.train)
         if stage.rows is not None:
-            train = self.rows.of(stage.rows, self.console)
+            train = self.rows.of(stage.rows, unlabeled.without_label(self.train), self.console)
             if stage.teacher == "stored":
                 train = self._stored("augmented", train, teacher, sorted(stage.cls_layers)).beside(train)
         return (train, test), collate
 
     def _train(self, stage: Stage, student: Any, teacher: Any, cached: tuple[Any, Any] | None) -> None:
-        train, test, collate = self.train, None, DataCollatorWithPadding(self.tokenizer)
+        train, test = unlabeled.labelled_of(self.train, self.train), None
+        collate: Any = DataCollatorWithPadding(self.tokenizer)
         if cached is not None:
             (train, test), collate = cached
         with self._trainer(stage, student, teacher) as kind, _shortcut(student, stage.objective):

@@ -21,6 +21,7 @@ from kdfast.results.measure import Candidate
 from kdfast.results.progress import bar
 from kdfast.runs import stages
 from kdfast.runs.classifier import ClassifierRun
+from kdfast.runs.unlabeled import labelled
 from kdfast.train.subnetworks import SubnetworkTrainer
 
 
@@ -53,8 +54,9 @@ class DynaBERTRun(ClassifierRun):
     def _sort(self, model: Any) -> None:
         """The best heads and neurons first."""
         r = self.recipe
-        count = min(len(self.train), r.importance_rows or len(self.train))
-        rows = Random(r.seed).sample(self.train, count)
+        every = [self.train[i] for i in labelled(self.train)]
+        count = min(len(every), r.importance_rows or len(every))
+        rows = Random(r.seed).sample(every, count)
         collate = DataCollatorWithPadding(self.tokenizer)
 
         def batches() -> Iterator[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from kdfast.models.loading import classifier, device, named, pretrained
 from kdfast.recipes.classifier import Stage, labels_only
 from kdfast.recipes.fastbert import Recipe
 from kdfast.results import plots, speed_curve
-from kdfast.results.measure import Metrics, length
+from kdfast.results.measure import Metrics
 from kdfast.runs import stages
 from kdfast.runs.classifier import ClassifierRun
 
@@ -37,24 +36,6 @@ class FastBERTRun(ClassifierRun):
         task = super()._task()
         self.recipe.stages(1, 2, task.kind)  # refuses other kinds than classes
         return task
-
-    def _check(self, source: str | Path) -> None:
-        super()._check(source)
-        self.beside = self._unlabeled()
-
-    def _unlabeled(self) -> list[dict[str, Any]]:
-        r = self.recipe
-        if r.unlabeled is None:
-            return []
-        try:
-            texts = tasks.texts(r.unlabeled, self.task, text_columns=r.text_columns)
-        except tasks.TaskError as error:
-            raise ValueError(str(error).removeprefix("tasks: ").replace("source: ", "unlabeled: ", 1)) from None
-        self.console.print(f"{files.shown_name(r.unlabeled)}: {len(texts):,} rows of text beside, for the branches")
-        rows: list[dict[str, Any]] = tasks.tokenize(replace(self.task, train=texts), self.tokenizer, r.max_length)[
-            0
-        ].to_list()
-        return rows
 
     # ---- models ----
     def _load(self, argument: str, source: str | Path) -> Any:
@@ -114,9 +95,8 @@ class FastBERTRun(ClassifierRun):
         them beside the branches', of the same states."""
         self.collate = DataCollatorWithPadding(self.tokenizer)
         cache = self._stored("test", self.test, teacher, [])
-        every = [*self.train, *self.beside]
-        texts = [{name: value for name, value in row.items() if name != "labels"} for row in every]
-        return [sorted(texts, key=length), cache.beside(self.test)], cache.collator(self.collate)
+        texts = [{name: value for name, value in row.items() if name != "labels"} for row in self.train]
+        return [texts, cache.beside(self.test)], cache.collator(self.collate)
 
     # ---- results ----
     def _measure(self, titles: dict[str, str], histories: dict[str, stages.History], cache: Any) -> dict[str, Metrics]:

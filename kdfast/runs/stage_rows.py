@@ -50,12 +50,12 @@ class StageRows:
             elif rows is not None:
                 self._augmented[rows] = AugmentedRows(rows, task, base, folder / "augmented")
 
-    def of(self, rows: Texts | Augmentation, console: Console) -> Any:
-        """Rows with `input_ids`, and labels where they have any."""
+    def of(self, rows: Texts | Augmentation, beside: list[dict[str, Any]], console: Console) -> Any:
+        """Rows with `input_ids`, and labels where they have any; `beside` comes with variants of the task's rows."""
         if isinstance(rows, Augmentation) and rows not in self._made:
             made = self._augmented[rows].write(console)
             encoded, _ = tasks.tokenize(made, self.tokenizer, self.max_length)
-            self._made[rows] = sorted(encoded.to_list(), key=length)
+            self._made[rows] = sorted([*encoded.to_list(), *beside], key=length)
         return self._made[rows]
 
     def _blocks(self, path: str) -> Any:
