@@ -6,6 +6,9 @@ import dataclasses
 import io
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,12 @@ from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kdfast import runs
+from kdfast.cli.results import _chosen
 from kdfast.data import demo, tasks
 from kdfast.elastic import Elastic
 from kdfast.recipes import dynabert
 from kdfast.recipes.dynabert import name_of, size_of
-from kdfast.results import compare
+from kdfast.results import compare, measure
 from kdfast.runs import stages
 
 SHORT: dict[str, Any] = {
@@ -159,3 +163,48 @@ def test_models_that_have_no_subnetworks(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"kdfast.elastic.Elastic: depths: expected shares that leave one of 6 layers"):
         run(tmp_path / "run", dataclasses.replace(RECIPE, depths=(0.01, 1.0)))
     assert not (tmp_path / "run").exists()
+
+
+# ---- the command line ----
+def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    line = [sys.executable, "-m", "kdfast", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_exported(finished: Any, tmp_path: Path) -> None:
+    folder, results, _ = finished
+    done = command("export", folder, tmp_path / "small", "--width", 0.5, "--depth", 0.5)
+    assert done.returncode == 0, done.stderr
+    expected = results["width_0.5_depth_0.5"]
+    assert f"{expected['parameters'] / 1e6:.1f} million parameters, 0.5 wide and 0.5 deep" in done.stdout
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")
+    assert len(model.bert.encoder.layer) == tiny_reviews.LAYERS // 2
+    found = measure.evaluate(
+        {"teacher": folder / "teacher", "small": tmp_path / "small"}, tasks.load(None, test_rows=64), teacher="teacher"
+    )["small"]
+    for name in ("accuracy", "kl_to_teacher", "parameters"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-5)
+
+
+def test_export_refuses(finished: Any, tmp_path: Path) -> None:
+    folder, _, _ = finished
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for arguments, told in (
+        ((tmp_path, tmp_path / "x"), f"run {tmp_path}: expected the folder of a run, got one without config.yaml"),
+        ((folder, tmp_path / "x", "--width", 0.3), "width: expected one of the run's, 0.5, 1, got 0.3"),
+        (
+            (folder, tmp_path / "full"),
+            f"output {tmp_path / 'full'}: expected a folder that is new or empty, got another",
+        ),
+    ):
+        done = command("export", *arguments)
+        assert done.returncode == 2, done.stderr
+        assert told in " ".join(done.stderr.split())
+
+
+def test_evaluate_measures_the_models_that_are_there(finished: Any) -> None:
+    folder, _, _ = finished
+    chosen = _chosen(str(folder), None)
+    assert chosen.sources == {"teacher": folder / "teacher", "1 wide, 1 deep": folder / "student"}

@@ -14,6 +14,7 @@ import yaml
 from kdfast.cli.shared import fail
 from kdfast.recipes import RECIPES, multi_task, multi_teacher
 from kdfast.recipes.classifier import ClassifierRecipe
+from kdfast.recipes.dynabert import size_of
 from kdfast.recipes.paths import CONFIG, moved, run_settings
 from kdfast.results import compare as comparing
 from kdfast.results.disk import saving
@@ -170,7 +171,8 @@ def _chosen(model: str, teacher: str | None) -> _Chosen:
             "it"
         )
     titles = json.loads((folder / "metrics.json").read_text())["task"]["titles"]
-    sources = {title: folder / name for name, title in titles.items()}
+    # Other sizes of a DynaBERT are no folders: kdfast export makes them.
+    sources = {title: folder / name for name, title in titles.items() if name == "student" or size_of(name) is None}
     if isinstance(recipe, multi_teacher.Recipe):
         del sources[titles["teacher"]]  # all of them together, which is no model
         sources |= {titles[f"teacher_{k}"]: of for k, of in enumerate(recipe.teacher or ())}

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from random import Random
 from typing import Any
 
-from transformers import DataCollatorWithPadding
+import transformers
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from kdfast.data import files
 from kdfast.elastic import Elastic, kept_layers
-from kdfast.models.loading import device, named
+from kdfast.models import cost
+from kdfast.models.loading import device, load_tokenizer, named, pretrained
 from kdfast.prune import importance, rewire
 from kdfast.recipes.classifier import Stage
 from kdfast.recipes.dynabert import IMPORTANCE_BATCH, ElasticStage, Recipe, name_of
 from kdfast.results import plots
+from kdfast.results.disk import saving
 from kdfast.results.measure import Candidate
 from kdfast.results.progress import bar
 from kdfast.runs import stages
@@ -121,3 +125,19 @@ class DynaBERTRun(ClassifierRun):
         title = f"DynaBERT on {files.shown_name(self.task.name)}"
         plots.plot_sizes(self.folder / "sizes_accuracy.png", [known["models"]], self.task.metric, title)
         return "sizes_accuracy.png"
+
+
+def save_size(recipe: Recipe, run: Path, output: Path, width: float, depth: float) -> int:
+    """Writes a sub-network of a finished run as a model of its own, with the tokenizer; returns how many parameters it has.
+
+    Raises:
+        ValueError: the run's student cannot be loaded.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    whole = pretrained(AutoModelForSequenceClassification, "run", run / "student")
+    with Elastic(whole, recipe.widths, recipe.depths, keep_last=recipe.keep_last) as networks:
+        model = networks.export(width, depth)
+    with saving(output):
+        model.save_pretrained(output)
+        load_tokenizer("run", run / "student").save_pretrained(output)
+    return cost.parameters(model)
