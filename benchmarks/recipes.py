@@ -30,6 +30,7 @@ from kdfast.recipes import (
     fastbert,
     hinton,
     minilm,
+    multi_task,
     multi_teacher,
     patient_kd,
     self_distillation,
@@ -87,6 +88,8 @@ CELLS: dict[str, Callable[[int, str], Recipe]] = {
     "self-distillation": lambda seed, teacher: self_distillation.Recipe(
         seed=seed, teacher=teacher, base=base(), **{**EQUAL, "student_layers": None}
     ),
+    # One encoder for the movie reviews and 1,300 reviews of products; of the former its rows are in the table.
+    "multi-task": lambda seed, teacher: multi_task.Recipe(seed=seed, **EQUAL),
     # MiniLM's and TinyBERT's students start from the pre-trained encoder, those above from the fine-tuned teacher.
     "labels-pretrained-start": lambda seed, teacher: hinton.Recipe(
         seed=seed, teacher=teacher, base=base(), student_start="base", alpha=0.0, baseline=False, **EQUAL
@@ -130,8 +133,8 @@ def main() -> None:
             teacher = arguments.runs.resolve() / f"{first}-{seed}" / "teacher"
             for name in cells:
                 folder = arguments.runs / f"{name}-{seed}"
-                folders[table].append(folder)
-                if not (folder / "metrics.json").is_file():
+                folders[table].append(folder / "task_movie_reviews" if name == "multi-task" else folder)
+                if not (folders[table][-1] / "metrics.json").is_file():
                     console.rule(f"{name}, seed {seed}")
                     run((CELLS | FEW_CELLS)[name](seed, str(teacher)), folder, console)
     for table, of in folders.items():

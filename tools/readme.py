@@ -1,6 +1,6 @@
 """Writes the results tables of the README and of recipes' pages from the committed files in benchmarks/results.
 
-python tools/readme.py            rewrites README.md and docs/recipes/fastbert.md
+python tools/readme.py            rewrites README.md, and pages of docs/recipes
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,32 +67,56 @@ def pruned() -> str:
     )
 
 
-def recipes() -> str:
-    """The table that benchmarks/recipes.py has left beside its latest results."""
-    path = max(RESULTS.glob("recipes-*.md"))
-    facts = json.loads(path.with_suffix(".json").read_text())["environment"]
-    return f"{facts['device']}, torch {facts['torch']}, {facts['date']}. {path.read_text().strip()}"
+def latest(name: str) -> tuple[str, str] | None:
+    """Of a name's tables that benchmarks/recipes.py has left the newest: what it was measured on, and the text."""
+    found = [
+        (facts["date"], f"{facts['device']}, torch {facts['torch']}, {facts['date']}. ", path.read_text().strip())
+        for path in RESULTS.glob(f"{name}-*.md")
+        for facts in [json.loads(path.with_suffix(".json").read_text())["environment"]]
+    ]
+    return max(found)[1:] if found else None
 
 
-def speeds() -> str:
-    """The table of FastBERT's speeds that benchmarks/recipes.py has left beside its latest results."""
-    paths = sorted(RESULTS.glob("fastbert-speeds-*.md"))
-    if not paths:
+def left(name: str) -> str:
+    """The newest table of a name."""
+    found = latest(name)
+    return "Not measured yet." if found is None else "".join(found)
+
+
+def rows_of(*beginnings: str) -> str:
+    """Of the recipes' newest table the teacher, Hinton's and those whose names begin so."""
+    known = ("model", "---", "teacher", "hinton", *beginnings)
+    measured, text = latest("recipes") or ("", "")
+    lines = [line for line in text.splitlines() if not line.startswith("|") or line[2:].startswith(known)]
+    if not any(line[2:].startswith(beginnings[0]) for line in lines):
         return "Not measured yet."
-    facts = json.loads(paths[-1].with_suffix(".json").read_text())["environment"]
-    return f"{facts['device']}, torch {facts['torch']}, {facts['date']}. {paths[-1].read_text().strip()}"
+    return measured + "\n".join(lines)
 
 
 Blocks = tuple[tuple[str, Callable[[], str]], ...]
 OF_README: Blocks = (
     ("operators", operators),
     ("vocabulary", vocabulary),
-    ("recipes", recipes),
+    ("recipes", partial(left, "recipes")),
+    ("few-labels", partial(left, "few-labels")),
     ("pruned", pruned),
 )
+OF_RECIPES = ROOT / "docs" / "recipes"
 PAGES: dict[Path, Blocks] = {
     ROOT / "README.md": OF_README,
-    ROOT / "docs" / "recipes" / "fastbert.md": (("fastbert-speeds", speeds),),
+    OF_RECIPES / "fastbert.md": (("fastbert-speeds", partial(left, "fastbert-speeds")),),
+    OF_RECIPES / "dynabert.md": (("dynabert-sizes", partial(left, "dynabert-sizes")),),
+    **{
+        OF_RECIPES / f"{name.replace('-', '_')}.md": ((f"recipes {name}", partial(rows_of, *beginnings)),)
+        for name, beginnings in {
+            "adversarial": ("adversarial",),
+            "dynamic": ("dynamic",),
+            "multi-task": ("multi-task", "task_movie"),
+            "multi-teacher": ("multi-teacher",),
+            "self-distillation": ("self-distillation",),
+            "tinybert": ("tinybert", "labels-pretrained-start"),
+        }.items()
+    },
 }
 
 
