@@ -48,11 +48,12 @@ CELLS: dict[str, Callable[[int, str], Recipe]] = {
     "hinton": lambda seed, teacher: hinton.Recipe(seed=seed, **EQUAL),
     "patient-kd": lambda seed, teacher: patient_kd.Recipe(seed=seed, teacher=teacher, student_start="teacher", **EQUAL),
     "minilm": lambda seed, teacher: minilm.Recipe(seed=seed, teacher=teacher, base=base(), **EQUAL),
-    # As of the others, but all of its sizes, and every step is one of several sub-networks: an epoch of each stage.
+    # Steps of four sub-networks: all widths, then the largest, the smallest and two others. An epoch of each stage.
     "dynabert": lambda seed, teacher: dynabert.Recipe(
         seed=seed,
         teacher=teacher,
         epochs=1,
+        sandwich=2,
         learning_rate=EQUAL["learning_rate"],
         warmup=EQUAL["warmup"],
         freeze_embeddings=True,

@@ -238,3 +238,11 @@ def check_num_items(op: str, num_items: float | Tensor | None, reduction: str, l
 
 def loss_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; of `meta` there is none."""
+    if x.is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -178,9 +178,8 @@ def checked(
         _checks.wrong_type(op, f"{side}_softcap", "a number or None", _checks.kind(softcap))
     if softcap is not None and not 0 < softcap < float("inf"):
         _checks.wrong_value(op, f"{side}_softcap", "a finite number > 0, or None", softcap)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if hidden.dtype != torch.float64 and _checks.is_autocast(hidden):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     elif _shards.is_dtensor(weight) and not _shards.is_dtensor(hidden):
         # fully_shard keeps parameters in their own dtype and casts what it gathers.

@@ -62,7 +62,7 @@ def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         _checks.wrong_value(op, "bias", f"the whole of it, [{weight.shape[0]}]", f"shape {list(bias.shape)}")
     for argument, given in tensors[1:]:
         # What autocast does not cast, float64, has to match.
-        if given.dtype is not x.dtype and (torch.float64 in (x.dtype, given.dtype) or not _is_autocast(x)):
+        if given.dtype is not x.dtype and (torch.float64 in (x.dtype, given.dtype) or not _checks.is_autocast(x)):
             _checks.wrong_type(op, argument, f"the dtype of x, {x.dtype}", given.dtype)
 
 
@@ -90,16 +90,9 @@ def _forward(live: Live, x: Tensor, bias: Tensor | None, part: Tensor) -> Tensor
 
 def _dtype(x: Tensor) -> torch.dtype:
     """In which the product is made: under autocast in autocast's, but for float64, which it leaves alone."""
-    if x.dtype is not torch.float64 and _is_autocast(x):
+    if x.dtype is not torch.float64 and _checks.is_autocast(x):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
-
-
-def _is_autocast(x: Tensor) -> bool:
-    if x.is_cpu:
-        return torch.is_autocast_enabled("cpu")
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -112,14 +112,15 @@ def hidden(
         student_hidden = [torch.nn.functional.linear(x, w, b) for x, w, b in zip(given, weights, biases, strict=True)]
     students, teachers = _layers(student_hidden), _layers(teacher_hidden)
     batch, length, width = students[0].shape
-    counted = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask.expand(batch, length)
+    device = students[0].device
+    counted = torch.ones(batch, length, dtype=torch.bool, device=device) if mask is None else mask.expand(batch, length)
     of_layers = [1.0] * len(students) if layer_weight is None else list(layer_weight)
     elements = 1 if kind == "cosine" else width
     sums = []
     for s, t, factor in zip(students, teachers, of_layers, strict=True):
         s, t = (torch.where(counted[..., None], x, 1.0) for x in (s, t.detach()))
         sums.append(factor * torch.where(counted, _VECTORS[kind](s, t), 0.0))
-    counts = torch.full((batch, length), elements)
+    counts = torch.full((batch, length), elements, device=device)
     total = counted.sum() * elements
     return _reduced(sums, counts, [total] * len(sums), batch, reduction, single)
 
