@@ -49,9 +49,9 @@ def check_ddp(rank: int) -> None:
     for name, options, order in (
         ("bert", {}, some),
         ("bert", {"gradient_as_bucket_view": True}, some),
-        ("bert", {"find_unused_parameters": True}, more),
+        ("bert", {}, more),
         ("gpt2", {}, some),
-        ("llama", {"find_unused_parameters": True}, more),
+        ("llama", {}, more),
     ):
         patterns = oracle.patterns(model := tiny_models.make(name))
         ddp = DistributedDataParallel(model, **options)

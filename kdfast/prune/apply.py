@@ -51,8 +51,8 @@ def apply(model: nn.Module, masks: Masks) -> None:
     Projections, attention and feed-forward networks are of the size of what lives; attention modules and their
     implementation (SDPA, flash attention, eager) stay. The parameters are the same objects, whole, and so is the state:
     optimizers, `state_dict`, `save_pretrained` and copies of the model see nothing of the masks. Keep those by
-    `Masks.to_json`. What is dead has a gradient of exactly zero, or none where a whole layer or all heads of one are dead
-    (under DDP these need `find_unused_parameters=True`), and whatever is in dead weights, NaN too, reaches nothing.
+    `Masks.to_json`. What is dead has a gradient of exactly zero, or none where a whole layer or all heads of one are dead,
+    and whatever is in dead weights, NaN too, reaches nothing. DDP needs no `find_unused_parameters`.
 
     A call costs microseconds per layer whose masks stay, and making indices for the others. A layer with all its heads
     keeps its own attention, one with all neurons its own feed-forward network. `output_attentions` gives the live heads

@@ -96,33 +96,6 @@ class PrefixMap(Masked):
         return prefix_linear(x, weight, bias, out_features=kept[0], in_features=kept[1])  # type: ignore[arg-type]
 
 
-class UnusedLayer(DroppedLayer):
-    """A layer that passes on what it gets, and whose parameters take part in the backward, without a gradient: DDP waits
-    for all that may get one, on every rank."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        passed = super().forward(*args, **kwargs)
-        if self._kdfast_masked is None or not torch.is_grad_enabled():
-            return passed
-        unused = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if isinstance(passed, tuple):
-            return (_TakePart.apply(passed[0], *unused), *passed[1:])
-        return _TakePart.apply(passed, *unused)
-
-
-class _TakePart(torch.autograd.Function):
-    """The identity on the first argument; the others get no gradient, but are reached by the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *unused: Tensor) -> Tensor:
-        ctx.unused = len(unused)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return gradient, *[None] * ctx.unused
-
-
 # ---- the sub-networks ----
 class Elastic:
     """Lets a model be one of its sub-networks, of some widths and depths, at a time, in place and with its own
@@ -259,7 +232,7 @@ class Elastic:
         for width in (*self.widths, 1.0):
             self._of_width[width] = [change for layer in self._layers for change in _changes(layer, width, model_type)]
         for layer in self._layers:
-            mask(layer.module, UnusedLayer, None)
+            mask(layer.module, DroppedLayer, None)
             mask(layer.attention, MaskedAttention, None)
             for name, linear in linear_maps(_OP, layer).items():
                 mask(linear, MaskedMap if _is_fused(layer, name) else PrefixMap, None)

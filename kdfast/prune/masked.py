@@ -83,6 +83,8 @@ class MaskedMap(Masked):
         if kept is None:
             return super().forward(x)  # type: ignore[misc, no-any-return]
         made = kept.packed(x, matrix(self), self.bias)  # type: ignore[arg-type]
+        if not made.shape[-1] or not x.shape[-1]:
+            return _with_unused(made, self, x)  # type: ignore[no-any-return]
         if kept.repeat is None:
             return made
         # by numbers, not by a tensor of them: nothing that would have to follow the model to its device
@@ -123,7 +125,8 @@ class MaskedAttention(Masked):
         if not kept.heads:
             hidden = args[0] if args else kwargs["hidden_states"]
             tell_length((*args, *kwargs.values()), getattr(self, "layer_idx", None), hidden)
-            return ADAPTERS[kept.model_type].without_heads(self, hidden, hidden.new_empty(*hidden.shape[:-1], 0))
+            made = ADAPTERS[kept.model_type].without_heads(self, hidden, hidden.new_empty(*hidden.shape[:-1], 0))
+            return _with_unused(made, self, hidden)
         for name, place in kept.per_head.items():
             if place < len(args):
                 args = (*args[:place], heads_of(args[place], kept.heads), *args[place + 1 :])
@@ -150,4 +153,29 @@ class DroppedLayer(Masked):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         hidden = args[0] if args else kwargs["hidden_states"]
         tell_length((*args, *kwargs.values()), kept.number, hidden)
-        return (hidden, None) if kept.returns_tuple else hidden
+        return _with_unused((hidden, None) if kept.returns_tuple else hidden, self)
+
+
+# ---- parameters that nothing is computed with ----
+def _with_unused(made: Any, module: nn.Module, *given: Tensor) -> Any:
+    """What a module made, or passed on, with its parameters, and what it was given, taking part in the backward, without a
+    gradient there: DDP waits for all that may get one, on every rank."""
+    unused = [x for x in (*given, *module.parameters()) if x.requires_grad]
+    if not torch.is_grad_enabled() or not unused:
+        return made
+    if isinstance(made, tuple):
+        return (_TakePart.apply(made[0], *unused), *made[1:])
+    return _TakePart.apply(made, *unused)
+
+
+class _TakePart(torch.autograd.Function):
+    """The identity on the first argument; the others get no gradient, but are reached by the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *unused: Tensor) -> Tensor:
+        ctx.unused = len(unused)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return gradient, *[None] * ctx.unused
