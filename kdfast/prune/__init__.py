@@ -8,6 +8,7 @@ from kdfast.prune.layers import Adapter, register
 from kdfast.prune.masks import Masks
 from kdfast.prune.report import Cost, Report, advice, report
 from kdfast.prune.rewire import rewire
+from kdfast.prune.scores import Scores
 
 __all__ = [
     "Adapter",
@@ -15,6 +16,7 @@ __all__ = [
     "Importance",
     "Masks",
     "Report",
+    "Scores",
     "advice",
     "apply",
     "compact",
