@@ -285,7 +285,7 @@ def test_compensation_is_least_squares() -> None:
 
 
 def test_the_error_of_obs_is_that_of_compensation() -> None:
-    """The score of the last that goes is half the squared error of what compensation leaves."""
+    """The score of the last that goes is the squared error of what compensation leaves."""
     torch.manual_seed(1)
     x, w = torch.randn(300, 8).double(), torch.randn(5, 8).double()
     x = x @ torch.randn(8, 8).double()

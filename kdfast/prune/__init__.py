@@ -3,26 +3,36 @@ May import `ops`, `nn`, `data`, `models`."""
 
 from kdfast.prune.apply import apply, remove
 from kdfast.prune.compact import compact
+from kdfast.prune.costs import Costs, Flops, Parameters
 from kdfast.prune.importance import Importance, importance
+from kdfast.prune.latency import LatencyTable, latency_table
 from kdfast.prune.layers import Adapter, register
 from kdfast.prune.masks import Masks
 from kdfast.prune.report import Cost, Report, advice, report
 from kdfast.prune.rewire import rewire
 from kdfast.prune.scores import Scores
+from kdfast.prune.select import select, select_blocks
 
 __all__ = [
     "Adapter",
     "Cost",
+    "Costs",
+    "Flops",
     "Importance",
+    "LatencyTable",
     "Masks",
+    "Parameters",
     "Report",
     "Scores",
     "advice",
     "apply",
     "compact",
     "importance",
+    "latency_table",
     "register",
     "remove",
     "report",
     "rewire",
+    "select",
+    "select_blocks",
 ]

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdfast.models.inputs import unwrapped
 from kdfast.ops import _checks
 from kdfast.prune.criteria.reconstruction import damped
 from kdfast.prune.criteria.streams import Moments, Streams
-from kdfast.prune.layers import matrix
-from kdfast.prune.masks import Masks
+from kdfast.prune.layers import layers_of, matrix
+from kdfast.prune.masks import Masks, check
 from kdfast.prune.scores import Kind
 
 _OP = "kdfast.prune.criteria.compensate"
@@ -29,7 +30,7 @@ def compensate(model: nn.Module, masks: Masks, batches: Iterable[Any], *, dampin
         smaller = kdfast.prune.compact(model, masks)
 
     With S the features that live, H the second moments of what the map of the whole model reads, and λ = damping · the
-    mean of H's diagonal: W_S ← W (H_:S) (H_SS + λI)⁻¹. Where the map has a bias, moments are about the mean, and the bias
+    mean of H_SS's diagonal: W_S ← (W H_:S + λ W_S)(H_SS + λI)⁻¹. Where the map has a bias, moments are about the mean, and the bias
     takes up the mean of what goes. Columns of what is dead stay as they are, which `apply` and `compact` never read.
     Each map is fitted to the inputs that it has in the whole model.
 
@@ -41,7 +42,7 @@ def compensate(model: nn.Module, masks: Masks, batches: Iterable[Any], *, dampin
     Raises:
         TypeError, ValueError: a model as in `score`, or one with masks; masks of another model; no batches.
     """
-    masks.check(model)
+    check(_OP, masks, layers_of(model, _OP), unwrapped(model).config)
     if any(module.__dict__.get("_kdfast_masked") is not None for module in model.modules()):
         _checks.wrong_value(_OP, "model", "one without masks", "one that has some; kdfast.prune.remove(model) first")
     given = list(batches)
@@ -67,7 +68,7 @@ def _fit(linear: Any, moments: Moments, live: Tensor, damping: float) -> None:
 
 
 def refitted(weight: Tensor, second: Tensor, live: Tensor, damping: float) -> Tensor:
-    """W H_:S (H_SS + λI)⁻¹, [out, live], of H = `second`; λ keeps what lives near its weights, not near zero."""
+    """(W H_:S + λ W_S)(H_SS + λI)⁻¹, [out, live], of H = `second`; λ keeps weights near what they were, not near zero."""
     inside = damped(second[live][:, live], damping)
     extra = inside - second[live][:, live]
     factor = torch.linalg.cholesky(inside)
