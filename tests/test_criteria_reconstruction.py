@@ -27,7 +27,7 @@ def outputs(model: Any, batches: Any, of: str) -> list[tuple[Any, Any]]:
     found = []
     for layer, x in zip(layers_of(model), oracle.activations(model, batches, of), strict=True):
         linear = layer.module.get_submodule(layer.adapter.output if of == "heads" else layer.adapter.contract)
-        found.append((x, matrix(linear).detach().double().numpy().reshape(-1, *x.shape[1:])))
+        found.append((x, matrix(linear).detach().clone().numpy().reshape(-1, *x.shape[1:])))
     return found
 
 
@@ -222,9 +222,14 @@ def test_merged_copies_change_nothing() -> None:
 
 
 # ---- compensation ----
+# Narrow hidden states, of which many neurons make much of the same.
+_SMALL = {"hidden_size": 24, "intermediate_size": 96}
+_SMALL_GPT2 = {"n_embd": 24, "n_inner": 96}
+
+
 def trained(name: str) -> tuple[Any, list[dict[str, Tensor]]]:
     """A model that has learned which of two words is first."""
-    model = tiny_models.make(name).float()
+    model = tiny_models.make(name, **(_SMALL_GPT2 if name == "gpt2" else _SMALL)).float()
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     batches = []
@@ -246,7 +251,7 @@ def test_compensation_is_better(name: str, of: Any) -> None:
     model, batches = trained(name)
     fit, held_out = batches[:20], batches[20:30]
     scores = criteria.score(model, "obs", of, fit)
-    masks = prune.select(model, scores, keep=0.5)
+    masks = prune.select(model, scores, keep=0.5, scope="local")
     before = outputs(model, held_out, of)
     biases = [_bias(model, i, of) for i in range(len(before))]
     criteria.compensate(model, masks, fit)
@@ -259,7 +264,7 @@ def test_compensation_is_better(name: str, of: Any) -> None:
         with_it = np.einsum("tuk,ouk->to", x[:, live], fitted[:, live]) + _bias(model, i, of)
         errors = [((whole - one) ** 2).sum() for one in (without, with_it)]
         assert errors[0] > 0
-        assert errors[1] < 0.7 * errors[0]
+        assert errors[1] < 0.3 * errors[0]
         assert np.array_equal(fitted[:, ~live], w[:, ~live])
 
 

@@ -4,6 +4,7 @@ May import `ops`, `nn`, `data`, `models`."""
 from kdfast.prune.apply import apply, remove
 from kdfast.prune.compact import compact
 from kdfast.prune.costs import Costs, Flops, Parameters
+from kdfast.prune.genetic import genetic_search
 from kdfast.prune.importance import Importance, importance
 from kdfast.prune.latency import LatencyTable, latency_table
 from kdfast.prune.layers import Adapter, register
@@ -27,6 +28,7 @@ __all__ = [
     "advice",
     "apply",
     "compact",
+    "genetic_search",
     "importance",
     "latency_table",
     "register",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,7 @@ class Flops(Costs):
         self.layers = layers_of(model, "kdfast.prune.Flops")
         self.sizes = [_sizes(layer, biases=False) for layer in self.layers]
         self.rows, self.tokens = batch["input_ids"].shape
+        self.calls = calls(unwrapped(model), self.layers)
         whole = Masks.full(model)
         self.rest = cost.flops(model, model_inputs(model, batch)) - sum(
             self.of_layer(i, whole) for i in range(len(self.layers))
@@ -85,7 +87,16 @@ class Flops(Costs):
         of, layer, count = self.sizes[i], self.layers[i], int(heads.sum())
         weights = count * of.head + len(layer.group_of[heads].unique()) * of.group + int(neurons.sum()) * of.neuron
         attention = 2 * self.tokens * count * layer.head_size  # scores, and their products with values
-        return float(2 * self.rows * self.tokens * (weights + attention))
+        return float(2 * self.rows * self.tokens * self.calls[i] * (weights + attention))
+
+
+def calls(model: Any, layers: Sequence[Layer]) -> list[int]:
+    """How often a forward pass calls each layer: once, but in ALBERT, whose layers share weights."""
+    if model.config.model_type != "albert":
+        return [1] * len(layers)
+    count, groups = model.config.num_hidden_layers, model.config.num_hidden_groups
+    of_groups = Counter(int(i / (count / groups)) for i in range(count))
+    return [of_groups[i // model.config.inner_group_num] for i in range(len(layers))]
 
 
 def _all(module: nn.Module) -> int:

@@ -15,7 +15,7 @@ from kdfast.models import cost
 from kdfast.models.inputs import model_inputs, unwrapped
 from kdfast.ops import _checks
 from kdfast.prune.compact import compact
-from kdfast.prune.costs import Costs
+from kdfast.prune.costs import Costs, calls
 from kdfast.prune.layers import layers_of
 from kdfast.prune.masks import Masks
 
@@ -30,12 +30,13 @@ class LatencyTable(Costs):
     """Milliseconds of one layer's attention with so many heads, and of its feed-forward network with so many neurons,
     between which it takes straight lines, of a batch of rows · tokens; `rest` is what remains of the model.
 
-    device: "cpu" or "cuda"; threads: of the CPU. More rows or tokens are another table.
+    calls: how often each layer runs, 1 but in ALBERT. device: "cpu" or "cuda"; threads: of the CPU. More rows or tokens are another table.
     """
 
     heads: dict[int, float]
     neurons: dict[int, float]
     rest: float
+    calls: tuple[int, ...]
     rows: int
     tokens: int
     device: str
@@ -44,7 +45,7 @@ class LatencyTable(Costs):
     unit = "ms"
 
     def layer(self, i: int, heads: Tensor, neurons: Tensor) -> float:
-        return _between(self.heads, int(heads.sum())) + _between(self.neurons, int(neurons.sum()))
+        return self.calls[i] * (_between(self.heads, int(heads.sum())) + _between(self.neurons, int(neurons.sum())))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -60,8 +61,8 @@ class LatencyTable(Costs):
             given = json.loads(text)
             for name in ("heads", "neurons"):
                 given[name] = {int(count): float(ms) for count, ms in given[name].items()}
-            return cls(**given)
-        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            return cls(**{**given, "calls": tuple(given["calls"])})
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             got = f"{type(error).__name__}: {error}"
             _checks.wrong_value("kdfast.prune.LatencyTable.from_json", "text", "what to_json writes", got)
 
@@ -105,17 +106,23 @@ def latency_table(
         "heads": _numbers("heads", heads, range(1, whole.heads + 1), whole.heads),
         "neurons": _numbers("neurons", neurons, _eighths(whole.neurons), whole.neurons),
     }
-    models: dict[str, nn.Module] = {"whole": inner, "none": _one_layer(inner, 0, 0)}
-    models |= {f"heads {n}": _one_layer(inner, n, 0) for n in counts["heads"]}
-    models |= {f"neurons {n}": _one_layer(inner, 0, n) for n in counts["neurons"]}
-    times = cost.latencies_ms(models, model_inputs(inner, batch), inner.device.type, repeats)
-    ms = {name: float(torch.tensor(of).median()) for name, of in times.items()}
-    found = {kind: _growing({n: ms[f"{kind} {n}"] - ms["none"] for n in numbers}) for kind, numbers in counts.items()}
-    rest = ms["whole"] - len(layers) * (found["heads"][whole.heads] + found["neurons"][whole.neurons])
+    models: dict[str, nn.Module] = {"whole": inner, "none": _small(inner, 0, 0)}
+    models |= {f"heads {n}": _small(inner, n, 0) for n in counts["heads"]}
+    models |= {f"neurons {n}": _small(inner, 0, n) for n in counts["neurons"]}
+    taken = cost.latencies_ms(models, model_inputs(inner, batch), inner.device.type, repeats)
+    ms = {name: float(torch.tensor(of).median()) for name, of in taken.items()}
+    called = calls(inner, layers)
+    times = sum(called) if inner.config.model_type == "albert" else 1
+    found = {
+        kind: _growing({n: (ms[f"{kind} {n}"] - ms["none"]) / times for n in numbers})
+        for kind, numbers in counts.items()
+    }
+    rest = ms["whole"] - sum(called) * (found["heads"][whole.heads] + found["neurons"][whole.neurons])
     rows, tokens = batch["input_ids"].shape
     return LatencyTable(
         **found,
         rest=max(rest, 0.0),
+        calls=tuple(called),
         rows=rows,
         tokens=tokens,
         device=inner.device.type,
@@ -123,10 +130,12 @@ def latency_table(
     )
 
 
-def _one_layer(model: Any, heads: int, neurons: int) -> nn.Module:
+def _small(model: Any, heads: int, neurons: int) -> nn.Module:
+    """One layer with so many heads and neurons, of ALBERT all, without the model's head."""
     masks = Masks.full(model)
-    masks.layers[1:] = False
-    masks.heads[0][heads:], masks.neurons[0][neurons:] = False, False
+    masks.layers[1:] = model.config.model_type == "albert"
+    for of_heads, of_neurons in zip(masks.heads, masks.neurons, strict=True):
+        of_heads[heads:], of_neurons[neurons:] = False, False
     made: nn.Module = compact(model, masks).base_model
     return made
 

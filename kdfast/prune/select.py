@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kdfast.models.inputs import unwrapped
 from kdfast.ops import _checks
 from kdfast.prune.apply import masks_of
 from kdfast.prune.costs import Costs
@@ -62,16 +61,13 @@ def select(
         TypeError, ValueError: a model as in `layers_of`; scores of another model, or NaN; none or several of keep,
             threshold and target; one that is out of range, that removes nothing or that cannot be reached.
     """
-    given = [scores] if isinstance(scores, Scores) else list(scores)
-    masks = _living(model)
-    _check_scores(model, given)
     name, rule = _rule(keep=keep, threshold=threshold, target=target)
     if (target is None) != (cost is None):
         _checks.wrong_value(_OP, "cost", "costs beside target, and only there", cost)
-    step = {x.of: multiple if isinstance(multiple, int) else multiple.get(x.of, 1) for x in given}
-    between_layers = target is not None or (keep is not None and scope == "global")
-    by_kind = [[*queues(masks, x.normalised() if between_layers else x, step[x.of], allow_empty)] for x in given]
+    masks = live_masks(model)
     before = masks.copy()
+    between_layers = target is not None or (keep is not None and scope == "global")
+    by_kind = queues_of(model, masks, scores, multiple, allow_empty, between_layers)
     if keep is not None:
         for each in by_kind:
             for part in [each] if scope == "global" else [[queue] for queue in each]:
@@ -79,7 +75,7 @@ def select(
     elif threshold is not None:
         _below(masks, by_kind, threshold)
     elif target is not None and cost is not None:
-        _within(masks, by_kind, target, cost)
+        within(masks, by_kind, target, cost)
     if masks == before:
         _checks.wrong_value(_OP, name, "one that removes something", rule)
     return masks
@@ -117,6 +113,33 @@ def _highest(x: Tensor, count: int) -> Tensor:
     return torch.zeros(len(x), dtype=torch.bool, device=x.device).index_fill_(0, order[:count], True)
 
 
+def live_masks(model: nn.Module) -> Masks:
+    """What lives of a model, by the masks it has."""
+    masks = Masks.full(model)
+    for i, layer in enumerate(layers_of(model, _OP)):
+        masks.heads[i], masks.neurons[i], masks.layers[i] = masks_of(layer)
+    return masks
+
+
+def queues_of(
+    model: nn.Module,
+    masks: Masks,
+    scores: Scores | Sequence[Scores],
+    multiple: int | Mapping[Kind, int],
+    allow_empty: bool,
+    normalised: bool,
+) -> list[list[Queue]]:
+    """By kind of unit, what may go, in the order that it goes.
+
+    Raises:
+        TypeError, ValueError: scores as of `select`.
+    """
+    given = [scores] if isinstance(scores, Scores) else list(scores)
+    _check_scores(model, given)
+    step = {x.of: multiple if isinstance(multiple, int) else multiple.get(x.of, 1) for x in given}
+    return [[*queues(masks, x.normalised() if normalised else x, step[x.of], allow_empty)] for x in given]
+
+
 # ---- rules ----
 def _to_count(masks: Masks, part: list[Queue], keep: float, scope: Scope) -> None:
     """So many units of these queues stay."""
@@ -146,9 +169,9 @@ def _below(masks: Masks, by_kind: list[list[Queue]], threshold: float) -> None:
             queue.take(masks)
 
 
-def _within(masks: Masks, by_kind: list[list[Queue]], target: float, cost: Costs) -> None:
+def within(masks: Masks, by_kind: list[list[Queue]], target: float, cost: Costs) -> None:
     """Units go, by score for what they cost, until the target is reached."""
-    whole, now = cost.of(_all_living(masks)), cost.of(masks)
+    whole, now = cost.of(masks.everything()), cost.of(masks)
     for each in by_kind:  # of each kind from 0 on: what is below would matter the less the cheaper it is
         lowest = min((float(queue.scores[0]) for queue in each if len(queue.units)), default=0.0)
         for queue in each:
@@ -216,17 +239,3 @@ def _check_scores(model: nn.Module, scores: Sequence[Scores]) -> None:
         for name, x in each.values.items():
             if bool(x.isnan().any()):
                 _checks.wrong_value(_OP, f"scores of {each.of}", "numbers", f"NaN in {name}")
-
-
-def _living(model: nn.Module) -> Masks:
-    masks = Masks.full(model)
-    for i, layer in enumerate(layers_of(unwrapped(model), _OP)):
-        masks.heads[i], masks.neurons[i], masks.layers[i] = masks_of(layer)
-    return masks
-
-
-def _all_living(masks: Masks) -> Masks:
-    whole = masks.copy()
-    for mask in (*whole.heads, *whole.neurons, whole.layers):
-        mask[:] = True
-    return whole
