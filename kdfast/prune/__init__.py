@@ -1,6 +1,9 @@
 """Structured pruning: masks of heads, neurons and layers, models that compute only what lives, smaller models of them.
 May import `ops`, `nn`, `data`, `models`."""
 
+import importlib
+from typing import Any
+
 from kdfast.prune.apply import apply, remove
 from kdfast.prune.compact import compact
 from kdfast.prune.costs import Costs, Flops, Parameters
@@ -38,3 +41,11 @@ __all__ = [
     "select",
     "select_blocks",
 ]
+
+_ROOMS = ("criteria", "schedules")  # over this one, which they import
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"kdfast.prune.{name}")
+    raise AttributeError(f"module 'kdfast.prune' has no attribute '{name}'")

@@ -69,9 +69,7 @@ def select(
     between_layers = target is not None or (keep is not None and scope == "global")
     by_kind = queues_of(model, masks, scores, multiple, allow_empty, between_layers)
     if keep is not None:
-        for each in by_kind:
-            for part in [each] if scope == "global" else [[queue] for queue in each]:
-                _to_count(masks, part, keep, scope)
+        to_count(masks, by_kind, keep, scope)
     elif threshold is not None:
         _below(masks, by_kind, threshold)
     elif target is not None and cost is not None:
@@ -141,6 +139,13 @@ def queues_of(
 
 
 # ---- rules ----
+def to_count(masks: Masks, by_kind: list[list[Queue]], keep: float, scope: Scope) -> None:
+    """So many units of each kind stay, of all layers together or of each."""
+    for each in by_kind:
+        for part in [each] if scope == "global" else [[queue] for queue in each]:
+            _to_count(masks, part, keep, scope)
+
+
 def _to_count(masks: Masks, part: list[Queue], keep: float, scope: Scope) -> None:
     """So many units of these queues stay."""
     least, live, whole = (sum(of) for of in zip(*((q.least, len(q.units), q.of) for q in part), strict=True))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kdfast.models.inputs import unwrapped
 from kdfast.ops import _checks
 from kdfast.prune.criteria.extras import scikit_learn
-from kdfast.prune.criteria.geometry import views
+from kdfast.prune.geometry import views
 from kdfast.prune.layers import Layer, layers_of
 from kdfast.prune.masks import Masks
 from kdfast.prune.rewire import linear_maps

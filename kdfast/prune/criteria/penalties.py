@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.prune.criteria.geometry import views
 from kdfast.prune.criteria.registry import criterion
 from kdfast.prune.criteria.tracker import Tracker
+from kdfast.prune.geometry import views
 from kdfast.prune.scores import Kind
 
 _UNITS: tuple[Kind, ...] = ("heads", "groups", "neurons")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kdfast.models.cost import evaluating
 from kdfast.models.inputs import unwrapped
 from kdfast.ops import _checks
-from kdfast.prune.criteria.geometry import OfParameter, blocks, matrix_of, vectors
+from kdfast.prune.geometry import OfParameter, blocks, matrix_of, vectors
 from kdfast.prune.layers import Layer, layers_of
 from kdfast.prune.masked import live_part
 from kdfast.prune.passes import Loss, Sums, backward, inputs_of, loss_of

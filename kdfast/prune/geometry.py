@@ -38,6 +38,13 @@ def vectors(layer: Layer, of: Kind, value: OfParameter = lambda parameter: param
     return torch.cat(flat, 1) if flat else torch.empty(0, 0, device=next(layer.module.parameters()).device)
 
 
+def output_columns(layer: Layer, of: Kind, value: OfParameter = lambda parameter: parameter) -> Tensor:
+    """[units, out] of neurons, [units, head size, out] of heads: the columns by which what they give is read, a view."""
+    if of == "neurons":
+        return _columns(layer.module.get_submodule(layer.adapter.contract), layer.neurons, value)
+    return _columns(layer.module.get_submodule(layer.adapter.output), layer.heads, value)
+
+
 def blocks(linear: nn.Module, block: tuple[int, int], value: OfParameter = lambda parameter: parameter) -> Tensor:
     """[rows of blocks, columns of blocks, rows, columns] of the matrix [out, in], a view."""
     tiles: Tensor = matrix_of(linear, value).unflatten(0, (-1, block[0])).unflatten(2, (-1, block[1]))
@@ -50,7 +57,7 @@ def _of_neurons(layer: Layer, value: OfParameter) -> list[Tensor]:
     for name in adapter.expand:
         found += _rows(layer.module.get_submodule(name), start[name], count, 1, value)
         start[name] += count
-    return [*found, _columns(layer.module.get_submodule(adapter.contract), count, value)]
+    return [*found, output_columns(layer, "neurons", value)]
 
 
 def _of_heads(layer: Layer, by_group: bool, value: OfParameter) -> list[Tensor]:
@@ -60,7 +67,7 @@ def _of_heads(layer: Layer, by_group: bool, value: OfParameter) -> list[Tensor]:
         count, where = (layer.groups, of_groups) if i else (layer.heads, of_heads)
         where += _rows(layer.module.get_submodule(name), start[name], count, size, value)
         start[name] += count * size
-    of_heads.append(_columns(layer.module.get_submodule(adapter.output), layer.heads, value))
+    of_heads.append(output_columns(layer, "heads", value))
     if layer.groups == layer.heads:
         return of_heads + of_groups
     return [_grouped(layer, view) for view in of_heads] + of_groups if by_group else of_heads
