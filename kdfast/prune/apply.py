@@ -152,6 +152,17 @@ def _mask_maps(maps: Maps, parts: dict[str, Part], head_size: int) -> None:
             mask(module, MaskedMap, KeptPart(packed, repeat, head_size))
 
 
+def masks_of(layer: Layer) -> tuple[Tensor, Tensor, bool]:
+    """Which of a layer's heads and neurons live, and whether it does; all where it is not masked."""
+    module = getattr(layer.module, "_orig_mod", layer.module)
+    applied: _Applied = module.__dict__.get(_APPLIED, _Applied())
+    heads, neurons = (
+        torch.ones(count, dtype=torch.bool) if mask is None else mask.clone()
+        for mask, count in ((applied.heads, layer.heads), (applied.neurons, layer.neurons))
+    )
+    return heads, neurons, applied.lives
+
+
 # ---- where the maps are ----
 class _Place:
     """A layer, and how its linear maps are found, in whose place others may have come since (an adapter's)."""

@@ -98,6 +98,13 @@ class MaskedMap(Masked):
         return ", ".join(filter(None, shown))
 
 
+def live_part(linear: nn.Module, of_input: bool) -> Tensor | None:
+    """Which features a linear map gets, or makes, that is masked; None: the first of them, mostly all."""
+    linear = getattr(linear, "base_layer", linear)  # below an adapter of peft
+    kept = getattr(linear, "_kdfast_masked", None)
+    return (kept.packed.columns if of_input else kept.packed.rows) if isinstance(kept, KeptPart) else None
+
+
 # ---- attention ----
 @dataclass
 class KeptHeads:

@@ -119,6 +119,13 @@ class Masks:
             hidden=None if self.hidden is None else self.hidden.clone(),
         )
 
+    def everything(self) -> Masks:
+        """Masks of the same shape in which all lives."""
+        whole = self.copy()
+        for mask in (*whole.heads, *whole.neurons, whole.layers, *([] if whole.hidden is None else [whole.hidden])):
+            mask[:] = True
+        return whole
+
     def drop_group(self, layer: int, group: int) -> None:
         """No head that reads this group of keys and values lives.
 

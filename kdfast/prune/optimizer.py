@@ -1,4 +1,4 @@
-"""Optimizers of smaller models: the state of the parameters that are left, cut like them."""
+"""Optimizers of smaller models: the state of the parameters that are left, cut like them; and of masked ones."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
+from transformers.pytorch_utils import Conv1D
 
 from kdfast.ops import _checks
 from kdfast.prune.cuts import Cut, Cuts, taken
+from kdfast.prune.layers import layers_of, parts
+from kdfast.prune.masks import Masks
 
 _SIDES = ("row", "col")  # of a matrix, as optimizers name what they keep of one of them
 
@@ -49,6 +53,38 @@ def optimizer_of(
                 name: _of_state(op, f"{name} of {what}", name, value, parameter, cut) for name, value in state.items()
             }
     return made
+
+
+def forget(optimizer: Any, model: nn.Module, masks: Masks) -> None:
+    """Sets an optimizer's state of what masks hold dead to zero, where it has the parameter's shape: what is dead then
+    stays where it is, but for weight decay, and would begin anew."""
+    states = getattr(optimizer, "optimizer", optimizer).state
+    for i, layer in enumerate(layers_of(model)):
+        if not bool(masks.layers[i]):
+            for parameter in layer.module.parameters():
+                for value in _of_shape(states, parameter):
+                    value.zero_()
+            continue
+        for name, part in parts(layer, *masks.kept(i)).items():
+            linear: Any = layer.module.get_submodule(name)
+            for value in _of_shape(states, linear.weight):
+                of = value.mT if isinstance(linear, Conv1D) else value
+                _zero_others(of, part.rows)
+                _zero_others(of.mT, part.columns)
+            for value in _of_shape(states, linear.bias):
+                _zero_others(value, part.rows)
+
+
+def _of_shape(states: Mapping[Any, Mapping[str, Any]], parameter: Tensor | None) -> list[Tensor]:
+    found = states.get(parameter, {}).values() if parameter is not None else ()
+    return [x for x in found if isinstance(x, Tensor) and parameter is not None and x.shape == parameter.shape]
+
+
+def _zero_others(of: Tensor, kept: Tensor | None) -> None:
+    if kept is not None:
+        dead = torch.ones(len(of), dtype=torch.bool, device=of.device)
+        dead[kept.to(of.device)] = False
+        of[dead] = 0
 
 
 def _group(
