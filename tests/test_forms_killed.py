@@ -19,7 +19,7 @@ from test_recipes_by_hand import SETTINGS
 from transformers import TrainerCallback
 
 from kdfast.data import demo
-from kdfast.recipes import adversarial, dynabert, dynamic, multi_task, multi_teacher, self_distillation
+from kdfast.recipes import adversarial, dynabert, dynamic, multi_task, multi_teacher, prune, self_distillation
 from kdfast.runs import arguments, run, stages
 
 SHORT = SETTINGS | {"train_rows": 80, "precision": "float32"}  # 10 steps
@@ -30,6 +30,7 @@ CASES: dict[str, tuple[Any, str, str]] = {
     "adversarial": (adversarial.Recipe(**SHORT, norm="l2", epsilon=0.3), "student", "student"),
     "self-distillation": (self_distillation.Recipe(**SHORT, generations=2), "generation_1", "student"),
     "dynabert": (dynabert.Recipe(**SHORT, widths=(0.5, 1.0), depths=(0.5, 1.0), sandwich=1), "student", "student"),
+    "prune": (prune.Recipe(**SHORT, criterion="movement", score_rows=16, end=1.0, rounds=5), "masked", "student"),
     "multi-task": (multi_task.Recipe(**SHORT), "shared", "task_product_reviews/student"),
 }
 

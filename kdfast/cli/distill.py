@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from kdfast.cli.shared import fail, layer_numbers, numbers
-from kdfast.recipes import RECIPES
+from kdfast.recipes import RECIPES, prune
 from kdfast.recipes.base import Recipe
 from kdfast.results.disk import failure, told
 
@@ -27,10 +27,17 @@ Ctrl-C saves a checkpoint and stops. The same command continues; what is finishe
 
 def add_recipes(app: typer.Typer) -> None:
     for recipe in RECIPES:
-        app.command(recipe.name)(_command(recipe))
+        if recipe is not prune.Recipe:
+            app.command(recipe.name)(_command(recipe))
 
 
-def _command(recipe: type[Recipe]) -> Callable[..., None]:
+def add_prune(app: typer.Typer) -> None:
+    """`kdfast prune MODEL`, the recipe whose teacher is what it prunes."""
+    app.command(prune.Recipe.name)(_command(prune.Recipe, model="teacher"))
+
+
+def _command(recipe: type[Recipe], model: str | None = None) -> Callable[..., None]:
+    """model: a setting that is given without a name."""
     settings, types_of = dataclasses.fields(recipe), typing.get_type_hints(recipe)
 
     def distill(
@@ -70,6 +77,9 @@ def _command(recipe: type[Recipe]) -> Callable[..., None]:
     }
     own["seed"] = next((int | None, _option(field), None) for field in settings if field.name == "seed")
     first = {"output": shared.pop("output")}
+    if model is not None:
+        kind, option, default = own.pop(model)
+        first[model] = kind, typer.Argument(help=option.help, metavar="MODEL", show_default=False), default
     parameters = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
         for name, (kind, option, default) in (first | own | shared).items()

@@ -13,6 +13,7 @@ from kdfast.recipes import (
     multi_task,
     multi_teacher,
     patient_kd,
+    prune,
     self_distillation,
     tinybert,
 )
@@ -30,6 +31,7 @@ RECIPES: tuple[type[Recipe], ...] = (
     adversarial.Recipe,
     self_distillation.Recipe,
     multi_task.Recipe,
+    prune.Recipe,
     distilbert.Recipe,
     causal_lm.Recipe,
 )

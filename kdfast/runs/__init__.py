@@ -35,6 +35,8 @@ def run(recipe: Recipe, folder: Path, console: Any, fresh: bool = False) -> dict
         from kdfast.runs.fastbert import FastBERTRun as kind
     elif isinstance(recipe, recipes.dynabert.Recipe):
         from kdfast.runs.dynabert import DynaBERTRun as kind
+    elif isinstance(recipe, recipes.prune.Recipe):
+        from kdfast.runs.prune import PruneRun as kind
     elif isinstance(recipe, recipes.multi_teacher.Recipe):
         from kdfast.runs.multi_teacher import MultiTeacherRun as kind
     elif isinstance(recipe, recipes.multi_task.Recipe):

@@ -8,7 +8,7 @@ activations and values times gradients. May import `ops`, `models`, `prune`.
 from kdfast.prune.criteria import activations, collaborative, gates, gradients, penalties, reconstruction, weights
 from kdfast.prune.criteria.clustering import merge_clusters
 from kdfast.prune.criteria.compensation import compensate
-from kdfast.prune.criteria.registry import CRITERIA, Criterion, criterion, score, track
+from kdfast.prune.criteria.registry import CRITERIA, Criterion, criterion, known, score, track
 from kdfast.prune.criteria.streams import Streams
 from kdfast.prune.criteria.tracker import Tracker
 
@@ -23,6 +23,7 @@ __all__ = [
     "criterion",
     "gates",
     "gradients",
+    "known",
     "merge_clusters",
     "penalties",
     "reconstruction",

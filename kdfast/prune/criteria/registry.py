@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -47,8 +47,8 @@ def criterion(needs: Needs, of: Sequence[Kind] = KINDS, name: str | None = None)
     """Puts a function or a `Tracker` into `CRITERIA`, by its name."""
 
     def register(function: Named) -> Named:
-        known = name or function.__name__
-        CRITERIA[known] = Criterion(known, function, needs, tuple(of))
+        its = name or function.__name__
+        CRITERIA[its] = Criterion(its, function, needs, tuple(of))
         return function
 
     return register
@@ -89,7 +89,7 @@ def score(
             them; batches and losses as in `importance`; blocks that do not fit.
         ImportError: a criterion that needs scikit-learn, without it.
     """
-    found = _known(criterion, of, settings)
+    found = known(criterion, of, settings)
     if found.needs == "training":
         expected = "one that needs no training (for this one: kdfast.prune.criteria.track)"
         _checks.wrong_value(_OP, "criterion", expected, repr(criterion))
@@ -123,7 +123,7 @@ def track(model: nn.Module, criterion: str, of: Sequence[Kind] = ("heads", "neur
     """
     op = "kdfast.prune.criteria.track"
     for kind in of:
-        found = _known(criterion, kind, settings, op)
+        found = known(criterion, kind, settings, op)
     if found.needs != "training":
         expected = "one that needs training (for this one: kdfast.prune.criteria.score)"
         _checks.wrong_value(op, "criterion", expected, repr(criterion))
@@ -131,7 +131,12 @@ def track(model: nn.Module, criterion: str, of: Sequence[Kind] = ("heads", "neur
     return made
 
 
-def _known(name: str, of: Kind, settings: dict[str, Any], op: str = _OP) -> Criterion:
+def known(name: str, of: Kind, settings: Collection[str] = (), op: str = _OP) -> Criterion:
+    """The criterion of a name, which can say how much units of a kind matter.
+
+    Raises:
+        ValueError: no such one, or with other settings.
+    """
     if name not in CRITERIA:
         _checks.wrong_value(op, "criterion", f"one of {', '.join(sorted(CRITERIA))}", repr(name))
     found = CRITERIA[name]
@@ -140,8 +145,8 @@ def _known(name: str, of: Kind, settings: dict[str, Any], op: str = _OP) -> Crit
         _checks.wrong_value(op, "of", f"one of {', '.join(dict.fromkeys(allowed))} with {name!r}", repr(of))
     for setting in settings:
         if setting not in found.settings:
-            known = ", ".join(found.settings) or "none"
-            _checks.wrong_value(op, "settings", f"those of {name!r}: {known}", setting)
+            own = ", ".join(found.settings) or "none"
+            _checks.wrong_value(op, "settings", f"those of {name!r}: {own}", setting)
     return found
 
 
