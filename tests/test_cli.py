@@ -175,12 +175,22 @@ def test_every_setting_has_help(
     recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    assert _run(monkeypatch, "distill", recipe, "--help") == 0
+    alone = recipe == "prune"  # a command of its own, whose teacher is its argument
+    assert _run(monkeypatch, *([] if alone else ["distill"]), recipe, "--help") == 0
     shown = capsys.readouterr().out
     kind = next(one for one in RECIPES if one.name == recipe)
     for field in dataclasses.fields(kind):
-        assert f"--{field.name.replace('_', '-')}" in shown
+        assert ("MODEL" if alone and field.name == "teacher" else f"--{field.name.replace('_', '-')}") in shown
         assert field.metadata["help"].split()[0] in shown
+
+
+def test_prune_takes_its_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        _run(monkeypatch, "prune", "org/model", "--target", "latency=0.5", "--units", "neurons", "--print-config") == 0
+    )
+    shown = capsys.readouterr().out
+    for line in ("recipe: prune", "teacher: org/model", "target: latency=0.5", "- neurons"):
+        assert line in shown
 
 
 def test_missing_extra_is_named() -> None:
