@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from kdfast import runs
 from kdfast.data import demo, tasks
 from kdfast.models import cost
-from kdfast.prune import LatencyTable, Masks, Parameters, apply
+from kdfast.prune import LatencyTable, Masks, Parameters, Sensitivity, apply
 from kdfast.prune.criteria import CRITERIA
 from kdfast.recipes import prune
 from kdfast.results import measure
@@ -92,7 +92,7 @@ def test_finished_runs_are_not_repeated(finished: Any, monkeypatch: pytest.Monke
 
 
 OPTIONS: list[dict[str, Any]] = [
-    {"criterion": "random", "schedule": "one-shot", "scope": "local"},
+    {"criterion": "random", "schedule": "one-shot", "scope": "local", "sensitivity": True},
     {"criterion": "movement", "schedule": "cubic"},
     {"criterion": "l2", "schedule": "soft", "units": ("neurons",)},
     {"criterion": "taylor_weights", "units": ("layers",), "schedule": "iterative", "rounds": 2},
@@ -111,6 +111,11 @@ def test_options(options: dict[str, Any], tmp_path: Path) -> None:
     assert neurons == (NEURONS * share if "neurons" in recipe.units else NEURONS)
     assert layers == (tiny_reviews.LAYERS * share if "layers" in recipe.units else tiny_reviews.LAYERS)
     assert all(int(of.sum()) % recipe.multiple == 0 for of in masks.neurons)
+    swept = Path(tmp_path / "run" / "sensitivity.json")
+    assert swept.exists() == recipe.sensitivity == (tmp_path / "run" / "sensitivity.png").exists()
+    if recipe.sensitivity:
+        found = Sensitivity.from_json(swept.read_text())
+        assert {kind: len(of) for kind, of in found.found.items()} == dict.fromkeys(recipe.units, tiny_reviews.LAYERS)
     if recipe.scope == "local":
         assert {int(of.sum()) for of in masks.neurons} == {16}
 

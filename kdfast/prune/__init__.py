@@ -16,6 +16,7 @@ from kdfast.prune.report import Cost, Report, advice, report
 from kdfast.prune.rewire import rewire
 from kdfast.prune.scores import Scores
 from kdfast.prune.select import select, select_blocks
+from kdfast.prune.sensitivity import Sensitivity, sensitivity
 
 __all__ = [
     "Adapter",
@@ -28,6 +29,7 @@ __all__ = [
     "Parameters",
     "Report",
     "Scores",
+    "Sensitivity",
     "advice",
     "apply",
     "compact",
@@ -40,6 +42,7 @@ __all__ = [
     "rewire",
     "select",
     "select_blocks",
+    "sensitivity",
 ]
 
 _ROOMS = ("criteria", "schedules")  # over this one, which they import

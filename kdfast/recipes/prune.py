@@ -69,6 +69,7 @@ class Recipe(ClassifierRecipe):
     scope: str = setting("global", "global: of all layers together; local: as many of each. Of keep= alone.")
     multiple: int = setting(1, "Neurons of a layer stay in multiples of it, as hardware likes them.")
     allow_empty: bool = setting(False, "Layers may lose all of their heads or neurons.")
+    sensitivity: bool = setting(False, "First show how much worse the model is with each layer alone pruned.")
     score_rows: int = setting(512, "Training rows that the scores are made of.")
     alpha: float = setting(0.9, "Weight of the soft term; the labels get 1 - alpha.")
     temperature: float = setting(2.0, "Softens teacher and student alike.")

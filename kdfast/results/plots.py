@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from kdfast.prune import Sensitivity
 from kdfast.recipes.dynabert import size_of
 from kdfast.results.compare import Comparison, standard_error
 from kdfast.results.disk import saving
@@ -206,4 +207,34 @@ def plot_sizes(path: Path, runs: Sequence[Mapping[str, Mapping[str, float]]], me
     panels[1].legend(frameon=False, loc="lower right")
     seeds = f", ± standard error of {len(runs)} seeds" * (len(runs) > 1)
     figure.suptitle(f"{title}: numbers beside points are widths{seeds}")
+    _save(plt, figure, path)
+
+
+def plot_sensitivity(path: Path, found: Sensitivity, quality: str) -> None:
+    """What `kdfast.prune.sensitivity` found, saved as an image: a panel for each kind of unit, a line for each share that was
+    gone, over the layers.
+
+    Args:
+        quality: what it is called.
+    """
+    plt = _pyplot()
+    kinds = [kind for kind, of in found.found.items() if of]
+    figure, panels = plt.subplots(
+        1, len(kinds), figsize=(1.5 + 4.5 * len(kinds), 4), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, kind in zip(panels[0], kinds, strict=True):
+        of = found.found[kind]
+        places = range(1, len(of) + 1)
+        shares = (1.0,) if kind == "layers" else found.shares
+        for i, share in enumerate(shares):
+            shade = plt.get_cmap("viridis")(0.85 - 0.75 * i / max(1, len(shares) - 1))
+            label = "the layer gone" if kind == "layers" else f"{share:.0%} gone"
+            axes.plot(places, [values[i] for values in of.values()], marker="o", markersize=4, color=shade, label=label)
+        axes.axhline(found.whole, color="0.4", linestyle="--", linewidth=1, label="whole model")
+        axes.set(title=kind, xlabel="layer", xticks=[*places])
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    panels[0][0].set(ylabel=quality)
+    figure.suptitle("One layer pruned at a time")
     _save(plt, figure, path)

@@ -12,8 +12,11 @@ from random import Random
 from statistics import median
 from typing import Any
 
+import torch
 from transformers import DataCollatorWithPadding, TrainerCallback
 
+from kdfast.data import metrics
+from kdfast.models.inputs import model_inputs
 from kdfast.models.loading import device
 from kdfast.prune import (
     Costs,
@@ -26,18 +29,21 @@ from kdfast.prune import (
     latency_table,
     schedules,
     select,
+    sensitivity,
 )
 from kdfast.prune.criteria import CRITERIA, known, score, track
 from kdfast.recipes.classifier import Stage
 from kdfast.recipes.prune import Recipe
+from kdfast.results import plots
 from kdfast.results.disk import saving
 from kdfast.results.measure import LATENCY_ROWS, Metrics, length
+from kdfast.results.progress import bar
 from kdfast.runs import stages
 from kdfast.runs.classifier import ClassifierRun
 from kdfast.runs.unlabeled import labelled
 from kdfast.train.trainer import DistillationTrainer
 
-MASKS, LATENCY = "masks.json", "latency.json"
+MASKS, LATENCY, SENSITIVITY = "masks.json", "latency.json", "sensitivity.json"
 BATCH = 32  # rows of a batch that scores read
 
 
@@ -78,6 +84,8 @@ class PruneRun(ClassifierRun):
             return
         student.to(device())
         scores, callbacks = self._scores(student)
+        if self.recipe.sensitivity and not (self.folder / SENSITIVITY).is_file():
+            self._sweep(student, scores(student))
         pruning = self._pruning(student, scores)
         yield partial(DistillationTrainer, callbacks=[*callbacks, pruning, _Keep(pruning, self.folder / stage.folder)])
 
@@ -97,6 +105,23 @@ class PruneRun(ClassifierRun):
         except (TypeError, ValueError) as error:
             raise ValueError(f"criterion: {error}") from None
         return made, []
+
+    def _sweep(self, student: Any, scores: list[Scores]) -> None:
+        """Leaves the quality on the rows of the scores with each layer alone pruned, and its plot."""
+        batches, metric = self._batches(), self.task.metric
+        labels = torch.cat([batch["labels"].cpu() for batch in batches])
+        sweeps = sum(len(each.values) * (1 if each.of == "layers" else 3) for each in scores)
+        with bar("sensitivity of the layers", sweeps + 1) as shown:
+
+            def quality(model: Any) -> float:
+                shown.update()
+                found = [model(**model_inputs(model, batch)).logits.float().cpu() for batch in batches]
+                return metrics.metrics(metric, torch.cat(found), labels)[metric]
+
+            found = sensitivity(student.eval(), scores, quality)
+        plots.plot_sensitivity(self.folder / "sensitivity.png", found, f"{metric}, on training rows")
+        with saving(self.folder):
+            (self.folder / SENSITIVITY).write_text(found.to_json())
 
     def _batches(self) -> list[Any]:
         every = [self.train[i] for i in labelled(self.train)]
