@@ -14,6 +14,8 @@ namespace kdfast::KDFAST_VARIANT {
 namespace {
 
 constexpr int64_t kCached = 640 << 10;  // bytes of packed blocks, or panels, that stay in the second-level cache
+// Rows of A that pass by every cache of blocks in turn: of more, the last-level cache would lose the first ones.
+constexpr int64_t kSlab = 512;
 
 #if !defined(__AVX512BF16__)
 template <class P>
@@ -87,9 +89,9 @@ void block_row(const BlockProduct& call, Tile<P> t, int64_t i, int64_t m, int64_
   }
 }
 
-// Block rows first..last, whose packed blocks fit the cache.
+// Rows from..until of block rows first..last, whose packed blocks fit the cache.
 template <class P>
-void block_rows(const BlockProduct& call, int64_t first, int64_t last) {
+void block_rows(const BlockProduct& call, int64_t first, int64_t last, int64_t from, int64_t until) {
   using Word = typename P::Word;
   const Blocks& b = *call.blocks;
   const int64_t numbers = b.width * b.depth, block = numbers / P::kNumbers, start = b.begin[first];
@@ -98,8 +100,8 @@ void block_rows(const BlockProduct& call, int64_t first, int64_t last) {
   for (int64_t n = start; packs<P>(b) && n < b.begin[last]; ++n) {
     pack_block<P>(values + b.place[n] * numbers, b, packed + (n - start) * block);
   }
-  for (int64_t m = 0; m < call.rows; m += P::kChunk) {
-    const int64_t some = call.rows - m < P::kChunk ? call.rows - m : P::kChunk;
+  for (int64_t m = from; m < until; m += P::kChunk) {
+    const int64_t some = until - m < P::kChunk ? until - m : P::kChunk;
     Tile<P> t = rows_of<P>(call, m, some);
     t.words = b.depth / P::kNumbers, t.w_row = b.width, t.w_block = block;
     t.a_word = int64_t(sizeof(Word)), t.a_block = t.words * t.a_word;
@@ -121,9 +123,12 @@ void product(const BlockProduct& call) {
   [[maybe_unused]] const Registers<P> registers;
   const Blocks& b = *call.blocks;
   const int64_t fit = kCached / bytes_of<P>(b);
-  for (int64_t first = call.first, end; first < call.last; first = end) {
-    for (end = first + 1; end < call.last && b.begin[end + 1] - b.begin[first] <= fit;) ++end;
-    block_rows<P>(call, first, end);
+  for (int64_t from = 0; from < call.rows; from += kSlab) {
+    const int64_t until = call.rows - from < kSlab ? call.rows : from + kSlab;
+    for (int64_t first = call.first, end; first < call.last; first = end) {
+      for (end = first + 1; end < call.last && b.begin[end + 1] - b.begin[first] <= fit;) ++end;
+      block_rows<P>(call, first, end, from, until);
+    }
   }
 }
 
