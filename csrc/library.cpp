@@ -53,8 +53,8 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   // added to what is there, or with zeros in all the rest. Indices are sorted, each once; none: all.
   m.def("pack_part(Tensor matrix, Tensor? rows, Tensor? columns) -> Tensor");
   m.def("unpack_part_(Tensor(a!) matrix, Tensor part, Tensor? rows, Tensor? columns, bool accumulate) -> ()");
-  // x [rows, columns] times the live blocks [blocks, out, in] of a matrix. begin: of each of its block rows (turned), or
-  // block columns, where its blocks are in index, which of the inner dimension they are at, and place, where their
+  // x [rows, columns] times the live blocks [blocks, out, in] of a matrix. begin: of each of its block rows (turned),
+  // or block columns, where its blocks are in index, which of the inner dimension they are at, and place, where their
   // values lie. And the live blocks [blocks, rows, columns] of grad^T x, walked by_rows or by columns.
   m.def(
       "block_sparse_product(Tensor x, Tensor values, Tensor begin, Tensor index, Tensor place, Tensor? bias, "

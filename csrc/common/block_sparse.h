@@ -14,8 +14,8 @@ inline void check_block_rows(const char* op, const char* argument, const Tensor&
 
 inline void check_block_sides(const char* op, int64_t rows, int64_t columns) {
   for (int64_t side : {rows, columns}) {
-    STD_TORCH_CHECK(side >= 32 && side <= 128 && side % 32 == 0, op, ": block: expected sides of 32, 64, 96 or 128, got [",
-                    rows, ", ", columns, "]");
+    STD_TORCH_CHECK(side >= 32 && side <= 128 && side % 32 == 0, op,
+                    ": block: expected sides of 32, 64, 96 or 128, got [", rows, ", ", columns, "]");
   }
 }
 
@@ -26,8 +26,8 @@ inline void check_block_indices(const char* op, const Tensor& begin, const Tenso
   for (const auto& [argument, t] : all) {
     check_device(op, argument, t, like);
     check_dtype(op, argument, t, ScalarType::Long);
-    STD_TORCH_CHECK(t.dim() == 1 && t.is_contiguous(), op, ": ", argument,
-                    ": expected one dimension, contiguous, got ", shape_of(t));
+    STD_TORCH_CHECK(t.dim() == 1 && t.is_contiguous(), op, ": ", argument, ": expected one dimension, contiguous, got ",
+                    shape_of(t));
   }
   STD_TORCH_CHECK(begin.size(0) >= 1 && place.size(0) == index.size(0), op,
                   ": place: expected as many numbers as of index, got ", place.size(0), " and ", index.size(0));

@@ -33,7 +33,7 @@ struct Registers {
 };
 
 #define KDFAST_TILE_LOAD(t, p, bytes) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(p), "r"(int64_t(bytes)) : "memory")
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #t::"r"(p), "r"(int64_t(bytes)) : "memory")
 #define KDFAST_TILE_STORE(t, p, bytes) \
   asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(p), "r"(int64_t(bytes)) : "memory")
 #define KDFAST_TILE_PRODUCT(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c::)

@@ -157,7 +157,8 @@ int64_t gradient_room(const Blocks& b, int64_t inner_blocks) {
 // `some` rows of a block's width of dy or x: words of the rows' direction, [words, width], but [width, words] of dy for
 // AMX, whose first factor has its inner dimension in a row.
 template <class P>
-void pack_panel(const void* from, int64_t from_row, int64_t some, int64_t width, [[maybe_unused]] bool of_dy, typename P::Word* to) {
+void pack_panel(const void* from, int64_t from_row, int64_t some, int64_t width, [[maybe_unused]] bool of_dy,
+                typename P::Word* to) {
   const auto* numbers = (const typename P::Number*)from;
 #if defined(__AVX512BF16__)
   if constexpr (P::kAmx) {
@@ -201,7 +202,8 @@ void gradient(const BlockGradient& call) {
   [[maybe_unused]] const Registers<P> registers;
   const Blocks& b = *call.blocks;
   const int64_t r = b.turned ? b.width : b.depth, c = b.turned ? b.depth : b.width, inner = call.inner_blocks;
-  const auto *kept = (const Number*)(b.turned ? call.x : call.dy), *passing = (const Number*)(b.turned ? call.dy : call.x);
+  const auto *kept = (const Number*)(b.turned ? call.x : call.dy),
+             *passing = (const Number*)(b.turned ? call.dy : call.x);
   const int64_t kept_row = b.turned ? call.x_row : call.dy_row, passing_row = b.turned ? call.dy_row : call.x_row;
   const int64_t step = panel_rows<P>(inner * b.depth), most = words_of<P>(step);
   Word *panels = (Word*)call.room, *panel = panels + most * inner * b.depth;
@@ -240,8 +242,8 @@ constexpr BlockKernels kKernelsOf = {product_room<P>, product<P>, gradient_room<
 #if defined(__AVX512BF16__)
 extern const BlockKernels kBlocks[] = {kKernelsOf<Direct<float>>, kKernelsOf<Pairs>, kKernelsOf<Widened<Float16>>,
                                        kKernelsOf<Direct<double>>};
-extern const BlockKernels kAmxBlocks[] = {kKernelsOf<Direct<float>>, kKernelsOf<AmxPairs>,
-                                          kKernelsOf<Widened<Float16>>, kKernelsOf<Direct<double>>};
+extern const BlockKernels kAmxBlocks[] = {kKernelsOf<Direct<float>>, kKernelsOf<AmxPairs>, kKernelsOf<Widened<Float16>>,
+                                          kKernelsOf<Direct<double>>};
 #else
 extern const BlockKernels kBlocks[] = {kKernelsOf<Direct<float>>, kKernelsOf<Widened<BFloat16>>,
                                        kKernelsOf<Widened<Float16>>, kKernelsOf<Direct<double>>};

@@ -20,10 +20,10 @@ struct Blocks {
 // Rows of c, of some block rows: a times the live blocks, and the bias where there is one.
 struct BlockProduct {
   const Blocks* blocks;
-  int64_t first, last;       // block rows
-  int64_t rows;              // of a and c
-  int64_t a_row, c_row;      // from row to row, in numbers
-  int64_t a_columns;         // of a
+  int64_t first, last;   // block rows
+  int64_t rows;          // of a and c
+  int64_t a_row, c_row;  // from row to row, in numbers
+  int64_t a_columns;     // of a
   const void *a, *values, *bias;
   void* c;
   char* room;
@@ -35,10 +35,10 @@ struct BlockGradient {
   const Blocks* blocks;
   int64_t first, last;
   int64_t rows, inner_blocks;  // of dy and x; of the dimension that `index` counts in
-  int64_t dy_row, x_row;     // from row to row, in numbers
+  int64_t dy_row, x_row;       // from row to row, in numbers
   const void *dy, *x;
-  float* sums;               // [blocks, out, in] of a block; null: in place
-  void* to;                  // the same
+  float* sums;  // [blocks, out, in] of a block; null: in place
+  void* to;     // the same
   char* room;
 };
 

@@ -65,7 +65,8 @@ void share(const Blocks& b, int64_t rows, int64_t room, F f) {
     const int64_t lo = all * from / threads, hi = all * to / threads;
     auto cut = [&](int64_t i, int64_t at) {  // the row of A at which work `at` falls within block row i
       const int64_t before = b.begin[i] + i, work = b.begin[i + 1] - b.begin[i] + 1;
-      const int64_t row = (rows * (std::clamp(at, before, before + work) - before) / work + kRowStep / 2) / kRowStep * kRowStep;
+      const int64_t row =
+          (rows * (std::clamp(at, before, before + work) - before) / work + kRowStep / 2) / kRowStep * kRowStep;
       return at <= before ? 0 : at >= before + work ? rows : std::min(row, rows);
     };
     int64_t whole = -1;  // since when whole block rows wait

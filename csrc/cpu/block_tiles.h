@@ -17,8 +17,8 @@ struct Direct {
   using Number = Real;
   using Word = Real;
   using Sum = Real;
-  static constexpr int kNumbers = 1;          // of a word
-  static constexpr bool kInPlace = true;      // A is read, and C written, where it lies
+  static constexpr int kNumbers = 1;      // of a word
+  static constexpr bool kInPlace = true;  // A is read, and C written, where it lies
   static constexpr bool kReadsInPlace = true;
   static constexpr int64_t kChunk = 24;       // rows of A that pass by at a time
   static constexpr int64_t kPiece = 64;       // words that are summed before they join the rest: roundings stay small
@@ -61,8 +61,8 @@ struct Tile {
   const char* a;
   int64_t a_row, a_word, a_block;  // bytes from one to the next
   const typename P::Word* w;
-  int64_t w_row, w_block;  // words
-  int64_t words;           // of a block's depth
+  int64_t w_row, w_block;        // words
+  int64_t words;                 // of a block's depth
   const int64_t *index, *place;  // place: null where blocks lie one after another
   int64_t count;
   bool add;

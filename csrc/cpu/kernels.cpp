@@ -23,8 +23,7 @@ void log2_all(const float* x, float* y, int64_t n) {
 
 const VariantKernels kKernels = {kDivergences, &kLayers, {&kQkMse, &kQkKl}, &kParts, kBlocks, exp2_all, log2_all};
 #if defined(__AVX512BF16__)
-const VariantKernels kAmxKernels = {kDivergences, &kLayers,   {&kQkMse, &kQkKl}, &kParts,
-                                    kAmxBlocks,   exp2_all, log2_all};
+const VariantKernels kAmxKernels = {kDivergences, &kLayers, {&kQkMse, &kQkKl}, &kParts, kAmxBlocks, exp2_all, log2_all};
 #endif
 
 }  // namespace kdfast::KDFAST_VARIANT

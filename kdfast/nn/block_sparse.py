@@ -140,12 +140,19 @@ class BlockSparseLinear(nn.Module):
         self._follow()
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, more: Any, errors: Any
+    ) -> None:
         mask, values = (state_dict.get(prefix + name) for name in ("mask", "values"))
         if isinstance(mask, Tensor) and isinstance(values, Tensor) and mask.shape == self.layout.mask.shape:
             layout = BlockLayout(mask.to(self.layout.device), self.layout.block)
-            if layout != self.layout and values.shape == (layout.count, *layout.block):
+            if values.shape != (layout.count, *layout.block):
+                expected = f"the mask's blocks, {[layout.count, *layout.block]}"
+                errors.append(f"{prefix}values: expected {expected}, got shape {list(values.shape)}")
+                return
+            if layout != self.layout:
                 self.layout = layout
                 self.values.grad = None
                 self.values.data = self.values.data.new_empty(values.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, more, errors)
+        self._follow()

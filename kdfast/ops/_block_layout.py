@@ -18,7 +18,7 @@ class Order(NamedTuple):
     `index`, the other coordinate, ascending, and `place`, which of the values they have."""
 
     begin: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple's method, which nobody calls
     place: Tensor
 
     def to(self, device: torch.device) -> Order:
@@ -57,7 +57,9 @@ class BlockLayout:
         if mask.dtype is not torch.bool:
             _checks.wrong_type(_OP, "mask", "a bool tensor, True where a block lives", mask.dtype)
         if mask.dim() != 2 or 0 in mask.shape:
-            _checks.wrong_value(_OP, "mask", "[out / rows, in / columns], at least one block", f"shape {list(mask.shape)}")
+            _checks.wrong_value(
+                _OP, "mask", "[out / rows, in / columns], at least one block", f"shape {list(mask.shape)}"
+            )
         self.mask = mask.detach().clone()
         self.shape = (mask.shape[0] * self.block[0], mask.shape[1] * self.block[1])
         row, column = self.mask.nonzero(as_tuple=True)
@@ -149,8 +151,10 @@ def _begin(counts: Tensor) -> Tensor:
 
 
 def _blocks(weight: Tensor, block: tuple[int, int]) -> Tensor:
-    """[block rows, block columns, rows, columns], a view."""
-    return weight.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0])).transpose(1, 2)
+    """[block rows, block columns, rows, columns]."""
+    rows, columns = block
+    blocks = weight.reshape(weight.shape[0] // rows, rows, weight.shape[1] // columns, columns)
+    return blocks.transpose(1, 2)
 
 
 def _checked_block(block: Any) -> tuple[int, int]:

@@ -54,21 +54,21 @@ def block_sparse_linear(x: Tensor, values: Tensor, layout: BlockLayout, bias: Te
     if not x.is_cpu or not _live_linear.is_plain(x, values):
         return block_sparse_linear_reference(x, values, layout, bias)
     dtype = _live_linear.product_dtype(x)
-    if torch.is_grad_enabled() and (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)):
+    if torch.is_grad_enabled() and (
+        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         return _BlockSparseLinear.apply(x, values, bias, layout, dtype)  # type: ignore[no-any-return]
     return _forward(_live_linear.cast(x, dtype), _live_linear.cast(values, dtype), bias, layout)
 
 
-def block_sparse_linear_reference(
-    x: Tensor, values: Tensor, layout: BlockLayout, bias: Tensor | None = None
-) -> Tensor:
+def block_sparse_linear_reference(x: Tensor, values: Tensor, layout: BlockLayout, bias: Tensor | None = None) -> Tensor:
     """`block_sparse_linear` in plain torch: the whole weight, with zeros for what is dead."""
     return nn.functional.linear(x, layout.dense(values), bias)
 
 
 def _forward(x: Tensor, values: Tensor, bias: Tensor | None, layout: BlockLayout) -> Tensor:
     bias = None if bias is None else _live_linear.cast(bias, x.dtype).contiguous()
-    y = torch.ops.kdfast.block_sparse_product(_rows(x), values.contiguous(), *layout.rows, bias, True)
+    y: Tensor = torch.ops.kdfast.block_sparse_product(_rows(x), values.contiguous(), *layout.rows, bias, True)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
