@@ -27,12 +27,12 @@ template <class P>
 bool packs(const Blocks& b) {
   return b.turned || !P::kInPlace;
 }
-// Of a packed block.
+// Bytes of a packed block.
 template <class P>
 int64_t bytes_of(const Blocks& b) {
   return b.width * b.depth / P::kNumbers * int64_t(sizeof(typename P::Word));
 }
-// Of rows of A that are copied, widened or as whole tiles of AMX; of sums that are narrowed.
+// Bytes of rows of A that are copied, widened or as whole tiles of AMX, and of sums that are narrowed.
 template <class P>
 int64_t rows_bytes(int64_t columns) {
   return !P::kReadsInPlace ? P::kChunk * columns * 4 : P::kAmx ? P::kChunk * columns * 2 : 0;

@@ -17,7 +17,7 @@ struct Direct {
   using Number = Real;
   using Word = Real;
   using Sum = Real;
-  static constexpr int kNumbers = 1;      // of a word
+  static constexpr int kNumbers = 1;      // in a word
   static constexpr bool kInPlace = true;  // A is read, and C written, where it lies
   static constexpr bool kReadsInPlace = true;
   static constexpr int64_t kChunk = 24;       // rows of A that pass by at a time

@@ -14,7 +14,7 @@ from kdfast.ops import _checks
 from kdfast.ops._block_layout import BlockLayout
 from kdfast.ops.block_sparse import block_sparse_linear
 
-# Time over a dense layer's, by density: float32, forward and backward, of the slower of two processors measured.
+# Time over a dense layer's, by density: float32, forward and backward, where MKL is at its best (with AVX-512 on Intel).
 _PER_BLOCK, _FIXED = 1.05, 0.06
 
 
@@ -115,9 +115,9 @@ class BlockSparseLinear(nn.Module):
 
     @property
     def expected_speed(self) -> float:
-        """How many times as fast as `nn.Linear` a step, forward and backward, of 512 rows and more is expected to be on
-        a CPU in float32: 1 / (1.05 · density + 0.06), measured with blocks of 64 on an Intel processor (on one of AMD's
-        it is up to twice as much). On a GPU there is no kernel yet: no faster than dense."""
+        """How many times as fast as `nn.Linear` a step, forward and backward, of 512 rows and more may be expected to be
+        on a CPU in float32: 1 / (1.05 · density + 0.06), which fits measurements with blocks of 64 on an Intel processor
+        (on one of AMD's it is about twice that). On a GPU there is no kernel yet: no faster than dense."""
         return 1 / (_PER_BLOCK * self.layout.density + _FIXED)
 
     def forward(self, x: Tensor) -> Tensor:
