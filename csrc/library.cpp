@@ -53,6 +53,15 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   // added to what is there, or with zeros in all the rest. Indices are sorted, each once; none: all.
   m.def("pack_part(Tensor matrix, Tensor? rows, Tensor? columns) -> Tensor");
   m.def("unpack_part_(Tensor(a!) matrix, Tensor part, Tensor? rows, Tensor? columns, bool accumulate) -> ()");
+  // x [rows, columns] times the live blocks [blocks, out, in] of a matrix. begin: of each of its block rows (turned),
+  // or block columns, where its blocks are in index, which of the inner dimension they are at, and place, where their
+  // values lie. And the live blocks [blocks, rows, columns] of grad^T x, walked by_rows or by columns.
+  m.def(
+      "block_sparse_product(Tensor x, Tensor values, Tensor begin, Tensor index, Tensor place, Tensor? bias, "
+      "bool turned) -> Tensor");
+  m.def(
+      "block_sparse_gradient(Tensor grad, Tensor x, Tensor begin, Tensor index, Tensor place, int rows, int columns, "
+      "bool by_rows) -> Tensor");
   // x *= factor, skipped on the device where the factor is 1. CUDA only: elsewhere the factor can be looked at.
   m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");
 }

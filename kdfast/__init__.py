@@ -30,7 +30,9 @@ from kdfast.ops.divergence import (  # noqa: E402, I001  (operators register fak
     symmetric_kl_div,
     total_variation,
 )
+from kdfast.ops._block_layout import BlockLayout  # noqa: E402
 from kdfast.ops.attention import attention_kl, attention_mse  # noqa: E402
+from kdfast.ops.block_sparse import block_sparse_linear  # noqa: E402
 from kdfast.ops.hidden import cls_distance, cosine_distance, hidden_mse  # noqa: E402
 from kdfast.ops.qk import qk_attention_mse, qk_relation_kl  # noqa: E402
 from kdfast.ops.kd_loss import KDLossComponents, kd_loss  # noqa: E402
@@ -46,11 +48,13 @@ if TYPE_CHECKING:
     from kdfast import objective
 
 __all__ = [
+    "BlockLayout",
     "DistillationTrainer",
     "KDLossComponents",
     "__version__",
     "attention_kl",
     "attention_mse",
+    "block_sparse_linear",
     "cls_distance",
     "cosine_distance",
     "hidden_mse",

@@ -1,5 +1,10 @@
 #include "cpu/variant.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -15,6 +20,22 @@ struct Candidate {
   bool (*runs_here)();
 };
 
+#if defined(__x86_64__)
+bool has_bf16() { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16"); }
+
+// Tiles of AMX are larger than what the system saves of a thread unless a process asks for it, once.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr int kAskPermission = 0x1023, kTileData = 18;
+  static const bool allowed =
+      has_bf16() && __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+  return allowed;
+#else
+  return false;
+#endif
+}
+#endif
+
 // Narrowest first.
 const Candidate kCandidates[] = {
     {{"portable", &portable::kKernels}, [] { return true; }},
@@ -26,8 +47,8 @@ const Candidate kCandidates[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      }},
-    {{"avx512_bf16", &avx512_bf16::kKernels},
-     [] { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16"); }},
+    {{"avx512_bf16", &avx512_bf16::kKernels}, has_bf16},
+    {{"amx", &avx512_bf16::kAmxKernels}, has_amx},
 #endif
 };
 

@@ -1,5 +1,6 @@
 // Which CPU variant of the kernels runs here.
 #pragma once
+#include "cpu/block_rows.h"
 #include "cpu/divergence_rows.h"
 #include "cpu/layer_rows.h"
 #include "cpu/part_rows.h"
@@ -12,6 +13,7 @@ struct VariantKernels {
   const LayerKernels* layers;
   const QkKernels* qk[2];  // by QkLoss
   const PartKernels* parts;
+  const BlockKernels* blocks;  // by Element
   // y[i] = 2^x[i] and log2(x[i]): the vector functions on their own, for their tests.
   void (*exp2)(const float* x, float* y, int64_t count);
   void (*log2)(const float* x, float* y, int64_t count);
@@ -27,7 +29,7 @@ namespace avx512 {
 extern const VariantKernels kKernels;
 }
 namespace avx512_bf16 {
-extern const VariantKernels kKernels;
+extern const VariantKernels kKernels, kAmxKernels;
 }
 
 struct Variant {

@@ -47,20 +47,25 @@ class Live(Protocol):
 
 def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """All but sizes, which depend on what lives."""
-    tensors = [("x", x), ("weight", weight)] + ([] if bias is None else [("bias", bias)])
-    for argument, given in tensors:
+    check_tensors(op, x, weight=weight, bias=bias)
+    if weight.dim() != 2:
+        _checks.wrong_value(op, "weight", "[out, in]", f"shape {list(weight.shape)}")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        _checks.wrong_value(op, "bias", f"the whole of it, [{weight.shape[0]}]", f"shape {list(bias.shape)}")
+
+
+def check_tensors(op: str, x: Tensor, **parameters: Tensor | None) -> None:
+    """Kinds, dtypes and devices; and that x has features."""
+    tensors = {"x": x} | {argument: given for argument, given in parameters.items() if given is not None}
+    for argument, given in tensors.items():
         if not isinstance(given, Tensor):
             _checks.wrong_type(op, argument, "a tensor", _checks.kind(given))
         _checks.check_float(op, argument, given)
         if given.device != x.device:
             _checks.wrong_value(op, argument, f"the device of x, {x.device}", given.device)
-    if weight.dim() != 2:
-        _checks.wrong_value(op, "weight", "[out, in]", f"shape {list(weight.shape)}")
     if x.dim() == 0:
         _checks.wrong_value(op, "x", "at least one dimension, the features last", "a scalar")
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
-        _checks.wrong_value(op, "bias", f"the whole of it, [{weight.shape[0]}]", f"shape {list(bias.shape)}")
-    for argument, given in tensors[1:]:
+    for argument, given in tensors.items():
         # What autocast does not cast, float64, has to match.
         if given.dtype is not x.dtype and (torch.float64 in (x.dtype, given.dtype) or not _checks.is_autocast(x)):
             _checks.wrong_type(op, argument, f"the dtype of x, {x.dtype}", given.dtype)
@@ -73,34 +78,37 @@ def check_width(op: str, x: Tensor, live: Any) -> None:
 
 def run(live: Live, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer, of checked arguments."""
-    native = type(x) in _PLAIN and type(weight) in _PLAIN and (x.is_cpu or x.is_cuda)
-    if not native or torch.compiler.is_compiling():
+    if not (is_plain(x, weight) and (x.is_cpu or x.is_cuda)) or torch.compiler.is_compiling():
         return live.plain(x, weight, bias)
-    dtype = _dtype(x)
+    dtype = product_dtype(x)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _LiveLinear.apply(x, weight, bias, live, dtype)  # type: ignore[no-any-return]
-    return _forward(live, _cast(x, dtype), bias, live.part(weight, dtype, False))
+    return _forward(live, cast(x, dtype), bias, live.part(weight, dtype, False))
+
+
+def is_plain(x: Tensor, weight: Tensor) -> bool:
+    return type(x) in _PLAIN and type(weight) in _PLAIN
 
 
 def _forward(live: Live, x: Tensor, bias: Tensor | None, part: Tensor) -> Tensor:
     return nn.functional.linear(x, part, None if bias is None else live.part_of_bias(bias, x.dtype))
 
 
-def _dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """In which the product is made: under autocast in autocast's, but for float64, which it leaves alone."""
     if x.dtype is not torch.float64 and _checks.is_autocast(x):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """As [rows, features]; reshape(-1, …) would not do without features."""
     return x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x[None]
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype is dtype else x.to(dtype)
 
 
@@ -110,7 +118,7 @@ class _LiveLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, live: Live, dtype: torch.dtype
     ) -> Tensor:
         ctx.live, ctx.dtype, ctx.weight, ctx.bias = live, x.dtype, weight, bias
-        x, part = _cast(x, dtype), live.part(weight, dtype, True)
+        x, part = cast(x, dtype), live.part(weight, dtype, True)
         ctx.save_for_backward(x, part)
         return _forward(live, x, bias, part)
 
@@ -122,11 +130,11 @@ class _LiveLinear(torch.autograd.Function):
         _transforms.refuse_batched(live.op, grad, "of a weight's part")
         x, part = ctx.saved_tensors
         of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
-        rows = _rows(grad)
+        rows = as_rows(grad)
         of: list[Tensor | None] = [None, None, None]
         if of_weight:
             live.used()
-            left, right = rows.t(), _rows(x)
+            left, right = rows.t(), as_rows(x)
             into = _into_grad.destination(ctx.next_functions[1][0])
             if into is None:
                 of[1] = live.product(ctx.weight, left, right)
@@ -134,7 +142,7 @@ class _LiveLinear(torch.autograd.Function):
                 live.add_product_(into, left, right)
         if of_x:
             gradient = rows @ part
-            of[0] = _cast(gradient if x.dim() == 2 else gradient.view(x.shape), ctx.dtype)
+            of[0] = cast(gradient if x.dim() == 2 else gradient.view(x.shape), ctx.dtype)
         if of_bias:
             of[2] = live.of_bias(ctx.bias, rows.sum(0))
         return *of, None, None

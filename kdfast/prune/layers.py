@@ -21,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from kdfast.models.inputs import unwrapped
 from kdfast.models.student_parts import layers_path
+from kdfast.nn.block_sparse import BlockSparseLinear
+from kdfast.ops import _checks
 from kdfast.prune.modules import Nothing, RepeatedHeads, WithoutHeads
 
 __all__ = [
@@ -200,7 +202,7 @@ def layers_of(model: nn.Module, op: str = "kdfast.prune") -> list[Layer]:
     distinct ones.
 
     Raises:
-        TypeError: no model of transformers.
+        TypeError: no model of transformers, or one with a BlockSparseLinear for a linear map.
         ValueError: an unknown architecture; the message says what to register.
     """
     inner: Any = unwrapped(model)
@@ -221,7 +223,18 @@ def layers_of(model: nn.Module, op: str = "kdfast.prune") -> list[Layer]:
         ]
     else:
         names = [f"{path}{i}" for i in range(len(inner.get_submodule(path.removesuffix("."))))]
+    for name in names:
+        _refuse_blocks(op, name, inner.get_submodule(name), adapter)
     return [_layer(name, inner.get_submodule(name), adapter) for name in names]
+
+
+def _refuse_blocks(op: str, place: str, module: nn.Module, adapter: Adapter) -> None:
+    """Heads and neurons are whole rows and columns, which a map of blocks has not."""
+    maps = (*adapter.qkv, adapter.output, *adapter.expand, adapter.contract)
+    for part, found in module.named_modules():
+        if part in maps and isinstance(found, BlockSparseLinear):
+            expected = "linear maps with all their weights (BlockSparseLinear.to_linear makes one)"
+            _checks.wrong_type(op, "model", expected, f"BlockSparseLinear at {place}.{part}")
 
 
 def _layer(name: str, module: nn.Module, adapter: Adapter) -> Layer:

@@ -64,6 +64,16 @@ def of_matmuls(_: Any, student: Side, teacher: Side, kwargs: dict[str, Any], exa
     return 0.51 * short * exact[0].abs() + 2**-21 * products, 2**-21 * float(exact[1].norm())
 
 
+def of_blocks(
+    reference: Callable[..., Tensor], student: Side, teacher: Side, kwargs: dict[str, Any], exact: Exact
+) -> tuple[Tensor, float]:
+    """As `of_matmuls`, of sums of many products: they grow by the root of their number, and so do their roundings."""
+    x, _ = student
+    value, gradient = of_matmuls(reference, student, teacher, kwargs, exact)
+    products = of_matmuls(reference, student, teacher, kwargs, (torch.zeros(()), exact[1]))[0]
+    return value + ((x.shape[-1] / 32) ** 0.5 - 1) * products, gradient
+
+
 def of_results(_: Any, student: Side, teacher: Side, kwargs: dict[str, Any], exact: Exact) -> tuple[Tensor, float]:
     """A rounding or two."""
     return 2**-21 * exact[0].abs(), 2**-21 * float(exact[1].norm())

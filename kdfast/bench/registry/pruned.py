@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kdfast.bench.registry import floors
 from kdfast.bench.registry.operator import Operator, Sample
-from kdfast.ops import prefix, selected
+from kdfast.ops import block_sparse, prefix, selected
+from kdfast.ops._block_layout import BlockLayout
 
 Make = Callable[[torch.Generator, float], tuple[Any, Any]]
 
@@ -86,19 +87,64 @@ def _flops(student: Any, gradient: bool) -> float:
     return float((6 if gradient else 2) * x.numel() * _outputs(student))
 
 
+# ---- blocks ----
+_LEADING = torch.tensor([[True, False, True], [False, False, False], [True, False, True], [False, False, True]])
+
+
+def _blocks(*leading: int, mask: Tensor, block: tuple[int, int], strided: bool = False, bias: bool = True) -> Any:
+    """What a sample is made by: an input and live blocks, and the layout with a bias."""
+    layout = BlockLayout(mask, block)
+    make = _layer(*leading, layout.shape[1], weight=(layout.count, *block), strided=strided)  # type: ignore[arg-type]
+    return make, _with_bias(layout.shape[0], layout=layout) if bias else lambda g: {"layout": layout}
+
+
+_WIDE = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) < 0.6
+_BLOCK_SAMPLES = (
+    Sample("part", "a block row, and a block column, without any", *_blocks(7, mask=_LEADING, block=(32, 32))),
+    Sample("tall", "blocks higher than wide", *_blocks(3, 5, mask=_LEADING, block=(128, 32))),
+    Sample("wide", "wider, of an odd width of tiles", *_blocks(67, mask=_WIDE, block=(32, 96), bias=False)),
+    Sample("strided", "transposed memory", *_blocks(6, mask=_WIDE, block=(64, 64), strided=True)),
+    Sample("whole", "nothing dead", *_blocks(2, 1, 3, mask=torch.ones(2, 3) > 0, block=(96, 64))),
+    Sample("none", "no live block", *_blocks(5, mask=torch.zeros(2, 2) > 0, block=(32, 64))),
+)
+_SIDE, _DENSITY = 64, 0.25
+
+
+def _made_blocks(shape: tuple[int, ...], options: dict[str, Any]) -> tuple[Any, Any]:
+    """rows, inputs, outputs: a quarter of the blocks lives."""
+    rows, inputs, outputs = shape
+    count = int(_DENSITY * (inputs // _SIDE) * (outputs // _SIDE))
+    x = torch.randn(rows, inputs, **options)
+    return (x, torch.randn(count, _SIDE, _SIDE, **options).mul_((_DENSITY * inputs) ** -0.5)), ()
+
+
+def _layout(student: Any) -> dict[str, Any]:
+    """Blocks here and there."""
+    x, values = student
+    columns, all_blocks = x.shape[-1] // _SIDE, int(len(values) / _DENSITY)
+    mask = torch.zeros(all_blocks, dtype=torch.bool)
+    mask[torch.randperm(all_blocks, generator=torch.Generator().manual_seed(0))[: len(values)]] = True
+    return {"layout": BlockLayout(mask.view(-1, columns), (_SIDE, _SIDE)).to(x.device)}
+
+
+def _block_flops(student: Any, gradient: bool) -> float:
+    x, values = student
+    return float((6 if gradient else 2) * x.numel() // x.shape[-1] * values.numel())
+
+
 _CPU_SHAPES = tuple(
     ((rows, *sizes), dtype)
     for sizes in ((768, 3072), (3072, 768))
     for rows, dtype in ((64, "float32"), (512, "float32"), (512, "bfloat16"))
 )
 _CUDA_SHAPES = tuple(((4096, *sizes), "bfloat16") for sizes in ((768, 3072), (3072, 768)))
+_OF_PARTS: dict[str, Any] = {
+    "make": _made, "flops": _flops, "floors": floors.of_matmuls, "cuda_shapes": _CUDA_SHAPES
+}  # fmt: skip
 
 
 def _operator(name: str, function: Callable[..., Tensor], reference: Callable[..., Tensor], **more: Any) -> Operator:
-    return Operator(
-        name, function, reference, make=_made, floors=floors.of_matmuls, flops=_flops, product=True,
-        cpu_shapes=_CPU_SHAPES, cuda_shapes=_CUDA_SHAPES, **more,
-    )  # fmt: skip
+    return Operator(name, function, reference, product=True, cpu_shapes=_CPU_SHAPES, **_OF_PARTS | more)
 
 
 PRUNED: dict[str, Operator] = {
@@ -119,5 +165,19 @@ PRUNED: dict[str, Operator] = {
         samples=_SELECTED_SAMPLES,
         eager=selected.selected_linear_reference,  # dense, times a mask: benchmarks/pruned_linear.py
         arguments=_indices,
+    ),
+    "block_sparse_linear": _operator(
+        "block_sparse_linear",
+        block_sparse.block_sparse_linear,
+        block_sparse.block_sparse_linear_reference,
+        native=("block_sparse_product", "block_sparse_gradient"),
+        samples=_BLOCK_SAMPLES,
+        eager=block_sparse.block_sparse_linear_reference,  # whose weight lies whole: benchmarks/block_sparse.py
+        make=_made_blocks,
+        arguments=_layout,
+        flops=_block_flops,
+        floors=floors.of_blocks,
+        exact=2**-41,  # the reference rounds as many sums
+        cuda_shapes=(),  # no kernel yet
     ),
 }
