@@ -32,7 +32,10 @@ MAY: dict[str, set[str]] = {
     "train": {"ops", "data", "models", "objective", "teacher_cache"},
     "recipes": {"ops", "data", "models", "prune", "objective"},
     "results": {"ops", "data", "models", "prune", "objective", "teacher_cache", "train", "recipes"},
-    "runs": {"ops", "data", "models", "prune", "objective", "teacher_cache", "train", "recipes", "results"},
+    "runs": {
+        *("ops", "data", "models", "prune", "prune/criteria", "prune/schedules", "objective", "teacher_cache"),
+        *("train", "recipes", "results"),
+    },
     "cli": {"ops", "data", "models", "prune", "teacher_cache", "recipes", "results", "runs", "bench"},
 }
 
