@@ -147,10 +147,14 @@ def test_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"widths": (0.5,)}, r"widths: expected different shares above 0, and 1 among them, got \[0.5\]"),
+        ({"widths": (0.5,)}, r"widths: expected different shares above 0, and 1 among them, such as 0.5,1, got 0.5"),
         ({"depths": (1.0, 1.0)}, r"depths: expected different shares above 0, and 1 among them"),
         ({"widths": (0.0, 1.0)}, "widths: expected"),
         ({"teacher_width": "half"}, "teacher_width: expected one of full, match, in_place, got half"),
+        (
+            {"teacher_width": "in_place", "unlabeled": "x"},
+            "unlabeled: expected none with teacher_width in_place, .*, got x",
+        ),
         ({"sandwich": -1}, "sandwich: expected at least 0, got -1"),
     ],
 )
@@ -196,7 +200,7 @@ def test_export_refuses(finished: Any, tmp_path: Path) -> None:
         ((folder, tmp_path / "x", "--width", 0.3), "width: expected one of the run's, 0.5, 1, got 0.3"),
         (
             (folder, tmp_path / "full"),
-            f"output {tmp_path / 'full'}: expected a folder that is new or empty, got another",
+            f"output {tmp_path / 'full'}: expected a folder that is new or empty, got one with files",
         ),
     ):
         done = command("export", *arguments)

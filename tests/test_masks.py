@@ -67,7 +67,7 @@ def changed(path: tuple[Any, ...], value: Any) -> str:
         (
             ("layers", 1, "heads", "kept"),
             [0, 6],
-            r"heads of layer 1: numbers from 0 to 5, sorted, each once, got \[0, 6\]",
+            r"heads of layer 1: numbers from 0 to 5, sorted, each once, got 6 among \[0, 6\]",
         ),
         (("layers", 1, "heads", "kept"), [-1], "heads of layer 1"),
         (("layers", 2, "neurons", "kept"), [3, 1], "neurons of layer 2: numbers from 0 to 36"),

@@ -9,7 +9,7 @@ import typer
 
 from kdfast.cli.shared import fail
 from kdfast.recipes import dynabert
-from kdfast.recipes.paths import CONFIG
+from kdfast.recipes.paths import CONFIG, run_settings
 from kdfast.results.disk import failure, told
 
 
@@ -31,7 +31,7 @@ def export(
                     f"{name}: expected one of the run's, {', '.join(f'{x:g}' for x in known)}, got {share:g}"
                 )
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise ValueError(f"output {output}: expected a folder that is new or empty, got another")
+            raise ValueError(f"output {output}: expected a folder that is new or empty, got one with files")
         try:
             from kdfast.runs.dynabert import save_size
         except ImportError as error:
@@ -48,7 +48,10 @@ def export(
 
 def _recipe(run: Path) -> dynabert.Recipe:
     if not (run / CONFIG).is_file():
-        raise ValueError(f"run {run}: expected the folder of a run, got one without {CONFIG}")
+        hint = f"; the run is {run.resolve().parent}" if (run.resolve().parent / CONFIG).is_file() else ""
+        raise ValueError(f"run {run}: expected the folder of a run, got one without {CONFIG}{hint}")
+    if (name := (run_settings(run) or {}).get("recipe")) != dynabert.Recipe.name:
+        raise ValueError(f"run {run}: expected a run of {dynabert.Recipe.name}, got one of {name}")
     recipe = dynabert.Recipe(**dynabert.Recipe.read_yaml(run / CONFIG))
     if not (run / "student" / "stage.json").is_file():
         raise ValueError(

@@ -51,9 +51,12 @@ def load_tokenizer(argument: str, source: str | Path) -> Any:
     Raises:
         ValueError: it cannot be loaded, or is such a one.
     """
-    absent = ValueError(
-        f"{named(argument, source)}: expected a model with a tokenizer, got one without; save it beside the model"
-    )
+    who = named(argument, source)
+    if (Path(source) / "config.yaml").is_file() and not (Path(source) / "config.json").is_file():
+        inside = [str(path.parent) for path in sorted(Path(source).glob("*/config.json"))]
+        hint = f"; its models are {', '.join(inside)}" if inside else ""
+        raise ValueError(f"{who}: expected a model, got the folder of a run{hint}")
+    absent = ValueError(f"{who}: expected a model with a tokenizer, got one without; save it beside the model")
     try:
         tokenizer = pretrained(AutoTokenizer, argument, source)
     except ValueError as error:  # of models with a tokenizer of no class of its own

@@ -32,6 +32,7 @@ from kdfast.prune.modules import RepeatedHeads
 __all__ = ["apply", "remove"]
 
 _OP = "kdfast.prune.apply"
+ELASTIC = "_kdfast_elastic"  # the attribute of a layer that an Elastic is open on
 _APPLIED = "_kdfast_applied"  # the attribute of a layer that says what it is masked by
 Maps = dict[str, tuple[nn.Module, ...]]  # by name below the layer
 
@@ -71,7 +72,12 @@ def apply(model: nn.Module, masks: Masks) -> None:
             `nn.Linear`, `Conv1D` nor LoRA of these (quantised ones), or whose forward was replaced. Nothing has changed
             then.
     """
+    if not isinstance(model, nn.Module):
+        _checks.wrong_type(_OP, "model", "a model of transformers", _checks.kind(model))
     inner = unwrapped(model)
+    if any(ELASTIC in vars(module) for module in inner.modules()):
+        expected = "one on which no kdfast.elastic.Elastic is open"
+        _checks.wrong_value(_OP, "model", expected, "one that has it; close() it first (a copy: kdfast.prune.remove)")
     places = _places(inner)
     kind = inner.config.model_type
     check(_OP, masks, [place.layer for place in places], inner.config)
@@ -89,6 +95,7 @@ def remove(model: nn.Module) -> None:
     for module in unwrapped(model).modules():
         restore(module)
         module.__dict__.pop(_APPLIED, None)
+        module.__dict__.pop(ELASTIC, None)
 
 
 # ---- a layer ----

@@ -54,7 +54,8 @@ def compact(model: nn.Module, masks: Masks, optimizer: Optimizer | None = None) 
         model: of transformers, of an architecture in `kdfast.prune.ADAPTERS`, which may be a result of this function;
             what is inside where it is wrapped (DDP, `torch.compile`). Close a `kdfast.hf.Reader` of it first.
         masks: what lives. The result does not know which heads and neurons of the original it has: keep
-            `masks.to_json()` beside it.
+            `masks.to_json()` beside it; after `kdfast.prune.rewire` it is of the rewired weights. Of an open
+            `kdfast.elastic.Elastic` the whole counts, whatever it is set to.
         optimizer: one that trains `model`.
 
     Returns:
@@ -66,7 +67,8 @@ def compact(model: nn.Module, masks: Masks, optimizer: Optimizer | None = None) 
         TypeError: no model of transformers, or one with linear maps that are quantised, sharded or have adapters.
         ValueError: an unknown architecture; masks of another model; no layer lives, or one of ALBERT does not; a linear
             map whose forward was replaced; a width that the class does not take, or Gemma's embeddings scale by; state of
-            the optimizer that is not of a parameter's shape, of its rows, of its columns or one number.
+            the optimizer that is not of a parameter's shape, of its rows, of its columns or one number; an optimizer with
+            none of the model's parameters.
     """
     layers, inner = layers_of(model, OP), unwrapped(model)
     check(OP, masks, layers, inner.config)

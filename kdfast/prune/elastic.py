@@ -28,6 +28,7 @@ from kdfast.models.inputs import unwrapped
 from kdfast.ops import _checks
 from kdfast.ops._packed import Packed
 from kdfast.ops.prefix import prefix_linear
+from kdfast.prune.apply import ELASTIC
 from kdfast.prune.compact import compact
 from kdfast.prune.layers import Layer, layers_of, matrix, parts
 from kdfast.prune.masked import (
@@ -187,6 +188,8 @@ class Elastic:
         for changes in (*self._of_width.values(), *self._of_depth.values()):
             for module, _ in changes:
                 restore(module)
+        for layer in self._layers:
+            layer.module.__dict__.pop(ELASTIC, None)
         self._of_width, self._of_depth = {}, {}
 
     def __enter__(self) -> Elastic:
@@ -198,7 +201,10 @@ class Elastic:
     def _check(self, inner: Any) -> None:
         if any(isinstance(module, Masked) for module in inner.modules()):
             _checks.wrong_value(
-                _OP, "model", "one without masks", "one that has some; kdfast.prune.remove(model) first"
+                _OP,
+                "model",
+                "one without masks",
+                "one that has some, or an open Elastic; kdfast.prune.remove(model) first",
             )
         for depth, kept in self._kept.items():
             if not kept:
@@ -233,6 +239,7 @@ class Elastic:
             self._of_width[width] = [change for layer in self._layers for change in _changes(layer, width, model_type)]
         for layer in self._layers:
             mask(layer.module, DroppedLayer, None)
+            layer.module.__dict__[ELASTIC] = True
             mask(layer.attention, MaskedAttention, None)
             for name, linear in linear_maps(_OP, layer).items():
                 mask(linear, MaskedMap if _is_fused(layer, name) else PrefixMap, None)

@@ -87,7 +87,9 @@ class Masks:
                 hidden=_living(plan["hidden"], "hidden") if "hidden" in plan else None,
             )
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            _wrong_plan("what Masks.to_json writes", f"{type(error).__name__}: {error}")
+            is_path = isinstance(text, str) and text.endswith(".json")
+            hint = "; it takes the file's text, Path(...).read_text()" * is_path
+            _wrong_plan("what Masks.to_json writes", f"{type(error).__name__}: {error}{hint}")
 
     def to_json(self) -> str:
         """A plan: by layer, which heads and neurons of how many live, whether the layer does, and the groups; and what
@@ -219,7 +221,8 @@ def _check_mask(op: str, name: str, mask: object, count: int) -> None:
     expected = f"a bool tensor of shape [{count}] on the CPU"
     if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
         _checks.wrong_type(op, f"masks.{name}", expected, _checks.kind(mask))
-    _checks.wrong_value(op, f"masks.{name}", expected, f"shape {list(mask.shape)} on {mask.device}")
+    hint = "" if mask.shape == (count,) else "; new ones are kdfast.prune.Masks.full(model)"
+    _checks.wrong_value(op, f"masks.{name}", expected, f"shape {list(mask.shape)} on {mask.device}{hint}")
 
 
 def _all(count: int) -> Tensor:
@@ -228,8 +231,11 @@ def _all(count: int) -> Tensor:
 
 def _living(given: dict[str, Any], what: str) -> Tensor:
     count, kept = given["of"], _numbers(given["kept"])
-    if sorted({*kept}) != kept or not {*kept} <= {*range(count)}:
-        _wrong_plan(f"{what}: numbers from 0 to {count - 1}, sorted, each once", reprlib.repr(kept))
+    wrong = [i for before, i in zip([-1, *kept], kept, strict=False) if not before < i < count]
+    if wrong:
+        _wrong_plan(
+            f"{what}: numbers from 0 to {count - 1}, sorted, each once", f"{wrong[0]} among {reprlib.repr(kept)}"
+        )
     mask = torch.zeros(count, dtype=torch.bool, device="cpu")
     mask[kept] = True
     return mask

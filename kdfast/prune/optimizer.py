@@ -37,6 +37,8 @@ def optimizer_of(
     if not isinstance(optimizer, Optimizer) or isinstance(optimizer, LBFGS) or wrapped:
         expected = "an optimizer of torch with state by parameter, not wrapped"
         _checks.wrong_type(op, "optimizer", expected, type(optimizer).__name__)
+    if not any(parameter in copies for group in optimizer.param_groups for parameter in group["params"]):
+        _checks.wrong_value(op, "optimizer", "one that trains model", "one that has none of its parameters")
     names: dict[Tensor, str] = {parameter: name for name, parameter in smaller.named_parameters()}
     new = {old: mine for old, mine in copies.items() if mine is not None and mine in names}
     made: Any = copy.copy(optimizer)  # without what a scheduler or its maker put on it

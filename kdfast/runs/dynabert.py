@@ -44,6 +44,12 @@ class DynaBERTRun(ClassifierRun):
             source = named("teacher", r.teacher) if r.teacher else named(argument, r.base or argument)
             raise ValueError(f"{source}: {error}") from None
 
+    def _given_teacher(self, source: str) -> Any:
+        model = super()._given_teacher(source)
+        if getattr(model.config, "quantization_config", None):
+            raise ValueError(f"{named('teacher', source)}: expected a whole model, got one that kdfast made smaller")
+        return model
+
     def _student(self, model: Any, layers: tuple[int, ...]) -> Any:
         student = super()._student(model, layers)
         self._elastic(student, self.recipe.widths, self.recipe.depths).close()  # refuses what cannot be one
@@ -73,6 +79,12 @@ class DynaBERTRun(ClassifierRun):
         rewire(model.to(device()), *importance(model, batches(), accumulate=r.accumulate))
 
     # ---- training ----
+    def _cache(self, teacher: Any, cls_layers: list[int]) -> tuple[Any, Any]:
+        """Of the test rows alone, as the teacher runs beside the student in training."""
+        self.collate = DataCollatorWithPadding(self.tokenizer)
+        cache = self._stored("test", self.test, teacher, [])
+        return (self.train, cache.beside(self.test)), cache.collator(self.collate)
+
     def _train(self, stage: Stage, student: Any, teacher: Any, cached: Any) -> None:
         if stage.teacher_of != "teacher":
             teacher = self._load("teacher", self.folder / stage.teacher_of)
@@ -124,7 +136,7 @@ class DynaBERTRun(ClassifierRun):
     def _plot(self, titles: dict[str, str], histories: dict[str, stages.History], known: dict[str, Any]) -> str:
         title = f"DynaBERT on {files.shown_name(self.task.name)}"
         plots.plot_sizes(self.folder / "sizes_accuracy.png", [known["models"]], self.task.metric, title)
-        return "sizes_accuracy.png"
+        return "sizes_accuracy.png; kdfast export writes any of the sizes as a model"
 
 
 def save_size(recipe: Recipe, run: Path, output: Path, width: float, depth: float) -> int:
