@@ -33,23 +33,42 @@ def obs(streams: Streams, *, damping: float = 1e-4) -> list[Tensor]:
 
 
 def _eliminated(weight: Tensor, hessian: Tensor, size: int, damping: float) -> Tensor:
+    """The error at each unit's turn, [units]."""
     units = len(hessian) // size
-    scores, living, total = hessian.new_zeros(units), torch.ones(units, dtype=torch.bool, device=hessian.device), 0.0
-    weight, inverse = weight.clone(), inverse_of(hessian, damping) if units else hessian
-    for _ in range(units):
-        of_units = inverse.view(units, size, units, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-        columns = weight.view(len(weight), units, size).transpose(0, 1)
-        eye = torch.eye(size, dtype=weight.dtype, device=weight.device)
-        solved = torch.linalg.inv(torch.where(living[:, None, None], of_units, eye))
-        errors = ((columns @ solved) * columns).sum((1, 2)) / 2
-        first = int(errors.masked_fill(~living, torch.inf).argmin())
+    if not units:
+        return hessian.new_zeros(0)
+    scores, total = hessian.new_zeros(units), 0.0
+    weight, inverse = weight.clone(), inverse_of(hessian, damping)
+    numbers = torch.arange(units, device=hessian.device)  # of the units that weight and inverse still have
+    living = torch.ones(units, dtype=torch.bool, device=hessian.device)
+    for left in range(units, 0, -1):
+        if 2 * left < len(numbers):  # half of all are zeros by now
+            kept = living.repeat_interleave(size)
+            weight, inverse, numbers, living = weight[:, kept], inverse[kept][:, kept], numbers[living], living[living]
+        errors, inverses = _errors(weight, inverse, living, size)
+        first = int(errors.argmin())
         total += float(errors[first])
-        scores[first], living[first] = total, False
+        scores[numbers[first]], living[first] = total, False
         its = slice(first * size, (first + 1) * size)
-        taken = solved[first] @ inverse[its]
-        weight -= weight[:, its] @ taken
-        inverse = inverse - inverse[:, its] @ taken
+        taken = inverses[first] @ inverse[its]
+        weight.addmm_(weight[:, its].clone(), taken, alpha=-1)
+        inverse.addmm_(inverse[:, its].clone(), taken, alpha=-1)
     return scores
+
+
+def _errors(weight: Tensor, inverse: Tensor, living: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """½ tr(W_S ([H⁻¹]_SS)⁻¹ W_Sᵀ) of each unit, infinite for what does not live, and ([H⁻¹]_SS)⁻¹."""
+    units = len(living)
+    if size == 1:
+        inverses = inverse.diagonal().reciprocal()
+        errors = weight.square().sum(0) * inverses / 2
+        return errors.masked_fill(~living, torch.inf), inverses.view(units, 1, 1)
+    of_units = inverse.view(units, size, units, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    eye = torch.eye(size, dtype=weight.dtype, device=weight.device)
+    inverses = torch.linalg.inv(torch.where(living[:, None, None], of_units, eye))
+    columns = weight.view(len(weight), units, size).transpose(0, 1)
+    errors = ((columns @ inverses) * columns).sum((1, 2)) / 2
+    return errors.masked_fill(~living, torch.inf), inverses
 
 
 def inverse_of(hessian: Tensor, damping: float) -> Tensor:
@@ -130,7 +149,7 @@ def _discriminating(weight: Tensor, second: Tensor, of_loss: Tensor, size: int) 
         best = int(norms.masked_fill(order > 0, -1).argmax())
         order[best] = 1 - place / units
         its = slice(best * size, (best + 1) * size)
-        joint = joint + weight[:, its] @ second[its]
+        joint.addmm_(weight[:, its], second[its])
     return order
 
 

@@ -32,7 +32,7 @@ def l2(streams: Streams) -> list[Tensor]:
 def fpgm(streams: Streams) -> list[Tensor]:
     """Σ_j ‖v_i − v_j‖₂ over the units of a layer, v their weights: what is near the geometric median, the others can
     stand for (He et al., 2019)."""
-    return [torch.cdist(v, v, compute_mode="donot_use_mm_for_euclid_dist").sum(1) for v in streams.weights()]
+    return [torch.cdist(v.double(), v.double()).fill_diagonal_(0).sum(1).to(v.dtype) for v in streams.weights()]
 
 
 @criterion("nothing")
