@@ -343,6 +343,8 @@ def test_errors() -> None:
         (("taylor", "heads"), r"batches: expected some, as 'taylor' reads them, got None"),
         (("taylor", "heads", []), r"batches: expected at least one, got none"),
         (("apoz", "heads", []), r"batches: expected at least one, got none"),
+        (("apoz", "heads", [torch.ones(2, 3)]), r"batches: expected columns, got torch.float32"),
+        (("obd", "heads", [torch.ones(2, 3)]), r"batches: expected columns, got torch.float32"),
         (("taylor", "heads", [tiny_models.batch(model)]), r"batches: expected columns, among them labels"),
         (("l1", "blocks"), r"block: expected one that divides bert\.encoder\.layer\.0\..*, \[48, 48\], got \[32, 32\]"),
     ]:

@@ -304,6 +304,8 @@ def test_errors() -> None:
             ("l2",),
             r"criterion: expected one that needs training \(for this one: kdfast\.prune\.criteria\.score\), got 'l2'",
         ),
+        (("movement", ("blocks",)), r"block: expected one that divides bert\.encoder\..*, \[48, 48\], got \[32, 32\]"),
+        (("slimming", ()), r"of: expected at least one kind of unit, got none"),
         (("slimming", ("layers",)), r"of: expected one of heads, groups, neurons with 'slimming', got 'layers'"),
     ]:
         with pytest.raises(ValueError, match=rf"^kdfast\.prune\.criteria\.track: {message}"):

@@ -14,7 +14,6 @@ from kdfast.ops import _checks
 from kdfast.prune.criteria.results import by_group, scores_of
 from kdfast.prune.criteria.streams import Streams
 from kdfast.prune.criteria.tracker import Tracker
-from kdfast.prune.layers import matrix
 from kdfast.prune.passes import Loss
 from kdfast.prune.scores import KINDS, Kind, Scores
 
@@ -97,8 +96,6 @@ def score(
         _checks.wrong_value(_OP, "batches", f"some, as {criterion!r} reads them", "None")
     by_head = of == "groups" and "groups" not in found.of
     streams = Streams(model, "heads" if by_head else of, batches or (), loss, block)
-    if of == "blocks":
-        _check_blocks(streams)
     values: list[Tensor] = found.function(streams, **settings)
     if by_head:
         values = [by_group(layer, x) for layer, x in zip(streams.layers, values, strict=True)]
@@ -122,6 +119,8 @@ def track(model: nn.Module, criterion: str, of: Sequence[Kind] = ("heads", "neur
         TypeError, ValueError: a model as in `score`; an unknown criterion or setting, or one that needs no training.
     """
     op = "kdfast.prune.criteria.track"
+    if not of:
+        _checks.wrong_value(op, "of", "at least one kind of unit", "none")
     for kind in of:
         found = known(criterion, kind, settings, op)
     if found.needs != "training":
@@ -148,10 +147,3 @@ def known(name: str, of: Kind, settings: Collection[str] = (), op: str = _OP) ->
             own = ", ".join(found.settings) or "none"
             _checks.wrong_value(op, "settings", f"those of {name!r}: {own}", setting)
     return found
-
-
-def _check_blocks(streams: Streams) -> None:
-    for place in streams.places:
-        shape = list(matrix(place.linear).shape)  # type: ignore[arg-type]
-        if any(size % step for size, step in zip(shape, streams.block, strict=True)):
-            _checks.wrong_value(_OP, "block", f"one that divides {place.name}, {shape}", list(streams.block))

@@ -17,7 +17,7 @@ from kdfast.models.cost import evaluating
 from kdfast.models.inputs import unwrapped
 from kdfast.ops import _checks
 from kdfast.prune.geometry import OfParameter, blocks, matrix_of, vectors
-from kdfast.prune.layers import Layer, layers_of
+from kdfast.prune.layers import Layer, layers_of, matrix
 from kdfast.prune.masked import live_part
 from kdfast.prune.passes import Loss, Sums, backward, inputs_of, loss_of
 from kdfast.prune.rewire import linear_maps
@@ -46,7 +46,8 @@ class Streams:
     block: rows and columns of the blocks of weights that are asked for, where `of` is "blocks".
 
     Raises:
-        TypeError, ValueError: a model as in `layers_of`, or with linear maps that are more than that.
+        TypeError, ValueError: a model as in `layers_of`, or with linear maps that are more than that; blocks that do not
+            divide one.
     """
 
     def __init__(
@@ -63,6 +64,10 @@ class Streams:
         self.maps = [linear_maps(op, layer) for layer in self.layers]
         self.wide = torch.promote_types(self.model.dtype, torch.float32)
         self._batches, self._loss = batches, loss
+        for place in self.places if of == "blocks" else ():
+            shape = list(matrix(place.linear).shape)  # type: ignore[arg-type]
+            if any(size % step for size, step in zip(shape, block, strict=True)):
+                _checks.wrong_value(op, "block", f"one that divides {place.name}, {shape}", list(block))
 
     @property
     def places(self) -> list[Place]:
@@ -132,9 +137,8 @@ class Streams:
         sums = [Sums(layer, True, self.wide, self.model.device, self.op) for layer in self.layers]
         for batch in self.batches():
             backward(self.model, sums, batch, self._loss, self.op)
-            rows = max(
-                len(each.value) for one in sums for each in (one.context, one.activated) if each.value is not None
-            )
+            shown = [each.value for one in sums for each in (one.context, one.activated) if each.value is not None]
+            rows = max(map(len, shown), default=0)  # none where no layer lives
             found = []
             for one in sums:
                 heads, neurons = (
@@ -162,11 +166,15 @@ class Streams:
         `attention_mask`, is left out."""
         for batch in self.batches():
             seen: list[list[Tensor]] = [[] for _ in self.layers]
+            if not isinstance(batch, Mapping):
+                _checks.wrong_value(self.op, "batches", "columns", _checks.kind(batch))
             counted = batch.get("attention_mask")
             with evaluating(self.model), torch.no_grad(), _watched(self, seen, counted):
                 self.model(**inputs_of(self.model, batch))
             yield [
-                torch.cat(parts) if parts else torch.zeros(0, self.units(layer), self.size(layer), dtype=self.wide)
+                torch.cat(parts)
+                if parts
+                else torch.zeros(0, self.units(layer), self.size(layer), dtype=self.wide, device=self.model.device)
                 for parts, layer in zip(seen, self.layers, strict=True)
             ]
 
