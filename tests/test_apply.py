@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kdfast.hf
+from kdfast.elastic import Elastic
 from kdfast.prune import Adapter, Masks, apply, compact, register, remove
 from kdfast.prune.layers import ADAPTERS
 from kdfast.prune.masked import MaskedMap
@@ -349,3 +350,16 @@ def test_what_cannot_be_masked_is_refused_before_anything_changes(how: str) -> N
         last.dense.__class__ = nn.Linear
     vars(last.dense).pop("forward", None)
     assert seen(model) == before
+
+
+def test_an_open_elastic_and_swapped_arguments_are_told() -> None:
+    model = tiny_models.make("bert")
+    masks = Masks.full(model)
+    with pytest.raises(TypeError, match=r"kdfast.prune.apply: model: expected a model of transformers, got .*Masks"):
+        apply(masks, model)
+    with Elastic(model, (0.5,)):
+        with pytest.raises(
+            ValueError, match=r"expected one on which no kdfast.elastic.Elastic is open, .* close\(\) it"
+        ):
+            apply(model, masks)
+    apply(model, masks)

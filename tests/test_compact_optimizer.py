@@ -154,3 +154,10 @@ def test_state_of_unknown_shape_is_refused() -> None:
             TypeError, match=r"kdfast.prune.compact: optimizer: expected an optimizer of torch with state"
         ):
             compact(model, masks, wrong)
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    model, other = tiny_models.make("bert"), tiny_models.make("bert")
+    expected = "optimizer: expected one that trains model, got one that has none of its parameters"
+    with pytest.raises(ValueError, match=f"kdfast.prune.compact: {expected}"):
+        compact(model, Masks.full(model), torch.optim.AdamW(other.parameters()))

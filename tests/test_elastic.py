@@ -350,7 +350,9 @@ def test_errors() -> None:
         Elastic(nn.Linear(2, 2), (0.5,))
     elastic = Elastic(model, (0.5,))
     for net in (model, masked()):
-        with pytest.raises(ValueError, match=r"model: expected one without masks, got one that has some, or an open Elastic; .*"):
+        with pytest.raises(
+            ValueError, match=r"model: expected one without masks, got one that has some, or an open Elastic; .*"
+        ):
             Elastic(net, (0.5,))
     for argument, call in [("width: expected one of 0.5, 1.0", (0.75,)), ("depth: expected one of 1.0", (0.5, 0.5))]:
         for method in (elastic.set, elastic.masks, elastic.export):
