@@ -357,9 +357,9 @@ def test_an_open_elastic_and_swapped_arguments_are_told() -> None:
     masks = Masks.full(model)
     with pytest.raises(TypeError, match=r"kdfast.prune.apply: model: expected a model of transformers, got .*Masks"):
         apply(masks, model)
-    with Elastic(model, (0.5,)):
-        with pytest.raises(
-            ValueError, match=r"expected one on which no kdfast.elastic.Elastic is open, .* close\(\) it"
-        ):
-            apply(model, masks)
+    with (
+        Elastic(model, (0.5,)),
+        pytest.raises(ValueError, match=r"expected one on which no kdfast.elastic.Elastic is open, .* close\(\) it"),
+    ):
+        apply(model, masks)
     apply(model, masks)
