@@ -93,6 +93,20 @@ def rows_of(*beginnings: str) -> str:
     return measured + "\n".join(lines)
 
 
+def tinybert_step() -> str:
+    """What benchmarks/tinybert_step.py has left: a row for each length and way."""
+    path = max(RESULTS.glob("tinybert-step-*.json"))
+    made = json.loads(path.read_text())
+    facts, names = made["environment"], ("step ms", "losses ms", "step peak MB", "losses peak MB")
+    lines = [["tokens", "padded", "way", *names], ["---:", "---", "---", *["---:"] * len(names)]]
+    lines += [
+        [str(row["length"]), "yes" if row["padded"] else "no", row["way"], *(f"{row[name]:.0f}" for name in names)]
+        for row in made["results"]
+    ]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}:\n\n{table}"
+
+
 Blocks = tuple[tuple[str, Callable[[], str]], ...]
 OF_README: Blocks = (
     ("operators", operators),
@@ -114,9 +128,12 @@ PAGES: dict[Path, Blocks] = {
             "multi-task": ("multi-task", "task_movie"),
             "multi-teacher": ("multi-teacher",),
             "self-distillation": ("self-distillation",),
-            "tinybert": ("tinybert", "labels-pretrained-start"),
         }.items()
     },
+    OF_RECIPES / "tinybert.md": (
+        ("recipes tinybert", partial(rows_of, "tinybert", "labels-pretrained-start")),
+        ("tinybert-step", tinybert_step),
+    ),
 }
 
 
