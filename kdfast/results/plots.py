@@ -149,7 +149,7 @@ def plot_speeds(path: Path, curves: Sequence[Sequence[Mapping[str, float]]], met
     quantities = {"flops_per_row": ("GFLOP per row", 1e-9), LATENCY: ("ms of a forward pass, 1 row", 1.0)}
     for axes, (name, (quantity, scale)) in zip(panels, quantities.items(), strict=True):
         points = list(zip(*curves, strict=True))
-        across = [[scale * point[name] for point in at] for at in points]
+        across = [[scale * point[name] for point in at if name in point] for at in points]
         up = [[factor * point[metric] for point in at] for at in points]
         errors = {f"{of}err": [standard_error(v) or 0 for v in values] for of, values in (("x", across), ("y", up))}
         style = {"color": "#1b6ca8", "marker": "o", "markersize": 4, "capsize": 2}
@@ -172,7 +172,7 @@ def plot_speeds(path: Path, curves: Sequence[Sequence[Mapping[str, float]]], met
 
 def plot_sizes(path: Path, runs: Sequence[Mapping[str, Mapping[str, float]]], metric: str, title: str) -> None:
     """The metric of sub-networks against time and parameters, a line for each depth along its widths, saved as an image:
-    the mean of runs with standard errors.
+    the mean of runs with standard errors; times of those that have any.
 
     Args:
         runs: metrics by `kdfast.recipes.dynabert.name_of`, and the teacher's; of seeds, with the same sub-networks.
@@ -188,8 +188,8 @@ def plot_sizes(path: Path, runs: Sequence[Mapping[str, Mapping[str, float]]], me
         for depth, (color, marker) in of_depth.items():
             names = sorted((name for name, size in sizes.items() if size[1] == depth), key=lambda name: sizes[name])
             across, up = (
-                [[k * run[name][of] for run in runs] for name in names]
-                for k, of in ((scale, quantity), (factor, metric))
+                [[scale_of * run[name][of] for run in runs if of in run[name]] for name in names]
+                for scale_of, of in ((scale, quantity), (factor, metric))
             )
             errors = {f"{of}err": [standard_error(v) or 0 for v in values] for of, values in (("x", across), ("y", up))}
             style = {"color": color, "marker": marker, "markersize": 4, "capsize": 2, "label": f"depth {depth:g}"}

@@ -26,7 +26,8 @@ LEGEND = (
     "layers: mean of those that rows leave after. times fewer: operations than at speed 0. ms: mean forward pass of rows of "
     "about median length."
 )
-OF_MODEL = ("layers", "flops_per_row", *(f"latency_ms_batch_{count}" for count in LATENCY_ROWS))
+LATENCIES = tuple(f"latency_ms_batch_{count}" for count in LATENCY_ROWS)
+OF_MODEL = ("layers", "flops_per_row", *LATENCIES)
 
 Point = dict[str, float]
 
@@ -117,7 +118,7 @@ HEADINGS_OF = ("layers", "GFLOP\nper row", "times\nfewer", "ms,\n1", "ms,\n32")
 
 
 def _cells(curves: Sequence[Sequence[Point]], metric: str) -> list[list[str]]:
-    """Rows of the tables, with standard errors where there are several curves."""
+    """Rows of the tables, with standard errors where there are several curves; times of those that have any."""
     _, factor, digits = HEADINGS[metric]
 
     def cell(values: Sequence[float], places: int) -> str:
@@ -134,7 +135,7 @@ def _cells(curves: Sequence[Sequence[Point]], metric: str) -> list[list[str]]:
                 cell([point["layers"] for point in at], 2),
                 cell([point["flops_per_row"] / 1e9 for point in at], 3),
                 cell(fewer, 2),
-                *(cell([point[f"latency_ms_batch_{count}"] for point in at], 1) for count in LATENCY_ROWS),
+                *(cell([point[name] for point in at if name in point], 1) for name in LATENCIES),
             ]
         )
     return made
