@@ -67,12 +67,10 @@ def compare(student: Tensor, teacher: Tensor, name: str = "kl_div", **kwargs: An
     value, gradient = value_and_gradient(operator.function, student, teacher, kwargs)
     exact = value_and_gradient(operator.reference, student.double(), teacher.double(), kwargs)
     eager = value_and_gradient(operator.reference, student, teacher, kwargs)
-    on_cpu = {key: x.cpu() if isinstance(x, Tensor) else x for key, x in kwargs.items()}
-    sides = student.detach().cpu(), teacher.cpu()
-    value_floor, gradient_floor = operator.floors(operator.reference, *sides, on_cpu, exact)
-    close(value.cpu(), exact[0].cpu(), eager[0].cpu(), value_floor, name)
+    value_floor, gradient_floor = operator.floors(operator.reference, student.detach(), teacher, kwargs, exact)
+    close(value, exact[0], eager[0], value_floor, name)
     allowed = torch.tensor(gradient_floor + ROUNDING[student.dtype] * float(exact[1].norm()))
-    close(gradient.cpu(), exact[1].cpu(), eager[1].cpu(), allowed, name, norm=True)
+    close(gradient, exact[1], eager[1], allowed, name, norm=True)
 
 
 @pytest.mark.parametrize("gap", [1.0, 0.05])

@@ -62,7 +62,10 @@ RowCase case_of(const DivergenceCall& call, const Tensor* gradient, bool given, 
   c.rows = call.rows();
   c.columns = call.columns;
   c.element_size = int(s.element_size());
-  c.same_elements = s.scalar_type() == t.scalar_type() && s.stride(last) == 1 && t.stride(last) == 1;
+  // Kernels of 16-bit logits write gradients like these.
+  const bool writable =
+      !gradient || gradient->scalar_type() == s.scalar_type() || s.scalar_type() == ScalarType::Float;
+  c.same_elements = writable && s.scalar_type() == t.scalar_type() && s.stride(last) == 1 && t.stride(last) == 1;
   auto suits = [&](const Tensor& g) {
     return g.scalar_type() == s.scalar_type() ? misaligned_alike(s, g) : takes_halves(call, g);
   };
@@ -123,7 +126,8 @@ void launch_rows(const DivergenceCall& call, const Target& target, const Diverge
   const DivergenceKernels& kernels = kernels_of(call.kind);
   const RowCase c = case_of(call, gradient, args.given != nullptr, kernels.second_look);
   const DeviceLimits limits = limits_of(call.op(), target);
-  const RowPlan plan = plan_rows(c, limits);
+  auto has_room = [&](const RowPlan& p) { return kernels.has_room(call.op(), target, p, args.student_type); };
+  const RowPlan plan = plan_rows(c, limits, has_room);
   STD_TORCH_CHECK(plan.shared <= limits.shared_per_block, call.op(), ": logits: expected fewer columns, got ",
                   call.columns);
   kernels.launch(call.op(), target, plan, args);
