@@ -12,7 +12,9 @@ from kdfast import _C
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--share", default="0/1", help="i/n: every n-th test from the i-th on (kdfast/bench/evidence/tests.py)")
+    parser.addoption(
+        "--share", default="0/1", help="i/n: every n-th test from the i-th on (kdfast/bench/evidence/tests.py)"
+    )
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m

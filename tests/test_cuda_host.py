@@ -66,9 +66,7 @@ def test_registers(shim: ctypes.CDLL, columns: int, dtype: torch.dtype, kind: st
         (4999, TINY, 4, 1),
     ],
 )
-def test_room_for_clusters(
-    shim: ctypes.CDLL, columns: int, device: Device, room: int, asked: int, kind: str
-) -> None:
+def test_room_for_clusters(shim: ctypes.CDLL, columns: int, device: Device, room: int, asked: int, kind: str) -> None:
     """The device is asked once for each kernel and shape. The shim refuses clusters that it has no room for."""
     case = Case(shim, device)
     shim.cuda_host_room(room)

@@ -61,7 +61,7 @@ sanitizer() {
   local tool check=()
   for tool in memcheck synccheck racecheck; do
     mkdir -p "$work/$tool"
-    [ "$dry" ] || check=(compute-sanitizer --tool "$tool" --kernel-name kns=kdfast --target-processes all --error-exitcode 9)
+    [ "$dry" ] || check=(compute-sanitizer --tool "$tool" --kernel-regex kns=kdfast --target-processes all --error-exitcode 9)
     # Without torch's cache every tensor is an allocation: an access beyond one shows. racecheck's findings are to be read.
     stage "$tool" 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${check[@]}" \
       "$python" -m kdfast.bench.evidence smoke "$work/$tool" || [ "$tool" = racecheck ] || status=1

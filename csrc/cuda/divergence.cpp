@@ -63,8 +63,7 @@ RowCase case_of(const DivergenceCall& call, const Tensor* gradient, bool given, 
   c.columns = call.columns;
   c.element_size = int(s.element_size());
   // Kernels of 16-bit logits write gradients like these.
-  const bool writable =
-      !gradient || gradient->scalar_type() == s.scalar_type() || s.scalar_type() == ScalarType::Float;
+  const bool writable = !gradient || gradient->scalar_type() == s.scalar_type() || s.scalar_type() == ScalarType::Float;
   c.same_elements = writable && s.scalar_type() == t.scalar_type() && s.stride(last) == 1 && t.stride(last) == 1;
   auto suits = [&](const Tensor& g) {
     return g.scalar_type() == s.scalar_type() ? misaligned_alike(s, g) : takes_halves(call, g);

@@ -85,8 +85,8 @@ class Once {
   std::map<Key, int> known_;
 };
 
-// Lets a kernel have what a grid needs, on the current device, `device`. Of shared memory all there is, not what this call
-// takes: kernels are shared by all threads, and one would lower it under another.
+// Lets a kernel have what a grid needs, on the current device, `device`. Of shared memory all there is, not what this
+// call takes: kernels are shared by all threads, and one would lower it under another.
 inline void allow(const char* op, const void* kernel, int device, const Grid& grid) {
   static Once<std::pair<const void*, int>> once;
   if (grid.shared > 48 << 10) {

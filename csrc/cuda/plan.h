@@ -119,8 +119,8 @@ inline RowPlan plan_rows(const RowCase& c, const DeviceLimits& device) {
   return {RowKernel::on_chip, threads, c.rows * cluster, cluster, 0, 0, false, shared_bytes(c, cluster, threads)};
 }
 
-// The same, where the device has room for its clusters: `has_room(plan)` tells of one. Half as many blocks as long as it
-// has not; what does not fit a block in the end is read twice.
+// The same, where the device has room for its clusters: `has_room(plan)` tells of one. Half as many blocks as long as
+// it has not; what does not fit a block in the end is read twice.
 template <class HasRoom>
 RowPlan plan_rows(const RowCase& c, DeviceLimits device, HasRoom has_room) {
   RowPlan plan = plan_rows(c, device);

@@ -36,8 +36,8 @@ void define_cuda(py::module_& m) {
   m.def(
       "cuda_plan",
       [](int64_t rows, int64_t columns, int element_size, bool same_elements, bool alike, bool aligned, bool again,
-         bool given, int multiprocessors, int64_t shared_per_block, int64_t shared_per_multiprocessor,
-         int max_cluster, int room) {
+         bool given, int multiprocessors, int64_t shared_per_block, int64_t shared_per_multiprocessor, int max_cluster,
+         int room) {
         return plan_of({rows, columns, element_size, same_elements, alike, aligned, again, given},
                        {multiprocessors, shared_per_block, shared_per_multiprocessor, max_cluster}, room);
       },

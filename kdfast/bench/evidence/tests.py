@@ -23,7 +23,18 @@ def files() -> list[str]:
 def run(record: Record) -> None:
     """A log of each process, a line of each test as it ends: what was done shows, also of one that is killed."""
     only = os.environ.get("ONLY", "")
-    command = [sys.executable, "-m", "pytest", *files(), "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *files(),
+        "-vv",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+    ]
     command += [] if DRY else ["-m", "cuda", "--durations=5"]
     command += ["-k", only] if only else []
     processes = []
