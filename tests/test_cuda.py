@@ -231,15 +231,17 @@ def test_waits_for_nothing(columns: int) -> None:
 
 @pytest.mark.parametrize("columns", [1000, 50257])
 def test_two_launches(columns: int) -> None:
-    """And a third before them where labels have to be counted."""
+    """And a third before them where labels have to be counted, or after them where rows are very many."""
     student = logits(64, columns, torch.bfloat16, 0).requires_grad_()
     teacher = logits(64, columns, torch.bfloat16, 1)
     hard = torch.zeros(64, dtype=torch.long, device="cuda")
+    many = [logits(33000, 2, torch.float32, seed) for seed in (0, 1)]
     for call, launches in (
         (lambda: kdfast.kl_div(student, teacher), 2),
         (lambda: kdfast.js_div(student, teacher), 2),
         (lambda: kdfast.kd_loss(student, teacher, hard, reduction="sum"), 2),
         (lambda: kdfast.kd_loss(student, teacher, hard), 3),
+        (lambda: kdfast.kl_div(*many), 3),
     ):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             call()

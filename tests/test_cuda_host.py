@@ -55,6 +55,14 @@ def test_registers(shim: ctypes.CDLL, columns: int, dtype: torch.dtype, kind: st
     case.check(logits(3, columns, dtype, offset=3), logits(3, columns, dtype, offset=1), Loss(kind))
 
 
+def test_sums_in_two_stages(shim: ctypes.CDLL) -> None:
+    """The last part is shorter; components have sums of their own."""
+    s, t = (logits(33001, 2, torch.float32) for _ in range(2))
+    of = Loss(labels=torch.arange(33001) % 2, alpha=0.3, reduction=MEAN)
+    Case(shim, Device()).check(s, t, of)
+    Case(shim, Device()).check(s, t, Loss(reduction=MEAN))
+
+
 @BOTH_LOOKS
 @pytest.mark.parametrize(
     ("columns", "device", "room", "asked"),

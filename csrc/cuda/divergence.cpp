@@ -1,5 +1,6 @@
-// The divergences on the GPU: two launches, the rows and then the sum of their losses (csrc/cuda/reduce.cu). Nothing
-// waits for the device, nothing is read back: safe in CUDA graphs by construction.
+// The divergences on the GPU: two launches, the rows and then the sum of their losses (csrc/cuda/reduce.cu), which is
+// two itself where rows are very many. Nothing waits for the device, nothing is read back: safe in CUDA graphs by
+// construction.
 #include "common/divergence.h"
 
 #include <torch/csrc/stable/library.h>
@@ -175,8 +176,9 @@ Results forward(const DivergenceCall& call, const std::optional<Tensor>& state, 
   if (known != Known::nothing) args.given = (const float*)state->const_data_ptr();
   launch_rows(call, target, args, save == Save::gradient ? &saved : nullptr);
   if (!call.per_row) {
+    const Tensor parts = new_output(call.student, {3 * sum_parts(args.rows)}, ScalarType::Double);
     launch_sum(call.op(), target, args.losses, args.components, args.rows, (float*)loss.mutable_data_ptr(),
-               (float*)components.mutable_data_ptr());
+               (float*)components.mutable_data_ptr(), (double*)parts.mutable_data_ptr());
   }
   return results;
 }

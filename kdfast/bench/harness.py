@@ -146,9 +146,13 @@ def check(operator: Operator, student: Side, teacher: Side) -> None:
         gradients = torch.autograd.grad(loss, tensors(s))
         results.append((loss.detach().cpu().double(), torch.cat([g.cpu().double().flatten() for g in gradients])))
     (loss, gradient), (exact_loss, exact_gradient) = results
-    error = float((gradient - exact_gradient).norm() / exact_gradient.norm())
-    if not error < 5e-3 or not abs(float(loss / exact_loss) - 1) < 1e-4:
-        raise AssertionError(f"{operator.name}: gradient differs from float64 by {error:.1e}: not worth timing")
+    error, of_loss = (
+        float((gradient - exact_gradient).norm() / exact_gradient.norm()),
+        abs(float(loss / exact_loss) - 1),
+    )
+    # A layer's result is rounded to its dtype; a loss is float32.
+    if not error < 5e-3 or not of_loss < (5e-3 if operator.product else 1e-4):
+        raise AssertionError(f"{operator.name}: {of_loss:.1e}, its gradient {error:.1e} off float64: not worth timing")
 
 
 def run(case: Case, device: str, seconds: float = 2.0, compiled: bool = True) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def run(record: Record) -> None:
                 continue
             with record.case(name) as found:
                 heads = Heads(*shape, dtype)
-                calls = {"kdfast": heads.kdfast, "products": heads.products}
+                calls: dict[str, Callable[[], object]] = {"kdfast": heads.kdfast, "products": heads.products}
                 calls |= {"logits_in_float32": heads.in_float32, "logits_rounded": heads.rounded}
                 times = timing.back_to_back(calls, DEVICE, rounds=3, seconds=SECONDS)
                 found |= {f"{n}_ms": statistics.median(x) for n, x in times.items()}

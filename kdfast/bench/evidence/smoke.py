@@ -164,7 +164,7 @@ def replayed() -> tuple[float, float]:
     with torch.no_grad():
         student.copy_(randn(*student.shape, seed=7))
     graph.replay()
-    inputs = student.detach().double(), teacher.double(), {}
+    inputs: Inputs = student.detach().double(), teacher.double(), {}
     exact = value_and_gradients(OPERATORS["kl_div"].reference, inputs, 1.0)
     return checked((loss.detach(), gradient.double().flatten()), exact, BF16)
 
