@@ -1,11 +1,13 @@
 # The first of these makes the environment (.venv) and builds kdfast in it; after that only what changed is built again.
 #   make demo [QUICK=1]    train a teacher and distil it into half its layers, on real data
 #   make test [ARGS=...]   run all tests; ARGS goes to pytest
-#   make gpu [OUT=folder] [ONLY=pattern]   build for the GPU at hand, CUDA tests, benchmarks; downloads nothing
+#   make gpu [OUT=folder] [STAGES="smoke tests …"] [ONLY=name]   build for the GPU at hand, show that kdfast is right and how
+#                          fast it is, in some eight minutes (docs/gpu.md); downloads nothing
+#   make gpu-library [ARCHITECTURE=90a-real]   the library for that GPU, built without one and brought along
 #   make lint, make format check, and mend, the form of the code
 #   make clean             remove the environment and everything built; trained models in runs/ stay
 # PYTHON= names the interpreter (default python3); tools/environment.sh tells the rest.
-.PHONY: help environment demo test gpu lint format clean
+.PHONY: help environment demo test gpu gpu-library lint format clean
 
 # Threads that wait give up their core after a while: at once, small matrix products wait to be woken; never, training
 # beside another job is many times slower.
@@ -30,7 +32,10 @@ test: environment
 	OMP_NUM_THREADS=2 GOMP_SPINCOUNT=1000 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile -p no:benchmark $(ARGS)
 
 gpu:
-	@OUT="$(OUT)" ONLY="$(ONLY)" tools/gpu.sh
+	@OUT="$(OUT)" STAGES="$(STAGES)" ONLY="$(ONLY)" WHEELS="$(WHEELS)" tools/gpu.sh
+
+gpu-library: environment
+	@ARCHITECTURE="$(ARCHITECTURE)" JOBS="$(JOBS)" tools/gpu_library.sh
 
 lint: environment
 	$(PY) -m ruff check .
@@ -44,5 +49,5 @@ format: environment
 	$(CLANG_FORMAT) -i $(NATIVE)
 
 clean:
-	rm -rf .venv build dist *.egg-info kdfast/*.so .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build gpu-library dist *.egg-info kdfast/*.so .mypy_cache .ruff_cache .pytest_cache
 	find kdfast tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

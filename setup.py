@@ -41,6 +41,7 @@ class CMakeBuild(build_ext):
             sys.exit(f"kdfast: building needs cmake, ninja and pybind11; install them first: {BUILD_TOOLS}")
         import pybind11
 
+        built = os.environ.get("KDFAST_LIBRARY", "")  # make gpu-library's, for instance
         configure = [
             *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -48,6 +49,7 @@ class CMakeBuild(build_ext):
             f"-DKDFAST_TORCH={torch_folder()}",
             f"-DKDFAST_VERSION={self.distribution.get_version()}",
             f"-DKDFAST_CUDA={os.environ.get('KDFAST_CUDA', 'AUTO')}",
+            f"-DKDFAST_LIBRARY={built}",
         ]
         if architectures := os.environ.get("KDFAST_CUDA_ARCHITECTURES"):
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
@@ -56,7 +58,7 @@ class CMakeBuild(build_ext):
                 sys.exit("kdfast: the build failed; the reason stands above")
         package = ROOT / "kdfast" if self.inplace else Path(self.build_lib) / "kdfast"
         package.mkdir(parents=True, exist_ok=True)
-        for library in (build / "kdfast").glob("*.so"):
+        for library in [*(build / "kdfast").glob("*.so"), *([Path(built)] if built else [])]:
             target = package / library.name
             # A new file, never new bytes in a library that a running process has mapped.
             target.unlink(missing_ok=True)

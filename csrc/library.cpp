@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/divergence_schema.h"
+#include "host/build_info.h"
 
 STABLE_TORCH_LIBRARY(kdfast, m) {
   // All divergences and kd_loss. kind: of csrc/common/divergence_terms.h; mixing: beta or skew. columns count of these
@@ -65,3 +66,7 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   // x *= factor, skipped on the device where the factor is 1. CUDA only: elsewhere the factor can be looked at.
   m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");
 }
+
+#if !defined(KDFAST_WITH_CUDA)  // else csrc/cuda/runtime.cpp has it
+const kdfast::CudaBuild* kdfast::cuda_build() { return nullptr; }
+#endif

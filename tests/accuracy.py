@@ -53,8 +53,11 @@ def check(
     teacher_dtype: torch.dtype,
     device: str = "cpu",
 ) -> None:
-    """The operator's value and gradient on one sample, under every CPU variant or on the device."""
+    """The operator's value and gradient on one sample, under every CPU variant or on the device, where everything that they
+    are compared with is made too."""
     student, teacher, kwargs = inputs(sample, gap, student_dtype, teacher_dtype)
+    if device != "cpu":
+        student, teacher, kwargs = (mapped(lambda x: x.to(device), x) for x in (student, teacher, kwargs))
     doubled = [cast(side, torch.float64) for side in (student, teacher)]
     exact = value_and_gradient(operator.reference, *doubled, with_trained(kwargs, torch.float64))
     eager = value_and_gradient(operator.reference, student, teacher, kwargs)
@@ -66,23 +69,22 @@ def check(
         gradient_floor = gradient_floor * 2**-29 * (16 if operator.exact else 1)
     rounding = ROUNDING[student_dtype] * float(exact[1].norm())
     result = student_dtype if operator.product else real
-    for variant in _C.cpu_variants() if device == "cpu" else (None,):
-        value, gradient = on_device(operator, student, teacher, kwargs, device, variant)
+    kwargs |= sample.on_gpu if device == "cuda" else {}
+    for variant in _C.cpu_variants() if device == "cpu" else (_C.cpu_variant(),):
+        value, gradient = under_variant(variant, operator, student, teacher, kwargs)
         assert value.dtype == result
         assert gradient.dtype == student_dtype
-        close(value.cpu(), exact[0], eager[0], value_floor, str(variant))
-        close(gradient.cpu(), exact[1], eager[1], torch.tensor(gradient_floor + rounding), str(variant), norm=True)
+        close(value, exact[0], eager[0], value_floor, variant)
+        close(gradient, exact[1], eager[1], torch.tensor(gradient_floor + rounding), variant, norm=True)
 
 
-def on_device(
-    operator: Operator, student: Side, teacher: Side, kwargs: dict[str, Any], device: str, variant: str | None
+def under_variant(
+    variant: str, operator: Operator, student: Side, teacher: Side, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    student, teacher, moved = (mapped(lambda x: x.to(device), side) for side in (student, teacher, kwargs))
     before = _C.cpu_variant()
-    if variant is not None:
-        _C.set_cpu_variant(variant)
+    _C.set_cpu_variant(variant)
     try:
-        return value_and_gradient(operator.function, student, teacher, moved)
+        return value_and_gradient(operator.function, student, teacher, kwargs)
     finally:
         _C.set_cpu_variant(before)
 
@@ -93,7 +95,7 @@ def close(got: Tensor, exact: Tensor, eager: Tensor, floor: Tensor, label: str, 
     assert torch.equal(got.double()[~finite], exact[~finite]), "infinities differ"
     got, exact, eager = (torch.where(finite, x.double(), 0.0) for x in (got, exact, eager))
     size = (lambda x: x.norm()) if norm else (lambda x: x.abs())
-    allowed = torch.maximum(2 * size(eager - exact), floor)
+    allowed = torch.maximum(2 * size(eager - exact), floor.to(got.device))
     error = size(got - exact)
     assert bool((error <= allowed).all()), f"{label}: error {error.max():.3e}, allowed {allowed.max():.3e}"
     if exact.any():

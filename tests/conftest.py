@@ -11,14 +11,22 @@ import torch
 from kdfast import _C
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--share", default="0/1", help="i/n: every n-th test from the i-th on (kdfast/bench/evidence/tests.py)"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects (not skips) the GPU tests on a machine without one."""
-    if torch.cuda.is_available():
-        return
-    gpu = [item for item in items if item.get_closest_marker("cuda")]
-    if gpu:
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if item not in gpu]
+    """Deselects (not skips) the GPU tests on a machine without one, and those of other shares."""
+    share, of = map(int, config.getoption("share").split("/"))
+    gpu = torch.cuda.is_available()
+    kept = [item for item in items if gpu or not item.get_closest_marker("cuda")][share::of]
+    if len(kept) < len(items):
+        chosen = set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = kept
 
 
 @pytest.fixture(params=_C.cpu_variants())

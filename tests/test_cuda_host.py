@@ -55,6 +55,47 @@ def test_registers(shim: ctypes.CDLL, columns: int, dtype: torch.dtype, kind: st
     case.check(logits(3, columns, dtype, offset=3), logits(3, columns, dtype, offset=1), Loss(kind))
 
 
+def test_sums_in_two_stages(shim: ctypes.CDLL) -> None:
+    """The last part is shorter; components have sums of their own."""
+    s, t = (logits(33001, 2, torch.float32) for _ in range(2))
+    of = Loss(labels=torch.arange(33001) % 2, alpha=0.3, reduction=MEAN)
+    Case(shim, Device()).check(s, t, of)
+    Case(shim, Device()).check(s, t, Loss(reduction=MEAN))
+
+
+@BOTH_LOOKS
+@pytest.mark.parametrize(
+    ("columns", "device", "room", "asked"),
+    [
+        (20011, Device(multiprocessors=16), 8, 1),  # clusters of 8 are wanted, and would fit a block
+        (20011, Device(multiprocessors=16), 4, 2),
+        (20011, Device(multiprocessors=16), 1, 3),
+        (4999, TINY, 8, 1),  # they are needed: with fewer blocks the row is read twice
+        (4999, TINY, 4, 1),
+    ],
+)
+def test_room_for_clusters(shim: ctypes.CDLL, columns: int, device: Device, room: int, asked: int, kind: str) -> None:
+    """The device is asked once for each kernel and shape. The shim refuses clusters that it has no room for."""
+    case = Case(shim, device)
+    shim.cuda_host_room(room)
+    s, t = (logits(2, columns, torch.bfloat16) for _ in range(2))
+    shim.cuda_host_room_calls()
+    case.check(s, t, Loss(kind))
+    assert shim.cuda_host_room_calls() == asked
+    case.check(s, t, Loss(kind))
+    assert shim.cuda_host_room_calls() == 0
+
+
+def test_shared_memory_is_allowed_once(shim: ctypes.CDLL) -> None:
+    """All that the device has, whatever a call takes: what a second one takes is not set again."""
+    case = Case(shim, Device())
+    shim.cuda_host_shared_calls()
+    for columns in (20000, 16000, 30000):
+        s, t = (logits(2, columns, torch.bfloat16) for _ in range(2))
+        case.ops.divergence(s, t, *Loss().args(s), None, KNOWN_NOTHING, SAVE_GRADIENT)
+    assert shim.cuda_host_shared_calls() == 1
+
+
 def test_registers_of_many_blocks(shim: ctypes.CDLL) -> None:
     Case(shim, Device()).check(logits(300, 3, torch.float32), logits(300, 3, torch.float32), Loss(reduction=MEAN))
 

@@ -31,10 +31,11 @@ def exchange(threads: int) -> int:
 
 
 def plan(
-    columns: int, *, rows: int = 8192, size: int = 2, device: dict[str, int] = H100, **case: bool
+    columns: int, *, rows: int = 8192, size: int = 2, device: dict[str, int] = H100, room: int = 16, **case: bool
 ) -> dict[str, Any]:
+    """On a device with room for clusters of up to `room` blocks."""
     flags = {"same_elements": True, "alike": True, "aligned": True, "again": True, "given": False} | case
-    return _C.cuda_plan(rows=rows, columns=columns, element_size=size, **flags, **device)
+    return _C.cuda_plan(rows=rows, columns=columns, element_size=size, **flags, **device, room=room)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,19 @@ def test_rows_that_do_not_fit_are_read_twice(columns: int, device: dict[str, int
 def test_forced_without_clusters() -> None:
     assert plan(128256, device=H100 | {"max_cluster": 1})["kernel"] == "two_reads"
     assert plan(50257, device=H100 | {"max_cluster": 1})["kernel"] == "on_chip"
+
+
+@pytest.mark.parametrize("room", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize(("columns", "size"), [(32000, 2), (128256, 2), (262144, 2), (262144, 4)])
+def test_clusters_the_device_has_no_room_for(columns: int, size: int, room: int) -> None:
+    """Half as many blocks, until there is room; two reads where these do not hold a row."""
+    wanted, p = plan(columns, size=size), plan(columns, size=size, room=room)
+    cluster = min(wanted["cluster"], room)
+    if 2 * columns * size / cluster < H100["shared_per_block"] - exchange(MOST_THREADS):
+        assert (p["kernel"], p["cluster"], p["blocks"]) == ("on_chip", cluster, 8192 * cluster)
+        assert p["shared"] <= H100["shared_per_block"]
+    else:
+        assert (p["kernel"], p["cluster"], p["blocks"]) == ("two_reads", 1, 8192)
 
 
 @pytest.mark.parametrize("columns", [1, 2, 8, 9, 64, 65, 255, 256, 1000, 1024])

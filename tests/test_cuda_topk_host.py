@@ -144,7 +144,8 @@ def test_shards(shim: ctypes.CDLL, tail: str, monkeypatch: pytest.MonkeyPatch) -
     case.clean()
 
 
-@pytest.mark.parametrize("of_gradient", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_gradient", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["kl_div", "js_div"])
 @pytest.mark.parametrize(
     ("columns", "width", "offset", "device"),
@@ -159,12 +160,19 @@ def test_shards(shim: ctypes.CDLL, tail: str, monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_gradient_into_given_memory(
-    shim: ctypes.CDLL, columns: int, width: int, offset: int, device: Device, kind: str, of_gradient: torch.dtype
+    shim: ctypes.CDLL,
+    columns: int,
+    width: int,
+    offset: int,
+    device: Device,
+    kind: str,
+    dtype: torch.dtype,
+    of_gradient: torch.dtype,
 ) -> None:
     """Gradients of another dtype than the logits', padding cleared; what is before and after stays."""
     assert kind in KINDS
     case = Case(shim, device)
-    s, t = (logits(6, columns, torch.float32, width=width, offset=offset) for _ in range(2))
+    s, t = (logits(6, columns, dtype, width=width, offset=offset) for _ in range(2))
     labels = torch.tensor([0, columns - 1, IGNORED, columns // 2, columns - 2, 3])
     of = call(columns, kind, labels=labels, distillation=True, alpha=0.4, smoothing=0.1)
     of = of._replace(divisor=torch.tensor([6.0, 5.0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import accuracy
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import kdfast
 from kdfast.bench import harness
-from kdfast.ops import _chunks, _heads
+from kdfast.bench.registry import Operator, Sample
+from kdfast.bench.registry.linear import LINEAR
+from kdfast.ops import _chunks, _heads, _linear
 from kdfast.ops.linear_reference import linear_kd_loss as reference
 
 ROWS, WIDTH, VOCABULARY = 37, 16, 600
@@ -51,6 +54,29 @@ def test_chunks_cover_all_rows_and_their_logits_have_room(rows: int, tail: int, 
                 # The chunk's logits, at the end, are beyond the gradients that are written with it.
                 assert end > begin
                 assert plan.memory - tail * (end - begin) >= end - slab[0].begin
+
+
+FEW = [(o, s) for o in LINEAR.values() for s in o.samples if "memory_budget" in s.kwargs(torch.Generator())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("operator", "sample"), [pytest.param(o, s, id=f"{o.name}-{s.name}") for o, s in FEW])
+def test_samples_of_few_rows_take_several_slabs_on_a_gpu(
+    operator: Operator, sample: Sample, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which has no workspace beside its rows: the CPU's budget would hold all of them."""
+    plans = []
+
+    def planned(loop: _linear.Loop, budget: int, padding: int) -> None:
+        plans.append(loop.plan(budget))
+        raise InterruptedError
+
+    student, teacher, kwargs = accuracy.inputs(sample, 1.0, dtype, dtype)
+    monkeypatch.setattr(_heads, "on_gpu", lambda x: True)
+    monkeypatch.setattr(_linear.Loop, "run", planned)
+    with pytest.raises(InterruptedError):
+        accuracy.value_and_gradient(operator.function, student, teacher, kwargs | sample.on_gpu)
+    assert len(plans[0].slabs) > 1
 
 
 def test_chunks_of_the_gpu_study() -> None:

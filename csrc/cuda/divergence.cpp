@@ -1,5 +1,6 @@
-// The divergences on the GPU: two launches, the rows and then the sum of their losses (csrc/cuda/reduce.cu). Nothing
-// waits for the device, nothing is read back: safe in CUDA graphs by construction.
+// The divergences on the GPU: two launches, the rows and then the sum of their losses (csrc/cuda/reduce.cu), which is
+// two itself where rows are very many. Nothing waits for the device, nothing is read back: safe in CUDA graphs by
+// construction.
 #include "common/divergence.h"
 
 #include <torch/csrc/stable/library.h>
@@ -62,7 +63,9 @@ RowCase case_of(const DivergenceCall& call, const Tensor* gradient, bool given, 
   c.rows = call.rows();
   c.columns = call.columns;
   c.element_size = int(s.element_size());
-  c.same_elements = s.scalar_type() == t.scalar_type() && s.stride(last) == 1 && t.stride(last) == 1;
+  // Kernels of 16-bit logits write gradients like these.
+  const bool writable = !gradient || gradient->scalar_type() == s.scalar_type() || s.scalar_type() == ScalarType::Float;
+  c.same_elements = writable && s.scalar_type() == t.scalar_type() && s.stride(last) == 1 && t.stride(last) == 1;
   auto suits = [&](const Tensor& g) {
     return g.scalar_type() == s.scalar_type() ? misaligned_alike(s, g) : takes_halves(call, g);
   };
@@ -123,7 +126,8 @@ void launch_rows(const DivergenceCall& call, const Target& target, const Diverge
   const DivergenceKernels& kernels = kernels_of(call.kind);
   const RowCase c = case_of(call, gradient, args.given != nullptr, kernels.second_look);
   const DeviceLimits limits = limits_of(call.op(), target);
-  const RowPlan plan = plan_rows(c, limits);
+  auto has_room = [&](const RowPlan& p) { return kernels.has_room(call.op(), target, p, args.student_type); };
+  const RowPlan plan = plan_rows(c, limits, has_room);
   STD_TORCH_CHECK(plan.shared <= limits.shared_per_block, call.op(), ": logits: expected fewer columns, got ",
                   call.columns);
   kernels.launch(call.op(), target, plan, args);
@@ -172,8 +176,9 @@ Results forward(const DivergenceCall& call, const std::optional<Tensor>& state, 
   if (known != Known::nothing) args.given = (const float*)state->const_data_ptr();
   launch_rows(call, target, args, save == Save::gradient ? &saved : nullptr);
   if (!call.per_row) {
+    const Tensor parts = new_output(call.student, {3 * sum_parts(args.rows)}, ScalarType::Double);
     launch_sum(call.op(), target, args.losses, args.components, args.rows, (float*)loss.mutable_data_ptr(),
-               (float*)components.mutable_data_ptr());
+               (float*)components.mutable_data_ptr(), (double*)parts.mutable_data_ptr());
   }
   return results;
 }

@@ -42,17 +42,26 @@ Kernel kernel_for(const RowPlan& plan) {
 
 template <template <class> class Terms>
 Kernel kernel_for(const RowPlan& plan, Element type) {
-  if constexpr (Terms<RowMath>::kTopk) return rows_in_two_reads<Terms, TopkColumns>;
-  if (plan.kernel == RowKernel::any_layout) return rows_in_two_reads<Terms, AnyColumns>;
-  if (type == Element::f32) return kernel_for<Terms, float>(plan);
-  return type == Element::bf16 ? kernel_for<Terms, BFloat16>(plan) : kernel_for<Terms, Float16>(plan);
+  if constexpr (Terms<RowMath>::kTopk) {
+    return rows_in_two_reads<Terms, TopkColumns>;
+  } else {  // or these would compile the other kernels for it
+    if (plan.kernel == RowKernel::any_layout) return rows_in_two_reads<Terms, AnyColumns>;
+    if (type == Element::f32) return kernel_for<Terms, float>(plan);
+    return type == Element::bf16 ? kernel_for<Terms, BFloat16>(plan) : kernel_for<Terms, Float16>(plan);
+  }
 }
+
+Grid grid_of(const RowPlan& plan) { return {plan.blocks, plan.threads, plan.shared, plan.cluster}; }
 
 template <template <class> class Terms>
 void launch_rows(const char* op, const Target& target, const RowPlan& plan, DivergenceArgs args) {
   while ((1 << args.log_cluster) < plan.cluster) ++args.log_cluster;
-  launch(op, kernel_for<Terms>(plan, args.student_type), target, {plan.blocks, plan.threads, plan.shared, plan.cluster},
-         args);
+  launch(op, kernel_for<Terms>(plan, args.student_type), target, grid_of(plan), args);
+}
+
+template <template <class> class Terms>
+bool has_room_for(const char* op, const Target& target, const RowPlan& plan, Element type) {
+  return has_room(op, (const void*)kernel_for<Terms>(plan, type), target, grid_of(plan));
 }
 
 constexpr int kReferThreads = 256;
@@ -100,7 +109,7 @@ std::vector<NamedKernel> list() {
 
 template <template <class> class Terms>
 DivergenceKernels divergence_kernels_of() {
-  return {Terms<RowMath>::kSecondLook, launch_rows<Terms>, refer<Terms>, list<Terms>};
+  return {Terms<RowMath>::kSecondLook, has_room_for<Terms>, launch_rows<Terms>, refer<Terms>, list<Terms>};
 }
 template DivergenceKernels divergence_kernels_of<KDFAST_TERMS>();
 

@@ -66,6 +66,8 @@ struct DivergenceArgs {
 // One divergence's. Defined by divergence.cu, which is compiled once for each.
 struct DivergenceKernels {
   bool second_look;
+  // Whether the device has room for a cluster of the plan, of logits of a type.
+  bool (*has_room)(const char* op, const Target& target, const RowPlan& plan, Element type);
   // Losses, states and gradients of all rows, in one launch.
   void (*launch)(const char* op, const Target& target, const RowPlan& plan, DivergenceArgs args);
   // `states` referred to `maxima` (all of the student's, then all of the teacher's), to `results`.

@@ -84,8 +84,9 @@ std::tuple<Tensor, Tensors> forward(const LayerCall& call, bool gradient) {
   const Target target = target_of(call.op(), call.student[0]);
   const Tensor values = launch_all(call, target, gradients, nullptr);
   if (call.per_row) return {torch::stable::view(values, call.loss_sizes()), gradients};
+  const Tensor parts = new_output(call.student[0], {sum_parts(values.numel())}, ScalarType::Double);
   launch_sum(call.op(), target, (const float*)values.const_data_ptr(), nullptr, values.numel(),
-             (float*)loss.mutable_data_ptr(), nullptr);
+             (float*)loss.mutable_data_ptr(), nullptr, (double*)parts.mutable_data_ptr());
   return {loss, gradients};
 }
 

@@ -119,4 +119,16 @@ inline RowPlan plan_rows(const RowCase& c, const DeviceLimits& device) {
   return {RowKernel::on_chip, threads, c.rows * cluster, cluster, 0, 0, false, shared_bytes(c, cluster, threads)};
 }
 
+// The same, where the device has room for its clusters: `has_room(plan)` tells of one. Half as many blocks as long as
+// it has not; what does not fit a block in the end is read twice.
+template <class HasRoom>
+RowPlan plan_rows(const RowCase& c, DeviceLimits device, HasRoom has_room) {
+  RowPlan plan = plan_rows(c, device);
+  while (plan.cluster > 1 && !has_room(plan)) {
+    device.max_cluster = plan.cluster / 2;
+    plan = plan_rows(c, device);
+  }
+  return plan;
+}
+
 }  // namespace kdfast::cuda

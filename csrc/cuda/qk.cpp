@@ -115,8 +115,9 @@ std::tuple<Tensor, Tensors> forward(const QkCall& call, bool gradient) {
   const Target target = target_of(call.op(), call.student_q[0]);
   const Tensor values = launch_all(call, target, gradients, nullptr);
   if (call.per_head) return {torch::stable::view(values, call.loss_sizes()), gradients};
+  const Tensor parts = new_output(call.student_q[0], {sum_parts(values.numel())}, ScalarType::Double);
   launch_sum(call.op(), target, (const float*)values.const_data_ptr(), nullptr, values.numel(),
-             (float*)loss.mutable_data_ptr(), nullptr);
+             (float*)loss.mutable_data_ptr(), nullptr, (double*)parts.mutable_data_ptr());
   return {loss, gradients};
 }
 

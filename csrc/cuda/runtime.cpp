@@ -63,8 +63,9 @@ torch::stable::Tensor new_output(const torch::stable::Tensor& like, const std::v
 }  // namespace kdfast::cuda
 
 namespace kdfast {
+namespace {
 
-std::vector<CudaKernel> cuda_kernels() {
+std::vector<CudaKernel> kernels() {
   std::vector<CudaKernel> found;
   for (const auto& family : {cuda::divergence_kernels(), cuda::layer_kernels(), cuda::qk_kernels()}) {
     for (const cuda::NamedKernel& kernel : family) {
@@ -75,6 +76,13 @@ std::vector<CudaKernel> cuda_kernels() {
     }
   }
   return found;
+}
+
+}  // namespace
+
+const CudaBuild* cuda_build() {
+  static const CudaBuild build{KDFAST_CUDA_TOOLKIT, KDFAST_CUDA_ARCHITECTURES, kernels};
+  return &build;
 }
 
 }  // namespace kdfast

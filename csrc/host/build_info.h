@@ -18,7 +18,11 @@ struct CudaKernel {
   std::string name;
   int registers, local_bytes, max_threads, binary_version;
 };
-// As the driver loaded them: needs a device. Only in builds with CUDA.
-KDFAST_EXPORT std::vector<CudaKernel> cuda_kernels();
+struct CudaBuild {
+  const char *toolkit, *architectures;
+  std::vector<CudaKernel> (*kernels)();  // as the driver loaded them: needs a device
+};
+// Null in builds without CUDA. The library tells, not the module: the one may be built elsewhere than the other.
+KDFAST_EXPORT const CudaBuild* cuda_build();
 
 }  // namespace kdfast

@@ -11,9 +11,11 @@ namespace py = pybind11;
 
 namespace {
 
-py::dict plan_of(const kdfast::cuda::RowCase& c, const kdfast::cuda::DeviceLimits& device) {
+// `room`: the largest cluster that the device has room for.
+py::dict plan_of(const kdfast::cuda::RowCase& c, const kdfast::cuda::DeviceLimits& device, int room) {
   const char* names[] = {"registers", "on_chip", "two_reads", "any_layout"};
-  const kdfast::cuda::RowPlan plan = kdfast::cuda::plan_rows(c, device);
+  auto has_room = [&](const kdfast::cuda::RowPlan& plan) { return plan.cluster <= room; };
+  const kdfast::cuda::RowPlan plan = kdfast::cuda::plan_rows(c, device, has_room);
   py::dict d;
   d["kernel"] = names[int(plan.kernel)];
   d["threads"] = plan.threads;
@@ -27,30 +29,28 @@ py::dict plan_of(const kdfast::cuda::RowCase& c, const kdfast::cuda::DeviceLimit
 }
 
 void define_cuda(py::module_& m) {
-#if defined(KDFAST_WITH_CUDA)
+  const kdfast::CudaBuild* build = kdfast::cuda_build();
   m.attr("cuda") =
-      py::dict(py::arg("toolkit") = KDFAST_CUDA_TOOLKIT, py::arg("architectures") = KDFAST_CUDA_ARCHITECTURES);
-#else
-  m.attr("cuda") = py::none();
-#endif
+      build ? py::object(py::dict(py::arg("toolkit") = build->toolkit, py::arg("architectures") = build->architectures))
+            : py::none();
   m.def(
       "cuda_plan",
       [](int64_t rows, int64_t columns, int element_size, bool same_elements, bool alike, bool aligned, bool again,
-         bool given, int multiprocessors, int64_t shared_per_block, int64_t shared_per_multiprocessor,
-         int max_cluster) {
+         bool given, int multiprocessors, int64_t shared_per_block, int64_t shared_per_multiprocessor, int max_cluster,
+         int room) {
         return plan_of({rows, columns, element_size, same_elements, alike, aligned, again, given},
-                       {multiprocessors, shared_per_block, shared_per_multiprocessor, max_cluster});
+                       {multiprocessors, shared_per_block, shared_per_multiprocessor, max_cluster}, room);
       },
       py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("element_size"), py::arg("same_elements"),
       py::arg("alike"), py::arg("aligned"), py::arg("again"), py::arg("given"), py::arg("multiprocessors"),
-      py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("max_cluster"),
+      py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("max_cluster"), py::arg("room") = 16,
       "The kernel and shape that a row operator would take on such a device (csrc/cuda/plan.h).");
-#if defined(KDFAST_WITH_CUDA)
+  if (!build) return;
   m.def(
       "cuda_kernels",
-      [] {
+      [build] {
         py::list kernels;
-        for (const kdfast::CudaKernel& k : kdfast::cuda_kernels()) {
+        for (const kdfast::CudaKernel& k : build->kernels()) {
           kernels.append(py::dict(py::arg("name") = k.name, py::arg("registers") = k.registers,
                                   py::arg("local_bytes") = k.local_bytes, py::arg("max_threads") = k.max_threads,
                                   py::arg("binary_version") = k.binary_version));
@@ -58,7 +58,6 @@ void define_cuda(py::module_& m) {
         return kernels;
       },
       "Attributes of the CUDA kernels as the driver loaded them; needs a device.");
-#endif
 }
 
 }  // namespace

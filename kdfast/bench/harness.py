@@ -146,9 +146,13 @@ def check(operator: Operator, student: Side, teacher: Side) -> None:
         gradients = torch.autograd.grad(loss, tensors(s))
         results.append((loss.detach().cpu().double(), torch.cat([g.cpu().double().flatten() for g in gradients])))
     (loss, gradient), (exact_loss, exact_gradient) = results
-    error = float((gradient - exact_gradient).norm() / exact_gradient.norm())
-    if not error < 5e-3 or not abs(float(loss / exact_loss) - 1) < 1e-4:
-        raise AssertionError(f"{operator.name}: gradient differs from float64 by {error:.1e}: not worth timing")
+    error, of_loss = (
+        float((gradient - exact_gradient).norm() / exact_gradient.norm()),
+        abs(float(loss / exact_loss) - 1),
+    )
+    # A layer's result is rounded to its dtype; a loss is float32.
+    if not error < 5e-3 or not of_loss < (5e-3 if operator.product else 1e-4):
+        raise AssertionError(f"{operator.name}: {of_loss:.1e}, its gradient {error:.1e} off float64: not worth timing")
 
 
 def run(case: Case, device: str, seconds: float = 2.0, compiled: bool = True) -> Result:
@@ -195,6 +199,15 @@ def run(case: Case, device: str, seconds: float = 2.0, compiled: bool = True) ->
     )
 
 
+def _bytes(side: Side) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors(side))
+
+
+def needed_bytes(student: Side, teacher: Side, gradient: bool) -> int:
+    """What an operator that memory bounds must move: both sides read once, the gradient written once."""
+    return (2 if gradient else 1) * _bytes(student) + _bytes(teacher)
+
+
 @dataclass(frozen=True)
 class Work:
     """Bytes or floating-point operations that a call needs, and those of what bounds it."""
@@ -210,8 +223,8 @@ def ceiling(operator: Operator, student: Side, teacher: Side, gradient: bool) ->
     if operator.flops is not None:
         a = torch.randn(2048, 2048, device=first.device, dtype=first.dtype if operator.product else torch.float32)
         return lambda: a @ a, Work(operator.flops(student, gradient), 2 * 2048**3)
-    size, other = (sum(x.numel() * x.element_size() for x in tensors(side)) for side in (student, teacher))
-    needed = size + other + (size if gradient else 0)
+    size, other = _bytes(student), _bytes(teacher)
+    needed = needed_bytes(student, teacher, gradient)
     s = torch.cat([x.detach().flatten() for x in tensors(student)])
     if gradient and other < size:  # a teacher of a few numbers
         out = torch.empty_like(s)
@@ -238,7 +251,6 @@ def environment(device: str) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "memory": f"{properties.total_memory / 2**30:.0f} GiB",
             "cuda": torch.version.cuda,
-            "clock": f"{torch.cuda.clock_rate()} MHz",
         }
     models = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
+#include <utility>
 
 #include "fibers.h"
 
@@ -50,24 +52,66 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs = nullptr;
   unsigned numAttrs = 0;
 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
 namespace cuda_host {
-// What the next kernel was allowed: a launch that needs an attribute must have set it.
-inline int64_t allowed_shared = 48 << 10;
-inline bool allowed_large_cluster = false;
+constexpr int64_t kStaticShared = 64;  // of every kernel
+// What a kernel was allowed on a device: a launch that needs an attribute must have set it, and none is taken back.
+struct Allowed {
+  int64_t shared = 48 << 10;
+  bool large_cluster = false;
+};
+inline std::map<std::pair<const void*, int>, Allowed> allowed;
+inline int current_device = 0;
+inline int room = kMostCluster;  // the largest cluster that the device has room for
+// Calls since they were last read: of the attribute of shared memory, and whether there is room.
+inline int shared_calls = 0, room_calls = 0;
+inline Allowed& allowed_of(const void* kernel) { return allowed[{kernel, current_device}]; }
 }  // namespace cuda_host
 
 inline const char* cudaGetErrorString(cudaError_t) { return "refused by the host shim"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = -1;  // what CPU tensors say
+  *device = cuda_host::current_device;
   return cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    cuda_host::allowed_shared = value;
-  } else {
-    cuda_host::allowed_large_cluster = value;
+inline cudaError_t cudaSetDevice(int device) {
+  cuda_host::current_device = device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = int(cuda_host::kMostShared);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->sharedSizeBytes = size_t(cuda_host::kStaticShared);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  cuda_host::Allowed& of = cuda_host::allowed_of(kernel);
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    of.large_cluster = value;
+    return cudaSuccess;
   }
+  ++cuda_host::shared_calls;
+  if (value < of.shared || value > cuda_host::kMostShared - cuda_host::kStaticShared) return cudaErrorInvalidValue;
+  of.shared = value;
+  return cudaSuccess;
+}
+namespace cuda_host {
+inline bool allows(const void* kernel, const cudaLaunchConfig_t* config) {
+  const Allowed& of = allowed_of(kernel);
+  const int cluster = config->numAttrs ? int(config->attrs->val.clusterDim.x) : 1;
+  return int64_t(config->dynamicSmemBytes) <= of.shared && cluster <= kMostCluster &&
+         (cluster <= 8 || of.large_cluster);
+}
+}  // namespace cuda_host
+inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, const cudaLaunchConfig_t* config) {
+  ++cuda_host::room_calls;
+  if (!cuda_host::allows(kernel, config)) return cudaErrorInvalidValue;
+  *clusters = int(config->attrs->val.clusterDim.x) <= cuda_host::room;
   return cudaSuccess;
 }
 template <class... Parameters, class... Arguments>
@@ -76,12 +120,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   auto& machine = cuda_host::machine();
   const int cluster = config->numAttrs ? int(config->attrs->val.clusterDim.x) : 1;
   const unsigned blocks = config->gridDim.x, threads = config->blockDim.x;
-  const auto shared = int64_t(config->dynamicSmemBytes);
   const bool wrong = blocks == 0 || blocks % unsigned(cluster) || threads % 32 || threads == 0 || threads > 1024 ||
-                     shared > std::min(cuda_host::allowed_shared, cuda_host::kMostShared) ||
-                     cluster > cuda_host::kMostCluster || (cluster > 8 && !cuda_host::allowed_large_cluster);
-  cuda_host::allowed_shared = 48 << 10;
-  cuda_host::allowed_large_cluster = false;
+                     cluster > cuda_host::room || !cuda_host::allows((const void*)kernel, config);
   if (wrong) return cudaErrorInvalidValue;
   gridDim.x = blocks;
   blockDim.x = threads;

@@ -2,8 +2,10 @@
 // canaries and start as NaN.
 #include <torch/csrc/stable/ops.h>
 
+#include <utility>
+
+#include "cuda/device.h"
 #include "cuda/runtime.h"
-#include "fibers.h"
 
 namespace kdfast::cuda {
 namespace {
@@ -19,6 +21,7 @@ struct Output {
 std::vector<Output> outputs;
 int64_t output_shift = 0;  // elements
 DeviceLimits limits = {};
+int device = 0;  // every one that is described is another: what launches keep of a device is not this one's
 
 Tensor with_dtype(const Tensor& bytes, torch::headeronly::ScalarType dtype) {
   std::array<StableIValue, 2> stack = {torch::stable::detail::from(bytes), torch::stable::detail::from(dtype)};
@@ -28,7 +31,7 @@ Tensor with_dtype(const Tensor& bytes, torch::headeronly::ScalarType dtype) {
 
 }  // namespace
 
-Target target_of(const char*, const Tensor& t) { return {t.get_device_index(), nullptr}; }
+Target target_of(const char*, const Tensor&) { return {device, nullptr}; }
 
 DeviceLimits limits_of(const char*, const Target&) { return limits; }
 
@@ -53,8 +56,17 @@ EXPORT void cuda_host_device(int multiprocessors, int shared_per_block, int max_
   const int64_t per_multiprocessor = 3 * (shared_per_block + kdfast::cuda::kReservedShared);
   kdfast::cuda::limits = {multiprocessors, shared_per_block, per_multiprocessor, max_cluster};
   kdfast::cuda::output_shift = shift;
+  ++kdfast::cuda::device;
+  cuda_host::room = cuda_host::kMostCluster;
   cuda_host::machine().seed = seed;
 }
+
+// Of the device that was described last.
+EXPORT void cuda_host_room(int largest_cluster) { cuda_host::room = largest_cluster; }
+
+// The calls since they were last asked for.
+EXPORT int cuda_host_shared_calls() { return std::exchange(cuda_host::shared_calls, 0); }
+EXPORT int cuda_host_room_calls() { return std::exchange(cuda_host::room_calls, 0); }
 
 // How many canary bytes around the outputs since the last call were overwritten.
 EXPORT int cuda_host_clobbered() {

@@ -28,7 +28,7 @@ def of_logits(*, distillation: bool = False, squared: bool = False) -> Floors:
         if reduction["mask"] is None and kwargs.get("labels") is not None:
             reduction["mask"] = kwargs["labels"] != -100
         z = [x[..., :columns].double() / temperature[..., None] for x in (student, teacher)]
-        largest = max(float(x[x.isfinite()].abs().max()) for x in ([z[0] - z[1]] if squared else z))
+        largest = max(map(_largest, [z[0] - z[1]] if squared else z))
         value = reduce_rows(2**-22 * largest ** (2 if squared else 1) * factor, **reduction)
         factors = _factors_of_rows(student, reduction)
         p = z[1].softmax(-1) * (1.5 * factors * factor / temperature)[..., None]
@@ -85,15 +85,20 @@ def of_scores(power: int) -> Floors:
     def floors(
         reference: Callable[..., Tensor], student: Side, teacher: Side, kwargs: dict[str, Any], exact: Exact
     ) -> tuple[Tensor, float]:
-        largest = max(float(x[x.isfinite()].abs().max()) for x in tensors(student) + tensors(teacher)) ** power
+        largest = max(map(_largest, tensors(student) + tensors(teacher))) ** power
         mean = apply(reference, student, teacher, **kwargs | {"reduction": "mean"}).detach()
         return 2**-22 * largest * exact[0].abs() / mean, 2**-21 * float(exact[1].norm()) * largest
 
     return floors
 
 
+def _largest(x: Tensor) -> float:
+    """Of the finite numbers."""
+    return float(x.abs().masked_fill(~x.isfinite(), 0.0).max())
+
+
 def _temperature(student: Tensor, kwargs: dict[str, Any], default: float) -> Tensor:
-    temperature = torch.as_tensor(kwargs.get("temperature", default), dtype=torch.float64)
+    temperature = torch.as_tensor(kwargs.get("temperature", default), dtype=torch.float64, device=student.device)
     return temperature.expand(student.shape[:-1])
 
 
@@ -103,6 +108,6 @@ def _reduction(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _factors_of_rows(student: Tensor, reduction: dict[str, Any]) -> Tensor:
     """What the reduction multiplies each row by."""
-    rows = torch.ones(student.shape[:-1], dtype=torch.float64, requires_grad=True)
+    rows = torch.ones(student.shape[:-1], dtype=torch.float64, device=student.device, requires_grad=True)
     (factors,) = torch.autograd.grad(reduce_rows(rows, **reduction).sum(), rows)
     return factors

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kdfast.bench.registry import floors
 from kdfast.bench.registry.operator import Operator, Sample
 from kdfast.ops import linear, linear_reference, topk
+from kdfast.ops._heads import WORKSPACE
 
 Make = Callable[[torch.Generator, float], tuple[Any, Any]]
 
@@ -54,12 +55,14 @@ def _sample(name: str, catches: str, make: Make, vocabulary: int, leading: tuple
         labels = {} if made.get("alpha") == 1.0 else _labels(*leading, vocabulary=vocabulary)(generator)
         return labels | made
 
-    return Sample(name, catches, make, kwargs)
+    on_gpu = {"memory_budget": settings["memory_budget"] - WORKSPACE} if "memory_budget" in settings else {}
+    return Sample(name, catches, make, kwargs, on_gpu)
 
 
 def _samples() -> tuple[Sample, ...]:
-    """A budget of 40 kB holds some ten rows of 500 columns, which makes several slabs of these samples."""
-    few: dict[str, Any] = {"memory_budget": (32 << 20) + 40_000}
+    """A budget of 40 kB holds some ten rows of 500 columns, which makes several slabs of these samples; on the CPU, beside
+    the products' workspace."""
+    few: dict[str, Any] = {"memory_budget": WORKSPACE + 40_000}
     make, leading = _heads(3, 11, width=24, vocabulary=500), (3, 11)
     mask = lambda g: _rand(g, *leading) < 0.6  # noqa: E731
     of: dict[str, Any] = {"vocabulary": 500, "leading": leading}

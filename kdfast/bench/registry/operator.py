@@ -22,13 +22,15 @@ Floors = Callable[[Callable[..., Tensor], Side, Side, dict[str, Any], tuple[Tens
 class Sample:
     """Inputs of one call. `make(generator, gap)` returns student and teacher in float64, `gap` apart.
 
-    `catches` says what the sample is there for; `kwargs(generator)` makes the keyword arguments.
+    `catches` says what the sample is there for; `kwargs(generator)` makes the keyword arguments, of which some are
+    `on_gpu`'s on a GPU.
     """
 
     name: str
     catches: str
     make: Callable[[torch.Generator, float], tuple[Side, Side]]
     kwargs: Callable[[torch.Generator], dict[str, Any]] = field(default=lambda generator: {})
+    on_gpu: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
