@@ -67,26 +67,27 @@ def pruned() -> str:
     )
 
 
-def latest(name: str) -> tuple[str, str] | None:
-    """Of a name's tables that benchmarks/recipes.py has left the newest: what it was measured on, and the text."""
-    found = [
-        (facts["date"], f"{facts['device']}, torch {facts['torch']}, {facts['date']}. ", path.read_text().strip())
-        for path in RESULTS.glob(f"{name}-*.md")
-        for facts in [json.loads(path.with_suffix(".json").read_text())["environment"]]
-    ]
-    return max(found)[1:] if found else None
+def tables(name: str) -> list[tuple[str, str]]:
+    """Of a name's tables that benchmarks/recipes.py has left the newest of each device, the newest last: what it was measured
+    on, and the text."""
+    found: dict[str, tuple[str, str, str]] = {}
+    for path in RESULTS.glob(f"{name}-*.md"):
+        facts = json.loads(path.with_suffix(".json").read_text())["environment"]
+        measured = f"{facts['device']}, torch {facts['torch']}, {facts['date']}. "
+        one = (facts["date"], measured, path.read_text().strip())
+        found[facts["device"]] = max(one, found.get(facts["device"], one))
+    return [one[1:] for one in sorted(found.values())]
 
 
 def left(name: str) -> str:
-    """The newest table of a name."""
-    found = latest(name)
-    return "Not measured yet." if found is None else "".join(found)
+    """A table per device."""
+    return "\n\n".join("".join(one) for one in tables(name)) or "Not measured yet."
 
 
 def rows_of(*beginnings: str) -> str:
     """Of the recipes' newest table the teacher, Hinton's and those whose names begin so."""
     known = ("model", "---", "teacher", "hinton", *beginnings)
-    measured, text = latest("recipes") or ("", "")
+    measured, text = [("", ""), *tables("recipes")][-1]
     lines = [line for line in text.splitlines() if not line.startswith("|") or line[2:].startswith(known)]
     if not any(line[2:].startswith(beginnings[0]) for line in lines):
         return "Not measured yet."
