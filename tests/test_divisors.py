@@ -88,6 +88,7 @@ def test_another_number_of_rows_is_not_compiled_anew(function: Callable[..., Ten
         graphs.append(graph)
         return graph
 
+    torch.manual_seed(0)  # of few rows, a mask may leave none
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
     for rows in (6, 11, 19):

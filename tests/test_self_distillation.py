@@ -91,5 +91,5 @@ def test_stages_and_what_is_refused() -> None:
         self_distillation.Recipe(generations=0)
     with pytest.raises(ValueError, match="base: expected the pre-trained encoder"):
         self_distillation.Recipe(teacher="org/bert")
-    with pytest.raises(ValueError, match="Stage: teacher: expected stored beside teacher_of, got 'live'"):
-        Stage("student", "it", Terms(kl=Logits(), ce=Labels()), teacher="live", teacher_of="generation_1")
+    with pytest.raises(ValueError, match="Stage: teacher: expected stored or live beside teacher_of, got 'base'"):
+        Stage("student", "it", Terms(kl=Logits(), ce=Labels()), teacher="base", teacher_of="generation_1")

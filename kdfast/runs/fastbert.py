@@ -98,6 +98,10 @@ class FastBERTRun(ClassifierRun):
         texts = [{name: value for name, value in row.items() if name != "labels"} for row in self.train]
         return [texts, cache.beside(self.test)], cache.collator(self.collate)
 
+    def _rows_of(self, stage: Stage, teacher: Any, cached: tuple[Any, Any]) -> tuple[Any, Any]:
+        """All of them: the branches learn from the last classifier, which every text has."""
+        return cached
+
     # ---- results ----
     def _measure(self, titles: dict[str, str], histories: dict[str, stages.History], cache: Any) -> dict[str, Metrics]:
         results = super()._measure(titles, histories, cache)
