@@ -69,9 +69,7 @@ def test_a_wrong_result_ends_the_run(tmp_path: Path) -> None:
     assert "tests.json" not in files
 
 
-def test_a_case_that_is_wrong_or_raises_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_case_that_is_wrong_or_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kdfast.bench.evidence.record.DEVICE", "cpu")
     monkeypatch.setattr("kdfast.bench.evidence.smoke.DEVICE", "cpu")
     monkeypatch.setattr("kdfast.bench.evidence.smoke.DRY", True)
