@@ -33,7 +33,7 @@ stage() { # name, seconds, command: its log and what it leaves in $work are kept
   case $code in
     0) say "$name: done in $((SECONDS - start)) s" ;;
     124 | 137) say "$name: OUT OF TIME after $((SECONDS - start)) s" ;;
-    *) say "$name: FAILED ($code) after $((SECONDS - start)) s: $(grep -v '^[[:space:]]*$' "$work/$name.log" | tail -n 1)" ;;
+    *) say "$name: FAILED ($code) after $((SECONDS - start)) s: $(grep -v '^[[:space:]]*$' "$work/$name.log" | tail -n 1 | cut -c1-300)" ;;
   esac
   [ $code = 0 ] || tail -n 25 "$work/$name.log"
   keep
