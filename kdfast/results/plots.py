@@ -185,6 +185,7 @@ def plot_sizes(path: Path, runs: Sequence[Mapping[str, Mapping[str, float]]], me
     styles = cycle(zip(("#1b6ca8", "#d95f02", "#2a9d5c", "#8e44ad", "#666666"), "os^Dv", strict=True))
     of_depth = {depth: next(styles) for depth in sorted({depth for _, depth in sizes.values()}, reverse=True)}
     for axes, (quantity, (label, scale)) in zip(panels, quantities.items(), strict=True):
+        places = cycle(((4, -11, "left"), (-4, 5, "right"), (-4, -11, "right")))  # points of two depths may coincide
         for depth, (color, marker) in of_depth.items():
             names = sorted((name for name, size in sizes.items() if size[1] == depth), key=lambda name: sizes[name])
             across, up = (
@@ -194,10 +195,10 @@ def plot_sizes(path: Path, runs: Sequence[Mapping[str, Mapping[str, float]]], me
             errors = {f"{of}err": [standard_error(v) or 0 for v in values] for of, values in (("x", across), ("y", up))}
             style = {"color": color, "marker": marker, "markersize": 4, "capsize": 2, "label": f"depth {depth:g}"}
             axes.errorbar([fmean(v) for v in across], [fmean(v) for v in up], **errors, **style)
+            across_by, up_by, side = next(places)
             for name, x, y in zip(names, map(fmean, across), map(fmean, up), strict=True):
-                axes.annotate(
-                    f"{sizes[name][0]:g}", (x, y), (3, -10), textcoords="offset points", fontsize=7, color=color
-                )
+                style = {"textcoords": "offset points", "fontsize": 7, "color": color, "ha": side}
+                axes.annotate(f"{sizes[name][0]:g}", (x, y), (across_by, up_by), **style)
         teacher = fmean(factor * run["teacher"][metric] for run in runs)
         axes.axhline(teacher, color="0.4", linestyle="--", linewidth=1, label="teacher")
         axes.set(xlabel=label)
