@@ -201,6 +201,7 @@ def plot_sizes(path: Path, runs: Sequence[Mapping[str, Mapping[str, float]]], me
                 axes.annotate(f"{sizes[name][0]:g}", (x, y), (across_by, up_by), **style)
         teacher = fmean(factor * run["teacher"][metric] for run in runs)
         axes.axhline(teacher, color="0.4", linestyle="--", linewidth=1, label="teacher")
+        axes.margins(0.08)  # for the numbers at the edges
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
