@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import transformers
@@ -25,7 +24,7 @@ from kdfast.results.measure import Candidate
 from kdfast.results.progress import bar
 from kdfast.runs import stages
 from kdfast.runs.classifier import ClassifierRun
-from kdfast.runs.unlabeled import labelled
+from kdfast.runs.unlabeled import drawn
 from kdfast.train.subnetworks import SubnetworkTrainer
 
 
@@ -36,12 +35,12 @@ class DynaBERTRun(ClassifierRun):
     recipe: Recipe
 
     # ---- models ----
-    def _elastic(self, model: Any, widths: Any, depths: Any = (1.0,), argument: str = "base") -> Elastic:
+    def _elastic(self, model: Any, widths: Any, depths: Any = (1.0,)) -> Elastic:
         r = self.recipe
         try:
             return Elastic(model, widths, depths, keep_last=r.keep_last)
         except (TypeError, ValueError) as error:
-            source = named("teacher", r.teacher) if r.teacher else named(argument, r.base or argument)
+            source = named("teacher", r.teacher) if r.teacher else named("base", r.base or "base")
             raise ValueError(f"{source}: {error}") from None
 
     def _given_teacher(self, source: str) -> Any:
@@ -64,14 +63,12 @@ class DynaBERTRun(ClassifierRun):
     def _sort(self, model: Any) -> None:
         """The best heads and neurons first."""
         r = self.recipe
-        every = [self.train[i] for i in labelled(self.train)]
-        count = min(len(every), r.importance_rows or len(every))
-        rows = Random(r.seed).sample(every, count)
+        rows = drawn(self.train, r.importance_rows, r.seed)
         collate = DataCollatorWithPadding(self.tokenizer)
 
         def batches() -> Iterator[Any]:
-            with bar("importance of heads and neurons", count) as shown:
-                for start in range(0, count, IMPORTANCE_BATCH):
+            with bar("importance of heads and neurons", len(rows)) as shown:
+                for start in range(0, len(rows), IMPORTANCE_BATCH):
                     some = rows[start : start + IMPORTANCE_BATCH]
                     yield collate(some)
                     shown.update(len(some))

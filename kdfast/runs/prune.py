@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from random import Random
 from statistics import median
 from typing import Any
 
@@ -40,7 +39,7 @@ from kdfast.results.measure import LATENCY_ROWS, Metrics, length
 from kdfast.results.progress import bar
 from kdfast.runs import stages
 from kdfast.runs.classifier import ClassifierRun
-from kdfast.runs.unlabeled import labelled
+from kdfast.runs.unlabeled import drawn
 from kdfast.train.trainer import DistillationTrainer
 
 MASKS, LATENCY, SENSITIVITY = "masks.json", "latency.json", "sensitivity.json"
@@ -124,8 +123,7 @@ class PruneRun(ClassifierRun):
             (self.folder / SENSITIVITY).write_text(found.to_json())
 
     def _batches(self) -> list[Any]:
-        every = [self.train[i] for i in labelled(self.train)]
-        rows = Random(self.recipe.seed).sample(every, min(self.recipe.score_rows, len(every)))
+        rows = drawn(self.train, self.recipe.score_rows, self.recipe.seed)
         collate = DataCollatorWithPadding(self.tokenizer)
         return [collate(rows[start : start + BATCH]).to(device()) for start in range(0, len(rows), BATCH)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 from rich.console import Console
@@ -47,6 +48,12 @@ def rows_of(texts: Any, task: tasks.Task, tokenizer: Any, max_length: int) -> li
 def labelled(rows: Sequence[Row]) -> list[int]:
     """The numbers of the rows that have a label."""
     return [i for i, row in enumerate(rows) if row["labels"] != OFF]
+
+
+def drawn(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
+    """Of the rows with a label so many, or all that there are, in an order of the seed."""
+    every = [rows[i] for i in labelled(rows)]
+    return Random(seed).sample(every, min(count or len(every), len(every)))
 
 
 def without_label(rows: Sequence[Row]) -> list[Row]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kdfast.prune.apply import apply
 from kdfast.prune.costs import Costs
-from kdfast.prune.optimizer import forget
+from kdfast.prune.masks import Masks
 from kdfast.prune.schedules.pruning import Pruning, ScoresOf
 from kdfast.prune.schedules.rates import Rate
 from kdfast.prune.scores import Kind
-from kdfast.prune.select import live_masks, queues_of, within
+from kdfast.prune.select import queues_of, within
 
 
 class CostPruning(Pruning):
@@ -35,13 +34,6 @@ class CostPruning(Pruning):
         super().__init__(rate, scores, every=every, multiple=multiple, allow_empty=allow_empty)
         self.cost = cost
 
-    def prune_to(self, share: float, model: Any, optimizer: Any) -> None:
-        if share <= self.gone:
-            return
-        masks = live_masks(model)
+    def take(self, model: Any, masks: Masks, share: float) -> None:
         by_kind = queues_of(model, masks, self.scores(model), self.multiple, self.allow_empty, True)
         within(masks, by_kind, 1.0 - share, self.cost)
-        apply(model, masks)
-        if optimizer is not None:
-            forget(optimizer, model, masks)
-        self.gone, self.masks = share, masks

@@ -94,12 +94,16 @@ class Pruning(Stateful):
         if share <= self.gone:
             return
         masks = live_masks(model)
-        by_kind = queues_of(model, masks, self.scores(model), self.multiple, self.allow_empty, self.scope == "global")
-        to_count(masks, by_kind, 1.0 - share, self.scope)
+        self.take(model, masks, share)
         apply(model, masks)
         if optimizer is not None:
             forget(optimizer, model, masks)
         self.gone, self.masks = share, masks
+
+    def take(self, model: Any, masks: Masks, share: float) -> None:
+        """Lets as many units of the masks die as makes this share."""
+        by_kind = queues_of(model, masks, self.scores(model), self.multiple, self.allow_empty, self.scope == "global")
+        to_count(masks, by_kind, 1.0 - share, self.scope)
 
     def numbers(self) -> dict[str, Any]:
         return {"gone": self.gone, "masks": None if self.masks is None else self.masks.to_json()}
