@@ -54,15 +54,20 @@ def plot_losses(path: Path, history: Sequence[Mapping[str, float]], terms: Mappi
 
 # What the trainer compares with the teacher: title and unit.
 DISTANCES = {
-    "kl_to_teacher": ("KL(teacher ‖ student) on held-out rows", "nats"),
+    "kl_to_teacher": ("KL(teacher ‖ student) on {rows}", "nats"),
     "mse_to_teacher": ("Squared distance to the teacher on held-out rows", "mean of squares"),
 }
 
 
 def plot_learning_curves(
-    path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]], metric: str, teacher_value: float
+    path: Path,
+    histories: Mapping[str, Sequence[Mapping[str, float]]],
+    metric: str,
+    teacher_value: float,
+    rows: tuple[int, int],
 ) -> None:
-    """The metric and the distance to the teacher over training, one line per student, saved as an image."""
+    """The metric and the distance to the teacher over training, one line per student, saved as an image. rows: how many
+    test rows the points are of, and how many there are, of which the teacher's value is."""
     plt = _pyplot()
     heading, factor, _ = HEADINGS[metric]
     figure, (quality, distance) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -78,9 +83,12 @@ def plot_learning_curves(
         if apart:
             distance.plot(*zip(*apart, strict=True), label=name, **style)
     quality.axhline(factor * teacher_value, color="0.4", linestyle="--", label="teacher, all test rows")
-    name = heading.splitlines()[0]
+    name, where = (
+        heading.splitlines()[0],
+        "all test rows" if rows[0] == rows[1] else f"{rows[0]} of {rows[1]:,} test rows",
+    )
     quality.set(
-        title=f"{name[0].upper()}{name[1:]} on held-out rows",
+        title=f"{name[0].upper()}{name[1:]} on {where}",
         xlabel="epoch",
         ylabel="%" if factor == 100 else "correlation",
     )

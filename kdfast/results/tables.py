@@ -103,6 +103,22 @@ def results_table(results: Mapping[str, Metrics], titles: Mapping[str, str], dat
     return table
 
 
+def gain(results: Mapping[str, Metrics], metric: str) -> list[str]:
+    """What distillation brought, in one line, where the same student was trained on the labels alone as well."""
+    if not {"labels_only", "student"} <= {*results}:
+        return []
+    alone, distilled = results["labels_only"], results["student"]
+    heading, factor, digits = column_of(metric)
+    name, *unit = heading.splitlines()
+    mine, other = (" ".join([_cell(row, metric), *unit]) for row in (distilled, alone))
+    difference = f"{factor * (distilled[metric] - alone[metric]):+.{digits}f}{' points' if factor == 100 else ''}"
+    values = [f"{name} {mine}, on the labels alone {other} ({difference})"]
+    for key, title in (("kl_to_teacher", "KL"), ("mse_to_teacher", "MSE")):
+        if distilled.get(key) and key in alone:
+            values.append(f"{title} to the teacher {_cell(distilled, key)} against {_cell(alone, key)}")
+    return [f"Distilled: {'; '.join(values)}"]
+
+
 def _cell(row: Metrics, name: str) -> str:
     _, factor, digits = column_of(name)
     value = row[name] * factor
