@@ -12,7 +12,7 @@ from kdfast.prune import Sensitivity
 from kdfast.recipes.dynabert import size_of
 from kdfast.results.compare import Comparison, standard_error
 from kdfast.results.disk import saving
-from kdfast.results.tables import HEADINGS, LATENCY, SPEEDS, column_of, folded
+from kdfast.results.tables import HEADINGS, LATENCY, LATENCY_32, SPEEDS, column_of, folded
 
 
 def _pyplot() -> Any:
@@ -141,6 +141,28 @@ def plot_comparison(path: Path, comparison: Comparison) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(comparison.title)
+    _save(plt, figure, path)
+
+
+def plot_costs(path: Path, comparison: Comparison) -> None:
+    """The metric against the time of a forward pass of 32 rows, in circles as large as the models, saved as an image."""
+    plt = _pyplot()
+    heading, factor, _ = column_of(comparison.metric)
+    figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
+    rows = [row for row in comparison.rows if {"parameters", LATENCY_32, comparison.metric} <= {*row.values}]
+    largest = max(fmean(row.values["parameters"]) for row in rows)
+    for i, row in enumerate(rows):
+        place = fmean(row.values[LATENCY_32]), factor * fmean(row.values[comparison.metric])
+        size = fmean(row.values["parameters"])
+        color = plt.get_cmap("tab10" if len(rows) <= 10 else "tab20")(i % 20)
+        axes.scatter(*place, s=900 * size / largest, color=color, alpha=0.35, linewidths=0)
+        axes.plot(*place, ".", color=color, label=f"{row.name}: {size / 1e6:.1f} M")
+    axes.margins(0.15)
+    axes.set(xlabel="ms of a forward pass, 32 rows", ylabel=heading.replace("\n", ", " if factor == 100 else " "))
+    axes.set(title="area: parameters")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(plt, figure, path)
 
 

@@ -200,11 +200,11 @@ def _cost(row: Metrics) -> Cost:
 
 
 COMPARED = ("kl_to_teacher", "mse_to_teacher", "agreement", "parameters")
-LATENCY = "latency_ms_batch_1"
-SPEEDS = (LATENCY, "latency_ms_batch_32", "tokens_per_second", "training_seconds")
+LATENCY, LATENCY_32 = "latency_ms_batch_1", "latency_ms_batch_32"
+SPEEDS = (LATENCY, LATENCY_32, "tokens_per_second", "training_seconds")
 
 
-def _compared(comparison: Comparison, all_spreads: bool) -> tuple[list[str], list[list[str]]]:
+def compared(comparison: Comparison, all_spreads: bool) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of a comparison, beside the models' names."""
     rows = comparison.rows
     present = {name for row in rows for name in row.values} - {comparison.metric}
@@ -238,7 +238,7 @@ def folded(name: str, width: int) -> str:
     return textwrap.fill(name.replace("/", "/ "), width + 1).replace("/ ", "/")
 
 
-def _legend(comparison: Comparison) -> str:
+def legend(comparison: Comparison) -> str:
     of_labels = any("micro_f1" in row.values for row in comparison.rows)
     said = {
         "n seeds: mean ± standard error.": any(len(row.runs) > 1 for row in comparison.rows),
@@ -256,8 +256,8 @@ def _legend(comparison: Comparison) -> str:
 
 def comparison_table(comparison: Comparison) -> Table:
     """A row per model, for 80 columns: only the metric has its standard error."""
-    headings, cells = _compared(comparison, all_spreads=False)
-    table = _table(f"{comparison.title}: runs compared", _legend(comparison), headings)
+    headings, cells = compared(comparison, all_spreads=False)
+    table = _table(f"{comparison.title}: runs compared", legend(comparison), headings)
     table.padding = 0
     for row, values in zip(comparison.rows, cells, strict=True):
         table.add_row(folded(row.name, 19), *values)
@@ -266,8 +266,8 @@ def comparison_table(comparison: Comparison) -> Table:
 
 def comparison_markdown(comparison: Comparison) -> str:
     """The table with all standard errors."""
-    headings, cells = _compared(comparison, all_spreads=True)
+    headings, cells = compared(comparison, all_spreads=True)
     lines = [["model", *headings], ["---", *["---:"] * len(headings)]]
     lines += [[row.name, *values] for row, values in zip(comparison.rows, cells, strict=True)]
     table = "\n".join(f"| {' | '.join(cell.replace(chr(10), ' ') for cell in line)} |" for line in lines)
-    return f"{comparison.title}: runs compared. {_legend(comparison)}\n\n{table}"
+    return f"{comparison.title}: runs compared. {legend(comparison)}\n\n{table}"
