@@ -81,6 +81,18 @@ KDFAST_DEVICE void store_any(Element type, void* p, int64_t i, float x) {
   ((Float16*)p)[i] = Vector<Float16>::narrow_one(x);
 }
 
+// 8 neighbours from element `at` on, as they lie: 16-bit ones in the first half. Multiples of 16 bytes.
+KDFAST_DEVICE void load8(Element type, const void* p, int64_t at, uint4* raw) {
+  raw[0] = load16((const char*)p + at * size_of(type));
+  if (type == Element::f32) raw[1] = load16((const float*)p + at + 4);
+}
+KDFAST_DEVICE void widen8(Element type, const uint4* raw, float* x) {
+  if (type == Element::bf16) return Vector<BFloat16>::widen(raw[0], x);
+  if (type == Element::f16) return Vector<Float16>::widen(raw[0], x);
+  Vector<float>::widen(raw[0], x);
+  Vector<float>::widen(raw[1], x + 4);
+}
+
 // Numbers made of T, into memory of T, or where T is float of any type: the places from element `at` of `row` on.
 template <class T>
 KDFAST_DEVICE void store_vector(Element type, void* row, int64_t at, const float* x) {
