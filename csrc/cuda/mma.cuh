@@ -90,14 +90,15 @@ struct Split {
 struct SplitA {
   uint32_t big[4], small[4];
 
+  KDFAST_DEVICE void set(int i, float number) {
+    const Split x(number);
+    big[i] = x.big, small[i] = x.small;
+  }
   template <class At>
   KDFAST_DEVICE void load(At at) {
     const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const Split x(at(g + i % 2 * 8, q + i / 2 * 4));
-      big[i] = x.big, small[i] = x.small;
-    }
+    for (int i = 0; i < 4; ++i) set(i, at(g + i % 2 * 8, q + i / 2 * 4));
   }
 };
 struct SplitB {
