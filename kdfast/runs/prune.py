@@ -58,6 +58,21 @@ class _Keep(TrainerCallback):  # type: ignore[misc]
             (self.folder / MASKS).write_text(self.pruning.masks.to_json())
 
 
+class _Asked:
+    """Scores of a model, asked anew only when its weights have changed: one answer does for all that looks at them before
+    the training."""
+
+    def __init__(self, ask: Callable[[Any], list[Scores]]) -> None:
+        self.ask = ask
+        self.at: list[int] | None = None
+
+    def __call__(self, model: Any) -> list[Scores]:
+        now = [parameter._version for parameter in model.parameters()]
+        if now != self.at:
+            self.found, self.at = self.ask(model), now
+        return self.found
+
+
 class PruneRun(ClassifierRun):
     """The folder has `masked/`, the whole weights with masks.json, and `student/`, the smaller model; of a target of latency
     `latency.json`, what layers of several sizes take here."""
@@ -97,9 +112,9 @@ class PruneRun(ClassifierRun):
             if CRITERIA[r.criterion].needs == "training":
                 tracker = track(student, r.criterion, kinds)
                 return (lambda model: [tracker.scores(of) for of in kinds]), [schedules.Tracking(tracker)]
-            batches = self._batches()
-            asked = partial(score, batches=batches)
-            made = lambda model: [asked(model, r.criterion, of) for of in kinds]  # noqa: E731
+            own = {"seed": r.seed} if "seed" in CRITERIA[r.criterion].settings else {}
+            asked = partial(score, batches=self._batches(), **own)
+            made = _Asked(lambda model: [asked(model, r.criterion, of) for of in kinds])
             made(student)  # which refuses kinds that the criterion or the model has not
         except (TypeError, ValueError) as error:
             raise ValueError(f"criterion: {error}") from None
