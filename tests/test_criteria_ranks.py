@@ -22,9 +22,7 @@ from kdfast.prune.select import live_masks
 RANKS = 2
 KINDS: tuple[Any, ...] = ("heads", "neurons")
 # But LASSO's, which needs scikit-learn and reads what ThiNet does.
-READING = [
-    name for name, each in criteria.CRITERIA.items() if each.needs in ("batches", "labels") and name != "lasso"
-]
+READING = [name for name, each in criteria.CRITERIA.items() if each.needs in ("batches", "labels") and name != "lasso"]
 
 
 def batches_of(model: Any) -> list[dict[str, Tensor]]:

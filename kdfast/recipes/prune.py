@@ -85,14 +85,21 @@ class Recipe(ClassifierRecipe):
         self.one_of(("global", "local"), "scope")
         self.between(0, 1, "begin", "end", "alpha")
         self.at_least(1, "rounds", "multiple", "score_rows")
-        self.positive("temperature")
+        self.positive("temperature", "bound")
         if self.begin > self.end:
             raise ValueError(f"begin: expected no more than end, {self.end:g}, got {self.begin:g}")
         if not self.units or not {*self.units} <= {*KINDS}:
             raise ValueError(f"units: expected some of {', '.join(KINDS)}, got {', '.join(self.units) or 'none'}")
         name, _ = self.goal
-        if self.schedule == "soft" and name != "keep":
-            raise ValueError(f"target: expected keep=SHARE with the schedule soft, got {self.target}")
+        if self.schedule in ("soft", "surgery", "play-and-prune") and name != "keep":
+            raise ValueError(f"target: expected keep=SHARE with the schedule {self.schedule}, got {self.target}")
+        of = {"soft": ("heads", "groups", "neurons"), "surgery": ("heads", "neurons")}.get(self.schedule, KINDS)
+        if not {*self.units} <= {*of}:
+            raise ValueError(
+                f"units: expected some of {', '.join(of)} with the schedule {self.schedule}, got {', '.join(self.units)}"
+            )
+        if self.schedule == "surgery" and self.criterion != "l2":
+            raise ValueError(f"criterion: expected l2 with the schedule surgery, which has norms, got {self.criterion}")
         if self.scope == "local" and name != "keep":
             raise ValueError(f"scope: expected global with the target {self.target}, got local")
         super().__post_init__()
