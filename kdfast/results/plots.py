@@ -242,6 +242,43 @@ def plot_sizes(path: Path, runs: Sequence[Mapping[str, Mapping[str, float]]], me
     _save(plt, figure, path)
 
 
+def plot_pruned(path: Path, comparison: Comparison) -> None:
+    """The metric of what criteria left of a model, against parameters and time, a line from the whole model through the
+    sizes of each criterion, saved as an image: means with standard errors.
+
+    Args:
+        comparison: the teacher's row, and rows whose group is the criterion and whose model the size.
+    """
+    plt = _pyplot()
+    heading, factor, _ = column_of(comparison.metric)
+    whole = next(row for row in comparison.rows if row.model == "teacher")
+    criteria = dict.fromkeys(row.group for row in comparison.rows if row is not whole)
+    quantities = {
+        "parameters": ("parameters, millions", 1e-6),
+        LATENCY: ("ms of a forward pass, 1 row", 1.0),
+        SPEEDS[1]: ("ms of a forward pass, 32 rows", 1.0),
+    }
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained", sharey=True)
+    for axes, (quantity, (label, scale)) in zip(panels, quantities.items(), strict=True):
+        for i, criterion in enumerate(criteria):
+            rows = [row for row in comparison.rows if row.group == criterion and row is not whole]
+            rows = [whole, *sorted(rows, key=lambda row: fmean(row.values["parameters"]), reverse=True)]
+            across = [[scale * value for value in row.values[quantity]] for row in rows]
+            up = [[factor * value for value in row.values[comparison.metric]] for row in rows]
+            errors = {f"{of}err": [standard_error(v) or 0 for v in values] for of, values in (("x", across), ("y", up))}
+            style = {"color": "0.4", "linestyle": "--"} if criterion == "random" else {"color": f"C{i}"}
+            style |= {"marker": "osD^vP*X<>"[i % 10], "markersize": 5, "linewidth": 1, "capsize": 2, "label": criterion}
+            axes.errorbar([fmean(v) for v in across], [fmean(v) for v in up], **errors, **style)
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel=heading.replace("\n", ", " if factor == 100 else " "))
+    panels[0].legend(frameon=False, loc="lower right", fontsize=8)
+    seeds = f", ± standard error of {len(whole.runs)} seeds" * (len(whole.runs) > 1)
+    figure.suptitle(f"{comparison.title}: what criteria leave; on the right the whole model{seeds}")
+    _save(plt, figure, path)
+
+
 def plot_sensitivity(path: Path, found: Sensitivity, quality: str) -> None:
     """What `kdfast.prune.sensitivity` found, saved as an image: a panel for each kind of unit, a line for each share that was
     gone, over the layers.

@@ -187,13 +187,14 @@ def evaluation_table(results: Mapping[str, Metrics], data: str, rows: int, teach
 def _no_faster(results: Mapping[str, Metrics], teacher: str | None) -> str:
     if teacher is None:
         return ""
-    costs = {name: _cost(row) for name, row in results.items()}
+    costs = {name: cost_of(row) for name, row in results.items()}
     less = (name for name, of in costs.items() if of.gflop < costs[teacher].gflop)
     told = {name: advice(costs[teacher], costs[name]) for name in less}
     return "".join(f". {name} with {LATENCY_ROWS[-1]} rows: {text}" for name, text in told.items() if text)
 
 
-def _cost(row: Metrics) -> Cost:
+def cost_of(row: Metrics) -> Cost:
+    """What was measured of a model, with many rows."""
     latency = f"latency_ms_batch_{LATENCY_ROWS[-1]}"
     milliseconds = (row[latency + FAST], row[latency], row[latency + SLOW])
     return Cost(int(row["parameters"]), row["megabytes"], row["gflop"], milliseconds)
