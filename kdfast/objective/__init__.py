@@ -2,6 +2,7 @@
 
 `Terms` puts an objective together from terms: `Logits`, `Spans`, `Labels`, `Hidden`, `Embedding`, `Cosine`, `CLS`,
 `Attention`, `Relations` and `Branches`, each with a weight that is constant or follows a schedule.
+`DecoupledLogits` weigh the labelled class and the others apart, `TopLogits` leave out what the teacher finds unlikely.
 `DynamicLogits` are `Logits` with a weight and a temperature of each row, `Ensemble` those of several teachers,
 `Perturbed`, in `Adversarial`, those of inputs that the student is wrong about.
 `Tasks` has an objective for each of several tasks.
@@ -18,6 +19,7 @@ from kdfast.objective.layer_maps import layer_map
 from kdfast.objective.of_branches import Branches
 from kdfast.objective.of_layers import CLS, Attention, Cosine, Embedding, Hidden, Relations
 from kdfast.objective.of_logits import Labels, Logits, Spans
+from kdfast.objective.of_parts import DecoupledLogits, TopLogits
 from kdfast.objective.of_tasks import Tasks
 from kdfast.objective.schedules import ExponentialSchedule, LinearSchedule, StageSchedule
 from kdfast.objective.term import Term, token_mask
@@ -29,6 +31,7 @@ __all__ = [
     "Attention",
     "Branches",
     "Cosine",
+    "DecoupledLogits",
     "DynamicLogits",
     "Embedding",
     "Ensemble",
@@ -48,6 +51,7 @@ __all__ = [
     "Tasks",
     "Term",
     "Terms",
+    "TopLogits",
     "layer_map",
     "model_inputs",
     "token_mask",
