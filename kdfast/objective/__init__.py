@@ -5,6 +5,7 @@
 `DecoupledLogits` weigh the labelled class and the others apart, `TopLogits` leave out what the teacher finds unlikely.
 `DynamicLogits` are `Logits` with a weight and a temperature of each row, `Ensemble` those of several teachers,
 `Perturbed`, in `Adversarial`, those of inputs that the student is wrong about.
+`ULD` and `GOLD` are for language models of two tokenizers.
 `Tasks` has an objective for each of several tasks.
 `LanguageModel` is for language models.
 """
@@ -12,6 +13,7 @@
 from kdfast.models.inputs import model_inputs
 from kdfast.objective._protocol import Missing, Objective
 from kdfast.objective.adversarial import Adversarial, Perturbed
+from kdfast.objective.cross_tokenizer import GOLD, ULD
 from kdfast.objective.dynamic_logits import DynamicLogits
 from kdfast.objective.ensemble import Ensemble
 from kdfast.objective.language_model import LanguageModel
@@ -27,6 +29,8 @@ from kdfast.objective.terms import Hinton, Terms
 
 __all__ = [
     "CLS",
+    "GOLD",
+    "ULD",
     "Adversarial",
     "Attention",
     "Branches",

@@ -215,7 +215,7 @@ class Labels(Term):
         if self.task == "spans" and all(name in inputs for name in POSITIONS):
             return (_positions(inputs, token_mask(inputs)) != OFF).sum()
         if self.task in ("classification", "tokens", "next_tokens") and "labels" in inputs:
-            counted = inputs["labels"] != OFF
+            counted: Tensor = inputs["labels"] != OFF
             return (counted[:, 1:] if self.task == "next_tokens" else counted).sum()
         return super().count(inputs)
 
