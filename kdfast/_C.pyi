@@ -4,6 +4,7 @@ from typing import Any
 
 version: str
 compiler: str
+torch: str
 cuda: dict[str, str] | None
 divergences: tuple[tuple[str, bool, bool, str, str, str], ...]
 divergence_arguments: str

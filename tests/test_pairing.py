@@ -60,7 +60,10 @@ def test_tokens_have_the_teachers_numbers() -> None:
         own("good film", truncation=True, max_length=4)  # which a tokenizer remembers
         pairing.check_tokens("student s", own, teachers)
     expected = "student s: expected the teacher's tokenizer,"
-    remedy = "; multi-teacher, of one teacher or more, compares whole sequences of other tokens"
+    remedy = (
+        "; multi-teacher, of one teacher or more, compares whole sequences of other tokens (language models of two "
+        "tokenizers: kdfast.objective.ULD and GOLD)"
+    )
     for order, message in (
         ([*WORDS[:3], *WORDS[:2:-1]], "in which 'good' is token 3, got one in which it is 9 (6 tokens differ)"),
         (WORDS[:-1], "in which 'the' is token 9, got one in which it is none (1 tokens differ)"),

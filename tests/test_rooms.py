@@ -22,6 +22,7 @@ MAY: dict[str, set[str]] = {
     "ops": set(),
     "nn": {"ops"},
     "bench": {"ops", "nn"},
+    "doctor": {"ops", "bench"},
     "data": {"ops"},
     "models": {"ops", "bench", "data"},
     "prune": {"ops", "nn", "data", "models"},
@@ -36,7 +37,7 @@ MAY: dict[str, set[str]] = {
         *("ops", "data", "models", "prune", "prune/criteria", "prune/schedules", "objective", "teacher_cache"),
         *("train", "recipes", "results"),
     },
-    "cli": {"ops", "data", "models", "prune", "teacher_cache", "recipes", "results", "runs", "bench"},
+    "cli": {"ops", "data", "models", "prune", "teacher_cache", "recipes", "results", "runs", "bench", "doctor"},
 }
 
 

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <string>
+
 #include "common/divergence_facts.h"
 #include "common/divergence_schema.h"
 #include "cuda/plan.h"
@@ -67,6 +69,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information of kdfast's native library.";
   m.attr("version") = KDFAST_VERSION;
   m.attr("compiler") = KDFAST_COMPILER;
+  // The oldest torch that the library runs on, in the form of TORCH_TARGET_VERSION: a byte each of major and minor.
+  m.attr("torch") = std::to_string(KDFAST_TORCH_TARGET >> 56) + "." + std::to_string(KDFAST_TORCH_TARGET >> 48 & 0xff);
   m.def("cpu_variants", &kdfast::cpu_variants, "CPU variants that this processor runs, narrowest first.");
   m.def("cpu_variant", &kdfast::cpu_variant_name, "The CPU variant in use.");
   m.def("set_cpu_variant", &kdfast::set_cpu_variant, py::arg("name"), "Switches the CPU variant (for tests).");

@@ -155,16 +155,13 @@ def check(operator: Operator, student: Side, teacher: Side) -> None:
         raise AssertionError(f"{operator.name}: {of_loss:.1e}, its gradient {error:.1e} off float64: not worth timing")
 
 
-def run(case: Case, device: str, seconds: float = 2.0, compiled: bool = True) -> Result:
-    """Measures one case; with `compiled` against `torch.compile` too, which compiles for many seconds."""
+def caller(case: Case, student: Side, teacher: Side) -> Callable[[Callable[..., Tensor]], Callable[[], None]]:
+    """Makes of a function of both sides the call that is timed: its result, and the gradients of the student."""
     operator = OPERATORS[case.operator]
-    student, teacher = make(case, device)
-    check(operator, student, teacher)
     more = operator.arguments(student)
-
     upstream = torch.randn_like(apply(operator.reference, student, teacher, **more)) if operator.product else None
 
-    def caller(loss_of: Callable[..., Tensor]) -> Callable[[], None]:
+    def of(loss_of: Callable[..., Tensor]) -> Callable[[], None]:
         def call() -> None:
             loss = apply(loss_of, student, teacher, **more)
             if case.gradient:
@@ -172,20 +169,34 @@ def run(case: Case, device: str, seconds: float = 2.0, compiled: bool = True) ->
 
         return call
 
+    return of
+
+
+def ours(case: Case) -> Callable[..., Tensor]:
+    """kdfast's function, with the reduction that eager code has."""
+    operator = OPERATORS[case.operator]
     reduction = {} if operator.product else {"reduction": "batchmean"}
-    ours = caller(lambda *args, **kw: operator.function(*args, **reduction, **kw))
-    eager = caller(operator.eager)
+    return lambda *args, **kwargs: operator.function(*args, **reduction, **kwargs)
+
+
+def run(case: Case, device: str, seconds: float = 2.0, compiled: bool = True) -> Result:
+    """Measures one case; with `compiled` against `torch.compile` too, which compiles for many seconds."""
+    operator = OPERATORS[case.operator]
+    student, teacher = make(case, device)
+    check(operator, student, teacher)
+    call_of = caller(case, student, teacher)
+    kdfasts, eager = call_of(ours(case)), call_of(operator.eager)
     # Before anything keeps memory mapped: high-water marks only show what is fresh.
-    peaks = peak_memory(ours, device), peak_memory(eager, device)
-    candidates: dict[str, Callable[[], object]] = {"kdfast": ours, "eager": eager}
+    peaks = peak_memory(kdfasts, device), peak_memory(eager, device)
+    candidates: dict[str, Callable[[], object]] = {"kdfast": kdfasts, "eager": eager}
     if compiled:
         # Each case is compiled for itself: past a number of variants it would silently run eager.
         torch.compiler.reset()
-        candidates["compiled"] = caller(torch.compile(operator.eager))
+        candidates["compiled"] = call_of(torch.compile(operator.eager))
     times = interleaved(candidates, device, seconds)
     bound, work = ceiling(operator, student, teacher, case.gradient)
     with reused_memory() if device == "cpu" else contextlib.nullcontext():
-        kernel = interleaved({"kdfast": ours, "bound": bound}, device, seconds / 4)
+        kernel = interleaved({"kdfast": kdfasts, "bound": bound}, device, seconds / 4)
     return Result(
         case=case,
         kdfast=times["kdfast"],
@@ -252,15 +263,18 @@ def environment(device: str) -> dict[str, Any]:
             "memory": f"{properties.total_memory / 2**30:.0f} GiB",
             "cuda": torch.version.cuda,
         }
-    models = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
     return facts | {
-        "device": models[0] if models else platform.processor(),
+        "device": processor(),
         "threads": torch.get_num_threads(),
         "cpu_variant": _C.cpu_variant(),
         "load_before": round(os.getloadavg()[0], 2),
     }
+
+
+def processor() -> str:
+    """The name of its model."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
 
 
 def save(results: list[Result], facts: dict[str, Any], folder: Path, stem: str = "operators") -> Path:

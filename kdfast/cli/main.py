@@ -18,6 +18,7 @@ from kdfast.cli.augment import augment
 from kdfast.cli.bench import bench
 from kdfast.cli.cache import cache_teacher, check_cache
 from kdfast.cli.distill import add_prune, add_recipes
+from kdfast.cli.doctor import doctor
 from kdfast.cli.export import export
 from kdfast.cli.results import compare, evaluate, report
 from kdfast.cli.shared import fail
@@ -58,7 +59,7 @@ def _kdfast(
 
 add_recipes(distill)
 add_prune(app)
-for command in (evaluate, compare, report, export, augment, cache_teacher, check_cache, bench):
+for command in (evaluate, compare, report, export, augment, cache_teacher, check_cache, bench, doctor):
     app.command()(command)
 
 

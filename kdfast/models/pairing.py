@@ -26,7 +26,7 @@ def check_tokens(named: str, tokenizer: Any, teachers: Any) -> None:
         raise ValueError(
             f"{named}: expected the teacher's tokenizer, in which {token!r} is token {number}, got one in which it is "
             f"{own.get(token, 'none')} ({len(differing):,} tokens differ); multi-teacher, of one teacher or more, "
-            "compares whole sequences of other tokens"
+            "compares whole sequences of other tokens (language models of two tokenizers: kdfast.objective.ULD and GOLD)"
         )
 
 

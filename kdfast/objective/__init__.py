@@ -2,8 +2,10 @@
 
 `Terms` puts an objective together from terms: `Logits`, `Spans`, `Labels`, `Hidden`, `Embedding`, `Cosine`, `CLS`,
 `Attention`, `Relations` and `Branches`, each with a weight that is constant or follows a schedule.
+`DecoupledLogits` weigh the labelled class and the others apart, `TopLogits` leave out what the teacher finds unlikely.
 `DynamicLogits` are `Logits` with a weight and a temperature of each row, `Ensemble` those of several teachers,
 `Perturbed`, in `Adversarial`, those of inputs that the student is wrong about.
+`ULD` and `GOLD` are for language models of two tokenizers.
 `Tasks` has an objective for each of several tasks.
 `LanguageModel` is for language models.
 """
@@ -11,6 +13,7 @@
 from kdfast.models.inputs import model_inputs
 from kdfast.objective._protocol import Missing, Objective
 from kdfast.objective.adversarial import Adversarial, Perturbed
+from kdfast.objective.cross_tokenizer import GOLD, ULD
 from kdfast.objective.dynamic_logits import DynamicLogits
 from kdfast.objective.ensemble import Ensemble
 from kdfast.objective.language_model import LanguageModel
@@ -18,6 +21,7 @@ from kdfast.objective.layer_maps import layer_map
 from kdfast.objective.of_branches import Branches
 from kdfast.objective.of_layers import CLS, Attention, Cosine, Embedding, Hidden, Relations
 from kdfast.objective.of_logits import Labels, Logits, Spans
+from kdfast.objective.of_parts import DecoupledLogits, TopLogits
 from kdfast.objective.of_tasks import Tasks
 from kdfast.objective.schedules import ExponentialSchedule, LinearSchedule, StageSchedule
 from kdfast.objective.term import Term, token_mask
@@ -25,10 +29,13 @@ from kdfast.objective.terms import Hinton, Terms
 
 __all__ = [
     "CLS",
+    "GOLD",
+    "ULD",
     "Adversarial",
     "Attention",
     "Branches",
     "Cosine",
+    "DecoupledLogits",
     "DynamicLogits",
     "Embedding",
     "Ensemble",
@@ -48,6 +55,7 @@ __all__ = [
     "Tasks",
     "Term",
     "Terms",
+    "TopLogits",
     "layer_map",
     "model_inputs",
     "token_mask",

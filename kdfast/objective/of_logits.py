@@ -17,7 +17,7 @@ from kdfast.objective.term import Inputs, Term, check_aligned, token_mask, token
 from kdfast.ops import _checks
 from kdfast.ops._divergence import check_divergence
 
-TASKS = ("classification", "multi_label", "regression", "tokens", "spans")
+TASKS = ("classification", "multi_label", "regression", "tokens", "next_tokens", "spans")
 POSITIONS = ("start_positions", "end_positions")
 SPANS = " (of question answering: kdfast.objective.Spans, and Labels('spans'))"
 
@@ -45,20 +45,23 @@ class _Soft(Term):
 
     def distance(self, student: Tensor, teacher: Tensor, inputs: Inputs, mask: Tensor | None) -> Tensor:
         """T² · D of logits [B, ..., C], with the temperatures and weights that rows have of their own."""
-        temperature, weight = inputs.get("sample_temperature", self.temperature), inputs.get("sample_weight")
-        factor = temperature**2 if self.t_squared else 1.0
+        options, factor = self.of_rows(student, inputs, self.temperature)
+        loss: Tensor = getattr(kdfast, self.divergence)(student, teacher, mask=mask, **options, **self.settings)
+        return loss * factor
+
+    def of_rows(self, student: Tensor, inputs: Inputs, temperature: float) -> tuple[dict[str, Any], float]:
+        """Temperature and weights for a divergence of logits [B, ..., C], T² among them where rows have
+        temperatures of their own, and what to multiply its result by."""
+        own, weight = inputs.get("sample_temperature", temperature), inputs.get("sample_weight")
+        factor = own**2 if self.t_squared else 1.0
         if isinstance(factor, Tensor):
             weight, factor = factor if weight is None else factor * weight, 1.0
         rows, dtype = (-1, *[1] * (student.dim() - 2)), _checks.loss_dtype(student)
-        loss: Tensor = getattr(kdfast, self.divergence)(
-            student,
-            teacher,
-            temperature=temperature.to(dtype).view(rows) if isinstance(temperature, Tensor) else temperature,
-            mask=mask,
-            weight=None if weight is None else weight.to(dtype).view(rows),
-            **self.settings,
-        )
-        return loss * factor
+        options = {
+            "temperature": own.to(dtype).view(rows) if isinstance(own, Tensor) else own,
+            "weight": None if weight is None else weight.to(dtype).view(rows),
+        }
+        return options, factor
 
 
 class Logits(_Soft):
@@ -182,11 +185,12 @@ class Labels(Term):
         task: "classification": cross-entropy of logits [B, C] with class numbers [B]; "multi_label": binary
             cross-entropy with labels [B, C], mean over classes; "regression": squared error of logits [B] or [B, 1]
             with numbers [B], or of logits and labels [B, C], mean over C; "tokens": cross-entropy of logits [B, L, V]
-            with labels [B, L], of masked language models: nothing is shifted; "spans": of question answering, mean
-            cross-entropy of the start and end logits [B, L] with `start_positions` and `end_positions` [B], over
-            positions that are no padding, as of `Spans` (transformers' own loss has padding among them, and so
-            depends on the batch). Labels beyond a row's own positions do not count; negative ones are 0, as in
-            transformers.
+            with labels [B, L], of masked language models: nothing is shifted; "next_tokens": the same of causal ones,
+            each place's logits with the next one's label (where no other term needs logits, `LanguageModel` has this
+            without them); "spans": of question answering, mean cross-entropy of the start and end logits [B, L] with
+            `start_positions` and `end_positions` [B], over positions that are no padding, as of `Spans` (transformers'
+            own loss has padding among them, and so depends on the batch). Labels beyond a row's own positions do not
+            count; negative ones are 0, as in transformers.
         weight: a number or a schedule.
         label_smoothing: of the cross-entropies.
 
@@ -210,16 +214,16 @@ class Labels(Term):
     def count(self, inputs: Inputs) -> Tensor:
         if self.task == "spans" and all(name in inputs for name in POSITIONS):
             return (_positions(inputs, token_mask(inputs)) != OFF).sum()
-        if self.task in ("classification", "tokens") and "labels" in inputs:
-            counted: Tensor = (inputs["labels"] != OFF).sum()
-            return counted
+        if self.task in ("classification", "tokens", "next_tokens") and "labels" in inputs:
+            counted: Tensor = inputs["labels"] != OFF
+            return (counted[:, 1:] if self.task == "next_tokens" else counted).sum()
         return super().count(inputs)
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
         logits, labels, weight = self._targets(student, inputs)
         self._check_shapes(logits, labels)
         dtype = _checks.loss_dtype(logits)
-        if self.task in ("classification", "tokens", "spans"):
+        if self.task not in ("multi_label", "regression"):
             if labels.is_floating_point():
                 others = "numbers: Labels('regression'); a 0 or 1 for each class: Labels('multi_label')"
                 self.refuse("labels", f"an int64 tensor of class indices ({others})", labels.dtype, TypeError)
@@ -247,7 +251,10 @@ class Labels(Term):
         if lacking := [name for name in names if name not in inputs]:
             raise Missing(f"Labels: inputs: expected rows with {', '.join(lacking)}, got {', '.join(inputs)}")
         if self.task != "spans":
-            return self.output(student, "logits", instead=SPANS), inputs["labels"], weight
+            logits, labels = self.output(student, "logits", instead=SPANS), inputs["labels"]
+            if self.task == "next_tokens" and logits.dim() == 3 and labels.shape == logits.shape[:2]:
+                return logits[:, :-1], labels[:, 1:], weight
+            return logits, labels, weight
         both = [self.output(student, name) for name in ("start_logits", "end_logits")]
         on = token_mask(inputs, both[0].shape)
         logits = torch.cat([x.to(_checks.loss_dtype(x)) for x in both])  # before: autocast joins no float16 on a CPU
@@ -260,7 +267,7 @@ class Labels(Term):
             expected = shape[:1] if logits.numel() == shape[0] else shape
             fits = labels.shape[:1] == shape[:1] and labels.numel() == logits.numel()
         else:
-            form = "[batch, length, vocabulary]" if self.task == "tokens" else "[batch, classes]"
+            form = "[batch, length, vocabulary]" if self.task in ("tokens", "next_tokens") else "[batch, classes]"
             if logits.dim() != form.count(",") + 1:
                 self.refuse("logits", f"{form} for task {self.task!r}", list(shape))
             expected = shape if self.task == "multi_label" else shape[:-1]

@@ -134,7 +134,8 @@ def check_aligned(who: str, inputs: Inputs) -> None:
     if own is None or its is None:
         return
     expected = (
-        "the tokens of input_ids, one by one (of other tokens: terms of whole sequences, such as Logits() and CLS)"
+        "the tokens of input_ids, one by one (of other tokens: terms of whole sequences, such as Logits() and CLS; of "
+        "language models: ULD and GOLD)"
     )
     if own.shape != its.shape:
         raise ValueError(f"{who}: {TEACHER}input_ids: expected {expected}, {list(own.shape)}, got {list(its.shape)}")

@@ -113,6 +113,9 @@ _SIDE, _DENSITY = 64, 0.25
 def _made_blocks(shape: tuple[int, ...], options: dict[str, Any]) -> tuple[Any, Any]:
     """rows, inputs, outputs: a quarter of the blocks lives."""
     rows, inputs, outputs = shape
+    if inputs % _SIDE or outputs % _SIDE or (inputs // _SIDE) * (outputs // _SIDE) * _DENSITY % 1:
+        expected = f"features in blocks of {_SIDE}, four blocks or a multiple of it"
+        raise ValueError(f"block_sparse_linear: shape: expected {expected}, got {inputs}, {outputs}")
     count = int(_DENSITY * (inputs // _SIDE) * (outputs // _SIDE))
     x = torch.randn(rows, inputs, **options)
     return (x, torch.randn(count, _SIDE, _SIDE, **options).mul_((_DENSITY * inputs) ** -0.5)), ()
