@@ -1,7 +1,8 @@
 """What a distilled student is trained on: callables that return the weighted terms of its loss.
 
 `Terms` puts an objective together from terms: `Logits`, `Spans`, `Labels`, `Hidden`, `Embedding`, `Cosine`, `CLS`,
-`Attention`, `Relations` and `Branches`, each with a weight that is constant or follows a schedule.
+`Attention`, `Relations`, `Branches`, `SentenceMSE` and `MarginMSE`, each with a weight that is constant or follows a
+schedule.
 `DynamicLogits` are `Logits` with a weight and a temperature of each row, `Ensemble` those of several teachers,
 `Perturbed`, in `Adversarial`, those of inputs that the student is wrong about.
 `Tasks` has an objective for each of several tasks.
@@ -18,6 +19,7 @@ from kdfast.objective.layer_maps import layer_map
 from kdfast.objective.of_branches import Branches
 from kdfast.objective.of_layers import CLS, Attention, Cosine, Embedding, Hidden, Relations
 from kdfast.objective.of_logits import Labels, Logits, Spans
+from kdfast.objective.of_sentences import MarginMSE, SentenceMSE
 from kdfast.objective.of_tasks import Tasks
 from kdfast.objective.schedules import ExponentialSchedule, LinearSchedule, StageSchedule
 from kdfast.objective.term import Term, token_mask
@@ -39,10 +41,12 @@ __all__ = [
     "LanguageModel",
     "LinearSchedule",
     "Logits",
+    "MarginMSE",
     "Missing",
     "Objective",
     "Perturbed",
     "Relations",
+    "SentenceMSE",
     "Spans",
     "StageSchedule",
     "Tasks",
