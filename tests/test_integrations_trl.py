@@ -8,80 +8,25 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers as hf
-from language_models import PAD, VOCABULARY, llama
+from language_models import PAD, VOCABULARY
 from other_libraries import same
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor, nn
-
-pytest.importorskip("trl")
-import trl
-from datasets import Dataset
-from trl.trainer import distillation_trainer as distillation
+from ranks import spawn
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from kdfast.integrations import trl as ours
 from kdfast.integrations.trl import use_kdfast
 
+trl = pytest.importorskip("trl")
+distillation = pytest.importorskip("trl.trainer.distillation_trainer")
+from trl_trainers import distillation_trainer, gkd_trainer, run  # noqa: E402  (imports trl)
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's own: of what is experimental, of this setting of GKD
 WEIGHTED = {"loss", "grad_norm", "entropy", "eval_loss", "eval_entropy"}
-ROWS = [[f"w{(i * k + 3) % 300}" for k in range(1, 4 + i % 5)] for i in range(16)]
 BATCHES = pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7)], ids=["mean", "number", "tensor"])
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"unk_token": "w0", "pad_token": f"w{PAD}", "eos_token": f"w{PAD}"}
-    found = hf.PreTrainedTokenizerFast(tokenizer_object=words, padding_side="left", **special)
-    found.chat_template = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
-    return found
-
-
-def settings(folder: Path) -> dict[str, Any]:
-    # Plain gradient descent: Adam's steps have the sign of gradients that are nearly 0.
-    return {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 3,
-        "learning_rate": 0.5,
-        "max_grad_norm": 0.0,
-        "optim": "sgd",
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-    }
-
-
-def distillation_trainer(folder: Path, tokenizer: Any, **more: Any) -> Any:
-    args = trl.DistillationConfig(max_completion_length=6, **settings(folder), **more)
-    rows = Dataset.from_dict({"prompt": [" ".join(words) for words in ROWS]})
-    models: dict[str, Any] = {"model": llama(0, 2, tied=False), "teacher_model": llama(1, 3)}
-    return trl.DistillationTrainer(
-        **models, args=args, train_dataset=rows, eval_dataset=rows.select(range(4)), processing_class=tokenizer
-    )
-
-
-def gkd_trainer(folder: Path, tokenizer: Any, **more: Any) -> Any:
-    gkd = pytest.importorskip("trl.experimental.gkd")
-    args = gkd.GKDConfig(max_new_tokens=5, max_length=20, **settings(folder), **more)
-    turns = [{"role": "user", "content": " ".join(words)} for words in ROWS]
-    answers = [{"role": "assistant", "content": " ".join(words[::-1])} for words in ROWS]
-    rows = Dataset.from_dict({"messages": [list(pair) for pair in zip(turns, answers, strict=True)]})
-    models: dict[str, Any] = {"model": llama(0, 2, tied=False), "teacher_model": llama(1, 3)}
-    return gkd.GKDTrainer(
-        **models, args=args, train_dataset=rows, eval_dataset=rows.select(range(4)), processing_class=tokenizer
-    )
-
-
-def run(trainer: Any) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    trainer.train()
-    trainer.evaluate()
-    return trainer.state.log_history, trainer.model.state_dict()
 
 
 @pytest.mark.parametrize(
@@ -94,9 +39,14 @@ def run(trainer: Any) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     ],
     ids=["distillation, reverse KL", "distillation, JSD", "GKD, JSD, half on-policy", "GKD, KL"],
 )
-def test_training_is_the_same(make: Any, more: dict[str, Any], tmp_path: Path, tokenizer: Any) -> None:
-    theirs, weights = run(make(tmp_path, tokenizer, **more))
-    trainer = make(tmp_path, tokenizer, **more)
+def test_training_is_the_same(make: Any, more: dict[str, Any], tmp_path: Path) -> None:
+    compare_training(make, more, tmp_path)
+
+
+def compare_training(make: Any, more: dict[str, Any], folder: Path) -> None:
+    """Every number that is logged, and how far every weight has moved."""
+    theirs, weights = run(make(folder, **more))
+    trainer = make(folder, **more)
     before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
     assert use_kdfast(trainer) is trainer
     mine, own = run(trainer)
@@ -114,8 +64,8 @@ def test_training_is_the_same(make: Any, more: dict[str, Any], tmp_path: Path, t
     assert float((weights["lm_head.weight"] - before["lm_head.weight"]).norm()) > 1e-2
 
 
-def test_only_this_trainer_changes(tmp_path: Path, tokenizer: Any) -> None:
-    used, other = (distillation_trainer(tmp_path, tokenizer) for _ in range(2))
+def test_only_this_trainer_changes(tmp_path: Path) -> None:
+    used, other = (distillation_trainer(tmp_path) for _ in range(2))
     use_kdfast(used)
     assert used._compute_loss.__func__.__globals__[ours.OF_HIDDEN] is ours._of_hidden
     assert "_compute_loss" not in vars(other)
@@ -184,14 +134,14 @@ def test_autocast() -> None:
 
 
 @pytest.mark.parametrize("outputs", [False, True], ids=["", "outputs asked for"])
-def test_cohere_in_gkd(outputs: bool, tmp_path: Path, tokenizer: Any) -> None:
+def test_cohere_in_gkd(outputs: bool, tmp_path: Path) -> None:
     """Logits with a scale; and outputs, which evaluations ask for, make logits as TRL does."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "logit_scale": 0.5}
     config = hf.CohereConfig(
         vocab_size=VOCABULARY, num_key_value_heads=2, intermediate_size=48, pad_token_id=PAD, initializer_range=0.3, **sizes
     )  # fmt: skip
-    trainer = gkd_trainer(tmp_path, tokenizer, beta=0.5)
+    trainer = gkd_trainer(tmp_path, beta=0.5)
     student, trainer.teacher_model = hf.CohereForCausalLM(config), hf.CohereForCausalLM(config)
     batch = {name: x.clone() for name, x in next(iter(trainer.get_train_dataloader())).items()}
     inputs = [student.model.layers[0].mlp.up_proj.weight, student.lm_head.weight]
@@ -213,12 +163,12 @@ def test_cohere_in_gkd(outputs: bool, tmp_path: Path, tokenizer: Any) -> None:
         assert trainer.compute_loss(student, batch, True)[1].logits.shape[-1] == VOCABULARY
 
 
-def test_other_trainers_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+def test_other_trainers_are_refused(tmp_path: Path) -> None:
     class Mine(trl.DistillationTrainer):  # type: ignore[misc]
         def _compute_loss(self, *arguments: Any) -> Any:
             return None
 
-    trainer = distillation_trainer(tmp_path, tokenizer)
+    trainer = distillation_trainer(tmp_path)
     trainer.__class__ = Mine
     with pytest.raises(
         TypeError, match="trainer: expected one with the _compute_loss of trl's DistillationTrainer, got Mine"
@@ -226,3 +176,34 @@ def test_other_trainers_are_refused(tmp_path: Path, tokenizer: Any) -> None:
         use_kdfast(trainer)
     with pytest.raises(TypeError, match=r"use_kdfast: trainer: expected a trl.DistillationTrainer or a .*, got Linear"):
         use_kdfast(nn.Linear(1, 1))
+
+
+# ---- ranks ----
+def check_on_rank(rank: int, folder: Path) -> None:
+    check_shards(rank)
+    assert dist.get_world_size() == 2
+    compare_training(distillation_trainer, {"beta": 0.3}, folder)
+    compare_training(gkd_trainer, {"beta": 0.3, "lmbda": 0.0}, folder)
+
+
+def check_shards(rank: int) -> None:
+    """Output embeddings in shards, as fully_shard has them, and each rank's own hidden states."""
+    torch.manual_seed(0)
+    weight, teacher = torch.randn(50, 16) / 4, (torch.randn(50, 24) / 4, torch.randn(2, 5, 24))
+    torch.manual_seed(rank)
+    hidden = torch.randn(2, 5, 16, requires_grad=True)
+    mesh, mask = init_device_mesh("cpu", (2,)), torch.ones(2, 5)
+    gradients = []
+    for function in (ours._of_hidden, distillation._chunked_divergence_loss):
+        shards = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+        loss, *_ = function(hidden, teacher[1], shards, distribute_tensor(teacher[0], mesh, [Shard(0)]), mask, 0.5)
+        gradients.append((loss.detach(), *torch.autograd.grad(loss, (hidden, shards))))
+    for mine, its in zip(*gradients, strict=True):
+        mine, its = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (mine, its))
+        assert float(its.norm()) > 1e-3
+        assert float((mine - its).norm()) < 1e-5 * float(its.norm())
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    """DDP; and output embeddings in shards."""
+    spawn(check_on_rank, 2, tmp_path, tmp_path)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_integrations_trl as with_trl
 import tiny_texts
 import torch
 from language_models import llama
@@ -21,7 +20,6 @@ from kdfast.integrations import liger, torchtune
 PAGE = (Path(__file__).parents[1] / "docs" / "migrate.md").read_text()
 SETUP, *EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
 PAIRS = list(zip(EXAMPLES[::2], EXAMPLES[1::2], strict=True))
-tokenizer = with_trl.tokenizer  # the fixture
 
 
 def printed(example: str, names: dict[str, Any]) -> float:
@@ -49,10 +47,19 @@ def test_torch() -> None:
     compare(pair, {})
 
 
-def test_trl(tmp_path: Path, tokenizer: Any) -> None:
+@pytest.mark.filterwarnings("ignore")
+def test_trl(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from trl_trainers import distillation_trainer, tokenizer
+
     (pair,) = of("trl")
-    example = with_trl.distillation_trainer(tmp_path, tokenizer)
-    names = {"args": example.args, "rows": example.train_dataset, "tokenizer": tokenizer, "teacher_model": llama(1, 3)}
+    example = distillation_trainer(tmp_path)
+    names = {
+        "args": example.args,
+        "rows": example.train_dataset,
+        "tokenizer": tokenizer(),
+        "teacher_model": llama(1, 3),
+    }
     before, after = (printed(code, {**names, "model": llama(0, 2)}) for code in pair)
     assert after == pytest.approx(before, rel=1e-5)
 
