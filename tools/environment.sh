@@ -82,7 +82,7 @@ if [ ! -x $venv/bin/python ] || { [ "${PYTHON:-}" ] && ! same_interpreter "$pyth
 fi
 
 # What was made for these contents of these files is up to date.
-environment=$(sha256sum pyproject.toml tools/environment.sh)
+environment=$(sha256sum pyproject.toml tools/environment.sh tests/integrations.txt)
 sources="${KDFAST_CUDA:-AUTO} ${KDFAST_CUDA_ARCHITECTURES:-}
 $(find csrc setup.py CMakeLists.txt pyproject.toml kdfast/__init__.py -type f | LC_ALL=C sort | xargs sha256sum)"
 environment_current=$([ "$(cat $venv/environment.stamp 2>/dev/null)" = "$environment" ] && echo yes || true)
@@ -98,6 +98,7 @@ fi
 if [ ! "$environment_current" ]; then
   say "installing what recipes, tests and linters use (about a minute)"
   pip install -qq -c $constraints 'kdfast[dev]'
+  pip install -qq --no-deps -r tests/integrations.txt
   echo "$environment" >$venv/environment.stamp
   say "ready"
 fi
