@@ -17,11 +17,6 @@ constexpr int64_t kCached = 640 << 10;  // bytes of packed blocks, or panels, th
 // Rows of A that pass by every cache of blocks in turn: of more, the last-level cache would lose the first ones.
 constexpr int64_t kSlab = 512;
 
-#if !defined(__AVX512BF16__)
-template <class P>
-struct Registers {};
-#endif
-
 // ---- y and dx ----
 template <class P>
 bool packs(const Blocks& b) {

@@ -85,8 +85,17 @@ void matmul(Tensor c, Tensor a, Tensor b, std::optional<Tensor> bias, bool add) 
   const Operands operands = operands_of(a, b);
   STD_TORCH_CHECK(!turned || (c.stride(0) == 1 && !bias && operands < Operands::f32_bf16), kOp,
                   ": c: expected rows side by side, or columns where a and b are of one type and there is no bias");
-  Product p{c.size(0), c.size(1), a.size(1), operand(a, false), operand(b, false), nullptr, c.mutable_data_ptr(),
-            c.stride(turned ? 1 : 0), c.scalar_type() == b.scalar_type(), add, nullptr};
+  Product p{c.size(0),
+            c.size(1),
+            a.size(1),
+            operand(a, false),
+            operand(b, false),
+            nullptr,
+            c.mutable_data_ptr(),
+            c.stride(turned ? 1 : 0),
+            c.scalar_type() == b.scalar_type(),
+            add,
+            nullptr};
   if (turned) std::swap(p.rows, p.columns), p.a = operand(b, true), p.b = operand(a, true);
   if (p.rows == 0 || p.columns == 0) return;
   const ProductKernels& kernels = cpu_variant().kernels->products[int(operands)];

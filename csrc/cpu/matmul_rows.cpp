@@ -8,17 +8,20 @@
 
 #include "cpu/block_pack.h"
 #include "cpu/blocks.h"
+#include "cpu/matmul_amx.h"
 
 namespace kdfast::KDFAST_VARIANT {
 namespace {
 
-constexpr int64_t kCached = 640 << 10;    // bytes of a packed panel
-constexpr int64_t kMostWords = 768;       // of a panel's inner dimension
-constexpr int64_t kMostColumns = 512;     // of a panel: of more, the rows' sums would not stay beside it
-constexpr int64_t kDepth = 128;           // words that are summed before they join the rest
-constexpr int64_t kRows = 48;             // of A that pass by at a time: whole tiles of either shape
-constexpr int64_t kSumRows = 5 * kRows;   // whose sums wait for the next part of the inner dimension
-constexpr int64_t kSlabRows = 10 * kRows;  // the same, where C itself has the sums
+constexpr int64_t kCached = 640 << 10;  // bytes of a packed panel
+constexpr int64_t kMostWords = 768;     // of a panel's inner dimension
+constexpr int64_t kMostColumns = 512;   // of a panel: of more, the rows' sums would not stay beside it
+constexpr int64_t kDepth = 128;         // words that are summed before they join the rest
+template <class P>
+constexpr int64_t kRows = P::kAmx ? 64 : 48;  // of A that pass by at a time: whole tiles of any shape
+template <class P>
+constexpr int64_t kSumRows = 5 * kRows<P>;  // whose sums wait for the next part of the inner dimension
+constexpr int64_t kSlabRows = 480;          // the same, where C itself has the sums
 
 // ---- packing ----
 // The word of a number and, of pairs, its neighbour in the inner dimension, if there is one.
@@ -34,7 +37,14 @@ KDFAST_LOCAL typename P::Word word_of(const typename P::Number* at, [[maybe_unus
   }
 }
 
-// `width` numbers along `step` and `depth` along `inner` to [words, to_row], zeros beyond the width.
+// Words of so many numbers of the inner dimension: whole tiles of AMX.
+template <class P>
+int64_t words_of(int64_t depth) {
+  const int64_t words = (depth + P::kNumbers - 1) / P::kNumbers;
+  return P::kAmx ? rounded_up(words, 16) : words;
+}
+
+// `width` numbers along `step` and `depth` along `inner` to [words, to_row], zeros beyond what is there.
 template <class P>
 void pack(const typename P::Number* from, int64_t step, int64_t inner, int64_t width, int64_t depth,
           typename P::Word* to, int64_t to_row) {
@@ -47,6 +57,8 @@ void pack(const typename P::Number* from, int64_t step, int64_t inner, int64_t w
     p_done = width / 16 * 16, q_done = depth / P::kNumbers / 16 * 16;
     pack_turned<P>(from, step, p_done, q_done, to, to_row);
   }
+  const int64_t all = words_of<P>(depth);
+  memset(to + words * to_row, 0, (all - words) * to_row * sizeof(*to));
   for (int64_t q = 0; q < words; ++q) {
     const typename P::Number* at = from + q * P::kNumbers * inner;
     const bool whole = (q + 1) * P::kNumbers <= depth;
@@ -65,26 +77,29 @@ struct Cut {
 };
 template <class P>
 Cut cut_of(const Product& p) {
-  const int64_t words = (p.inner + P::kNumbers - 1) / P::kNumbers, panels = (words + kMostWords - 1) / kMostWords;
+  const int64_t words = words_of<P>(p.inner), panels = (words + kMostWords - 1) / kMostWords;
   const int64_t deep = panels > 1 ? rounded_up((words + panels - 1) / panels, 16) : words;
   const int64_t fit = kCached / ((deep ? deep : 1) * int64_t(sizeof(typename P::Word))) / 64 * 64;
   return {deep * P::kNumbers, fit < 64 ? 64 : fit > kMostColumns ? kMostColumns : fit, panels > 1};
 }
 template <class P>
-int64_t words_of(const Cut& cut) {
-  return (cut.depth + P::kNumbers - 1) / P::kNumbers;
-}
-template <class P>
 bool through_sums(const Product& p, int64_t width) {
-  return (p.narrow && sizeof(typename P::Number) < sizeof(typename P::Sum)) || width % kBlockStep;
+  return P::kAmx || (p.narrow && sizeof(typename P::Number) < sizeof(typename P::Sum)) || width % kBlockStep;
 }
 
+// Words of packed rows of A.
+template <class A>
+int64_t rows_room(const Cut& cut) {
+  int64_t parts = 1;
+  if constexpr (A::kAmx) parts = A::kParts;
+  return parts * kRows<A> * words_of<A>(cut.depth);
+}
 // Packed rows of A, a panel of B, sums.
-template <class P>
+template <class A, class P>
 int64_t room(const Product& p) {
   const Cut cut = cut_of<P>(p);
-  const int64_t words = words_of<P>(cut) * (kRows + cut.columns);
-  return (words + (cut.several ? kSumRows : kRows) * cut.columns) * int64_t(sizeof(typename P::Sum));
+  const int64_t words = rows_room<A>(cut) + words_of<P>(cut.depth) * cut.columns;
+  return (words + (cut.several ? kSumRows<P> : kRows<P>)*cut.columns) * int64_t(sizeof(typename P::Sum));
 }
 
 // Some columns of C: `width` of them, from panels of `to_row`; where their sums are, and from row to row of these.
@@ -94,25 +109,39 @@ struct Strip {
   typename P::Word *a, *panel;
   typename P::Sum* sums;
   int64_t sums_row;
-  bool add;  // to the sums
+  bool add;                     // to the sums
   const typename P::Sum* bias;  // that the sums begin with
 };
 
-// Rows m..m + some of C, of the strip's panel at k..k + depth of the inner dimension. A packs A's numbers.
+// Rows m..m + some of A, at k..k + depth of the inner dimension, as they lie or in `to`. A packs A's numbers.
 template <class A, class P>
-void multiply(const Product& p, const Strip<P>& s, int64_t m, int64_t some, int64_t k, int64_t depth) {
-  using Word = typename P::Word;
-  constexpr int64_t size = sizeof(Word);
+Tile<P> rows_of(const Product& p, int64_t m, int64_t some, int64_t k, int64_t depth, typename P::Word* to) {
+  constexpr int64_t size = sizeof(typename P::Word);
   const auto* a = (const typename A::Number*)p.a.data + m * p.a.row + k * p.a.column;
   Tile<P> t{};
-  t.a = (const char*)a, t.a_row = p.a.row * int64_t(sizeof *a), t.a_word = size;
-  if (!A::kReadsInPlace || p.a.column != 1 || depth % A::kNumbers) {
-    pack<A>(a, p.a.row, p.a.column, some, depth, s.a, kRows);
-    t.a = (const char*)s.a, t.a_row = size, t.a_word = kRows * size;
+  t.count = 1;
+  if constexpr (A::kAmx) {
+    static const int64_t parts[] = {0, 1};  // one after another, of the same panel of B
+    const int64_t words = words_of<A>(depth);
+    pack_tiles<A>(a, p.a.row, p.a.column, some, depth, to, kRows<A>, words);
+    t.a = (const char*)to, t.a_row = words * size, t.a_word = size;
+    t.index = parts, t.count = A::kParts, t.a_block = kRows<A> * t.a_row;
+  } else if (!A::kReadsInPlace || p.a.column != 1 || depth % A::kNumbers) {
+    pack<A>(a, p.a.row, p.a.column, some, depth, to, kRows<A>);
+    t.a = (const char*)to, t.a_row = size, t.a_word = kRows<A> * size;
+  } else {
+    t.a = (const char*)a, t.a_row = p.a.row * int64_t(sizeof *a), t.a_word = size;
   }
-  t.w = s.panel, t.w_row = s.to_row, t.count = 1;
+  return t;
+}
+
+// Rows m..m + some of C, of the strip's panel at k..k + depth of the inner dimension.
+template <class A, class P>
+void multiply(const Product& p, const Strip<P>& s, int64_t m, int64_t some, int64_t k, int64_t depth) {
+  Tile<P> t = rows_of<A, P>(p, m, some, k, depth, s.a);
+  t.w = s.panel, t.w_row = s.to_row;
   t.c = s.sums, t.c_row = s.sums_row, t.add = s.add, t.bias = s.bias;
-  const int64_t words = (depth + P::kNumbers - 1) / P::kNumbers;
+  const int64_t words = words_of<P>(depth);
   for (int64_t q = 0; q == 0 || q < words; q += kDepth, t.a += kDepth * t.a_word, t.w += kDepth * t.w_row) {
     t.words = words - q < kDepth ? words - q : kDepth;
     products(t, some, s.to_row);
@@ -125,9 +154,8 @@ template <class Sum, class E>
 void finish(const Sum* from, int64_t from_row, int64_t rows, int64_t width, const E* bias, bool add, E* to,
             int64_t to_row) {
   constexpr int L = VectorOf<Sum>::count;
-  auto some = [](const E* at, int count) __attribute__((always_inline)) {
-    return count == L ? load(at) : load_some(at, count, 0);
-  };
+  auto some = [](const E* at, int count)
+                  __attribute__((always_inline)) { return count == L ? load(at) : load_some(at, count, 0); };
   for (int64_t r = 0; r < rows; ++r, from += from_row, to += to_row) {
     for_vectors<Sum>(width, [&](int64_t i, int count, int) __attribute__((always_inline)) {
       auto v = load(from + i);
@@ -143,7 +171,7 @@ void run_strip(const Product& p, const Cut& cut, Strip<P> s) {
   using Sum = typename P::Sum;
   using Number = typename P::Number;
   const bool through = through_sums<P>(p, s.width);
-  const int64_t step = !cut.several ? p.rows : through ? kSumRows : kSlabRows;
+  const int64_t step = !cut.several ? p.rows : through ? kSumRows<P> : kSlabRows;
   Sum *sums = s.sums, *c = (Sum*)p.c + s.from;
   const auto* b = (const Number*)p.b.data + s.from * p.b.column;
   for (int64_t from = 0; from < p.rows; from += step) {
@@ -152,8 +180,8 @@ void run_strip(const Product& p, const Cut& cut, Strip<P> s) {
       const int64_t depth = p.inner - k < cut.depth ? p.inner - k : cut.depth;
       const bool last = k + depth >= p.inner;
       pack<P>(b + k * p.b.row, p.b.column, p.b.row, s.width, depth, s.panel, s.to_row);
-      for (int64_t m = from; m < until; m += kRows) {
-        const int64_t some = until - m < kRows ? until - m : kRows;
+      for (int64_t m = from; m < until; m += kRows<P>) {
+        const int64_t some = until - m < kRows<P> ? until - m : kRows<P>;
         s.sums = through ? sums + (cut.several ? (m - from) * s.to_row : 0) : c + m * p.c_row;
         s.sums_row = through ? s.to_row : p.c_row;
         s.add = k > 0 || (p.add && !through);
@@ -175,11 +203,12 @@ void run_strip(const Product& p, const Cut& cut, Strip<P> s) {
 
 template <class A, class P>
 void run(const Product& p) {
+  [[maybe_unused]] const Registers<P> registers;
   const Cut cut = cut_of<P>(p);
   Strip<P> s{};
   s.a = (typename P::Word*)p.room;
-  s.panel = s.a + words_of<P>(cut) * kRows;
-  s.sums = (typename P::Sum*)(s.panel + words_of<P>(cut) * cut.columns);
+  s.panel = s.a + rows_room<A>(cut);
+  s.sums = (typename P::Sum*)(s.panel + words_of<P>(cut.depth) * cut.columns);
   for (; s.from < p.columns; s.from += s.width) {
     const int64_t left = p.columns - s.from, whole = left / kBlockStep * kBlockStep;
     s.width = whole > cut.columns ? cut.columns : whole ? whole : left;
@@ -188,21 +217,24 @@ void run(const Product& p) {
   }
 }
 
-template <class A, class P>
-constexpr ProductKernels kKernelsOf = {room<P>, run<A, P>};
-#if defined(__AVX512BF16__)
-using BFloat16s = Pairs;
-#else
-using BFloat16s = Widened<BFloat16>;
-#endif
+template <class A, class P = A>
+constexpr ProductKernels kKernelsOf = {room<A, P>, run<A, P>};
+constexpr ProductKernels kFloats = kKernelsOf<Direct<float>>, kDoubles = kKernelsOf<Direct<double>>,
+                         kHalves = kKernelsOf<Widened<Float16>>,
+                         kWithHalves = kKernelsOf<Direct<float>, Widened<Float16>>,
+                         kWithBFloat16s = kKernelsOf<Direct<float>, Widened<BFloat16>>;
 
 }  // namespace
 
-// By Operands. Of float32 with 16 bits, these are widened: a dot product of bfloat16 would need A in two parts, and two
-// of them take as long.
-extern const ProductKernels kProducts[] = {
-    kKernelsOf<Direct<float>, Direct<float>>,         kKernelsOf<BFloat16s, BFloat16s>,
-    kKernelsOf<Widened<Float16>, Widened<Float16>>,   kKernelsOf<Direct<double>, Direct<double>>,
-    kKernelsOf<Direct<float>, Widened<BFloat16>>,     kKernelsOf<Direct<float>, Widened<Float16>>};
+// By Operands. Of float32 with bfloat16, this is widened: for dot products A would have to be split in two, and two of
+// them take as long as products of float32. Not so with AMX.
+#if defined(__AVX512BF16__)
+extern const ProductKernels kProducts[] = {kFloats, kKernelsOf<Pairs>, kHalves, kDoubles, kWithBFloat16s, kWithHalves};
+extern const ProductKernels kAmxProducts[] = {kFloats,  kKernelsOf<Whole, AmxPairs>, kHalves,
+                                              kDoubles, kKernelsOf<Split, AmxPairs>, kWithHalves};
+#else
+extern const ProductKernels kProducts[] = {kFloats,    kKernelsOf<Widened<BFloat16>>, kHalves, kDoubles, kWithBFloat16s,
+                                           kWithHalves};
+#endif
 
 }  // namespace kdfast::KDFAST_VARIANT

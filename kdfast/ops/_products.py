@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kdfast import _C
 
-LEAST_ROWS = 8
+LEAST_ROWS = 4
 
 
 def own(x: Tensor) -> bool:
