@@ -74,6 +74,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_variants", &kdfast::cpu_variants, "CPU variants that this processor runs, narrowest first.");
   m.def("cpu_variant", &kdfast::cpu_variant_name, "The CPU variant in use.");
   m.def("set_cpu_variant", &kdfast::set_cpu_variant, py::arg("name"), "Switches the CPU variant (for tests).");
+  m.def("own_products", &kdfast::own_products, py::arg("bf16"),
+        "Whether kdfast::matmul_ is faster here than torch's library: in float32, or of bfloat16 into float32.");
   using VectorFunction = void (*)(const float*, float*, int64_t);
   auto define_vector = [&](const char* name, VectorFunction function, const char* doc) {
     auto all = [function](const std::vector<float>& x) {
