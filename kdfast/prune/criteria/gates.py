@@ -59,7 +59,7 @@ class Gates(Tracker):
         if (ranks := count()) > 1:
             add_up([x.grad for x in every])  # type: ignore[misc]
             for x in every:
-                x.grad /= ranks  # type: ignore[operator]
+                x.grad.div_(ranks)  # type: ignore[union-attr]
         penalty = sum(self.penalty(x) for values in self.parameters.values() for x in values)
         (self.weight * penalty).backward()  # type: ignore[union-attr]
         self.optimizer.step()
