@@ -61,6 +61,11 @@ KDFAST_DEVICE uint4 load16(const void* p) {
                : "l"(p));
   return v;
 }
+KDFAST_DEVICE uint2 load8(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
 // As assembly: nvcc 13 was seen to split the assignment of a uint4 into four stores.
 KDFAST_DEVICE void store16(void* p, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");

@@ -108,13 +108,13 @@ struct AnyTypes {
   }
   KDFAST_DEVICE Raw load(int column) const {
     Raw raw;
-    load8(student_type, student, column, raw.s);
-    load8(teacher_type, teacher, column, raw.t);
+    load_eight(student_type, student, column, raw.s);
+    load_eight(teacher_type, teacher, column, raw.t);
     return raw;
   }
   KDFAST_DEVICE void widen(const Raw& raw, float* s, float* t) const {
-    widen8(student_type, raw.s, s);
-    widen8(teacher_type, raw.t, t);
+    widen_eight(student_type, raw.s, s);
+    widen_eight(teacher_type, raw.t, t);
   }
   KDFAST_DEVICE void store(int column, const float* x) const {
     store_vector<float>(student_type, gradient, column, x);

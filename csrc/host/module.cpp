@@ -36,14 +36,15 @@ void define_cuda(py::module_& m) {
   m.def(
       "cuda_plan",
       [](int64_t rows, int64_t columns, int element_size, bool same_elements, bool alike, bool aligned, bool again,
-         bool given, int multiprocessors, int64_t shared_per_block, int64_t shared_per_multiprocessor, int max_cluster,
-         int room) {
-        return plan_of({rows, columns, element_size, same_elements, alike, aligned, again, given},
+         bool given, bool topk, bool widened, int multiprocessors, int64_t shared_per_block,
+         int64_t shared_per_multiprocessor, int max_cluster, int room) {
+        return plan_of({rows, columns, element_size, same_elements, alike, aligned, again, given, topk, widened},
                        {multiprocessors, shared_per_block, shared_per_multiprocessor, max_cluster}, room);
       },
       py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("element_size"), py::arg("same_elements"),
-      py::arg("alike"), py::arg("aligned"), py::arg("again"), py::arg("given"), py::arg("multiprocessors"),
-      py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("max_cluster"), py::arg("room") = 16,
+      py::arg("alike"), py::arg("aligned"), py::arg("again"), py::arg("given"), py::arg("topk") = false,
+      py::arg("widened") = false, py::arg("multiprocessors"), py::arg("shared_per_block"),
+      py::arg("shared_per_multiprocessor"), py::arg("max_cluster"), py::arg("room") = 16,
       "The kernel and shape that a row operator would take on such a device (csrc/cuda/plan.h).");
   if (!build) return;
   m.def(

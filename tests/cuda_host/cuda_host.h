@@ -186,6 +186,12 @@ inline uint4 load16(const void* p) {
   std::memcpy(&v, p, 16);
   return v;
 }
+inline uint2 load8(const void* p) {
+  check_aligned(p, 8);
+  uint2 v;
+  std::memcpy(&v, p, 8);
+  return v;
+}
 inline void store16(void* p, uint4 v) {
   check_aligned(p);
   std::memcpy(p, &v, 16);
