@@ -1,6 +1,6 @@
-"""Writes the results tables of the README and of recipes' pages from the committed files in benchmarks/results.
+"""Writes the results tables of the README, of recipes' pages and of docs/pruning.md from the committed files in benchmarks/results.
 
-python tools/readme.py            rewrites README.md, and pages of docs/recipes
+python tools/readme.py            rewrites README.md, and pages of docs
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def pruned() -> str:
 
 
 def tables(name: str) -> list[tuple[str, str]]:
-    """Of a name's tables that benchmarks/recipes.py has left the newest of each device, the newest last: what it was measured
+    """Of a name's tables that benchmarks/recipes.py or benchmarks/pruning.py has left the newest of each device, the newest last: what it was measured
     on, and the text."""
     found: dict[str, tuple[str, str, str]] = {}
     for path in RESULTS.glob(f"{name}-*.md"):
@@ -119,6 +119,7 @@ OF_README: Blocks = (
 OF_RECIPES = ROOT / "docs" / "recipes"
 PAGES: dict[Path, Blocks] = {
     ROOT / "README.md": OF_README,
+    ROOT / "docs" / "pruning.md": (("pruning", partial(left, "pruning")),),
     OF_RECIPES / "fastbert.md": (("fastbert-speeds", partial(left, "fastbert-speeds")),),
     OF_RECIPES / "dynabert.md": (("dynabert-sizes", partial(left, "dynabert-sizes")),),
     **{
