@@ -1,13 +1,15 @@
 # The first of these makes the environment (.venv) and builds kdfast in it; after that only what changed is built again.
-#   make demo [QUICK=1]    train a teacher and distil it into half its layers, on real data
+#   make demo [QUICK=1] [FULL=1]   distil a teacher into half its layers on real data, of which a thousand rows have labels (in
+#                          some four minutes on 2 cores); FULL=1: on the labels of all; QUICK=1: a short run of that
 #   make test [ARGS=...]   run all tests; ARGS goes to pytest
 #   make gpu [OUT=folder] [STAGES="smoke tests …"] [ONLY=name]   build for the GPU at hand, show that kdfast is right and how
 #                          fast it is, in some eight minutes (docs/gpu.md); downloads nothing
 #   make gpu-library [ARCHITECTURE=90a-real]   the library for that GPU, built without one and brought along
+#   make docs              the documentation as a site, in build/site
 #   make lint, make format check, and mend, the form of the code
 #   make clean             remove the environment and everything built; trained models in runs/ stay
 # PYTHON= names the interpreter (default python3); tools/environment.sh tells the rest.
-.PHONY: help environment demo test gpu gpu-library lint format clean
+.PHONY: help environment demo test gpu gpu-library docs lint format clean
 
 # Threads that wait give up their core after a while: at once, small matrix products wait to be woken; never, training
 # beside another job is many times slower.
@@ -18,6 +20,9 @@ PY := .venv/bin/python
 CLANG_FORMAT := $(PY) -c 'import clang_format; clang_format.clang_format()'
 NATIVE = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
+# The student on the labels alone gets as many steps as the other.
+FEW = --train-rows 1000 --unlabeled movie_reviews --teacher-epochs 6 --baseline-epochs 26 --output runs/few-labels
+
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -25,7 +30,7 @@ environment:
 	@tools/environment.sh
 
 demo: environment
-	.venv/bin/kdfast distill hinton $(if $(QUICK),--quick --output runs/hinton-quick,--output runs/hinton)
+	.venv/bin/kdfast distill hinton $(if $(QUICK),--quick --output runs/hinton-quick,$(if $(FULL),--output runs/hinton,$(FEW)))
 
 # As many processes as cores: their threads must not wait for one another.
 test: environment
@@ -36,6 +41,10 @@ gpu:
 
 gpu-library: environment
 	@ARCHITECTURE="$(ARCHITECTURE)" JOBS="$(JOBS)" tools/gpu_library.sh
+
+docs: environment
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo build/site/index.html
 
 lint: environment
 	$(PY) -m ruff check .

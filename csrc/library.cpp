@@ -54,6 +54,9 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   // added to what is there, or with zeros in all the rest. Indices are sorted, each once; none: all.
   m.def("pack_part(Tensor matrix, Tensor? rows, Tensor? columns) -> Tensor");
   m.def("unpack_part_(Tensor(a!) matrix, Tensor part, Tensor? rows, Tensor? columns, bool accumulate) -> ()");
+  // c = a b + bias, or c += a b: matrices of any strides, of one type, or a of float32 with b of 16 bits. c is of the
+  // type that sums have, float32 (float64), or of b's; its rows or columns lie side by side. CPU only.
+  m.def("matmul_(Tensor(a!) c, Tensor a, Tensor b, Tensor? bias, bool add) -> ()");
   // x [rows, columns] times the live blocks [blocks, out, in] of a matrix. begin: of each of its block rows (turned),
   // or block columns, where its blocks are in index, which of the inner dimension they are at, and place, where their
   // values lie. And the live blocks [blocks, rows, columns] of grad^T x, walked by_rows or by columns.

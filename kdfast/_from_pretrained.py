@@ -80,6 +80,9 @@ def _register(auto: Any) -> None:
             disk.rebuild(model, self.quantization_config.to_dict())
 
         def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None:
+            from kdfast.prune import disk
+
+            disk.follow_masks(model)
             for name in ("hf_quantizer", "is_quantized", "quantization_method"):
                 vars(model).pop(name, None)
             vars(model.config).pop("_is_quantized", None)

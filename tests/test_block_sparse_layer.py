@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
 
 import kdfast
 from kdfast import BlockLayout
@@ -219,22 +218,3 @@ def test_refuses() -> None:
 
 
 # ---- in models that are pruned ----
-@pytest.mark.parametrize("what", ["apply", "compact"])
-@pytest.mark.parametrize(
-    "place", ["intermediate.dense", "attention.self.query", "attention.self.value", "output.dense"]
-)
-def test_pruning_refuses(what: str, place: str) -> None:
-    """Heads and neurons are rows and columns, which a block holds many of."""
-    model = BertModel(
-        BertConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=2, intermediate_size=64, vocab_size=99)
-    )
-    layer: Any = model.encoder.layer[0]
-    masks = kdfast.prune.Masks.full(model)
-    masks.neurons[0][3] = False
-    linear = layer.get_submodule(place)
-    layer.set_submodule(place, BlockSparseLinear.from_linear(linear, torch.eye(2) > 0, (32, 32)))
-    message = rf"BlockSparseLinear at encoder\.layer\.0\.{place}"
-    with pytest.raises(TypeError, match=rf"^kdfast\.prune\.{what}: model: expected .*to_linear.*, got {message}"):
-        getattr(kdfast.prune, what)(model, masks)
-    layer.set_submodule(place, layer.get_submodule(place).to_linear())
-    getattr(kdfast.prune, what)(model, masks)

@@ -298,3 +298,13 @@ def test_predicted_logits_keep_the_order_of_rows(assets: dict[str, Path]) -> Non
             expected = model(**tokenizer(text, return_tensors="pt")).logits[0]
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
     assert kdfast.kl_div(logits[:1], logits[1:2]) > 0
+
+
+def test_passes_of_the_student_on_the_labels_alone() -> None:
+    def epochs(recipe: hinton.Recipe) -> list[int | None]:
+        return [stage.epochs for stage in recipe.all_stages(3, 6, "classification")]
+
+    assert epochs(hinton.Recipe(baseline_epochs=26)) == [26, None]
+    assert epochs(hinton.Recipe()) == [None, None]
+    with pytest.raises(ValueError, match=r"^baseline_epochs: expected .*1.*, got 0"):
+        hinton.Recipe(baseline_epochs=0)

@@ -12,6 +12,7 @@ import torch
 from shim import IGNORED, Case, Device, assert_close, logits, shim
 from torch import Tensor
 
+import kdfast
 from kdfast.ops import _shards
 from kdfast.ops._call import (
     KNOWN_EVERYTHING,
@@ -48,6 +49,14 @@ def exact(s: Tensor, t: Tensor, of: Call, save: int = SAVE_GRADIENT) -> tuple[Te
     return torch.ops.kdfast.divergence(s.double(), t.double(), *of.flat(), None, KNOWN_NOTHING, save)
 
 
+def planned(columns: int, dtype: torch.dtype, device: Device) -> dict[str, Any]:
+    """As the shim describes its device."""
+    shared = {"shared_per_block": device.shared, "shared_per_multiprocessor": 3 * (device.shared + 1024)}
+    limits = {"multiprocessors": device.multiprocessors, "max_cluster": device.max_cluster} | shared
+    flags = {"same_elements": False, "alike": True, "aligned": False, "again": True, "given": False, "topk": True}
+    return kdfast._C.cuda_plan(rows=5, columns=columns, element_size=dtype.itemsize, **flags, **limits)
+
+
 def check(case: Case, s: Tensor, t: Tensor, of: Call) -> None:
     loss, components, gradient = exact(s, t, of)
     forward, fresh = case.ops.divergence, (None, KNOWN_NOTHING)
@@ -78,6 +87,66 @@ def test_values_and_gradients(shim: ctypes.CDLL, columns: int, k: int, dtype: to
     check(case, s, t.bfloat16(), call(columns, f"topk_{tail}", indices=indices, per_row=True, temperature=1.0))
 
 
+@pytest.mark.parametrize("seed", [1, 7])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize(
+    ("columns", "width", "offset", "dtype", "device", "cluster"),
+    [
+        pytest.param(1501, 1501, 0, torch.bfloat16, Device(), 1, id="block"),
+        pytest.param(1501, 1503, 5, torch.bfloat16, Device(), 1, id="edges"),
+        pytest.param(5003, 5003, 0, torch.bfloat16, TINY, 8, id="cluster"),
+        pytest.param(5003, 5008, 3, torch.float32, TINY, 16, id="cluster, edges"),
+        pytest.param(2600, 2601, 2, torch.float16, TINY, 4, id="cluster of 4"),
+        pytest.param(5003, 5003, 1, torch.bfloat16, AMPERE, 0, id="two reads"),
+        pytest.param(5003, 5003, 1, torch.float32, AMPERE, 0, id="two reads, float32"),
+    ],
+)
+def test_where_the_student_is_kept(
+    shim: ctypes.CDLL,
+    columns: int,
+    width: int,
+    offset: int,
+    dtype: torch.dtype,
+    device: Device,
+    cluster: int,
+    tail: str,
+    seed: int,
+) -> None:
+    """The teacher's columns at both edges of the row and of every block; labels among them and not."""
+    assert (planned(columns, dtype, device)["cluster"] if cluster else 0) == cluster
+    assert planned(columns, dtype, device)["kernel"] == ("on_chip" if cluster else "two_reads")
+    case = Case(shim, device, seed, offset=offset)  # gradients as the logits, misaligned alike
+    s = logits(5, columns, dtype, width=width, offset=offset)
+    teacher = 3 * torch.randn(5, columns)
+    teacher[:, :9] += 9
+    teacher[:, -9:] += 9
+    teacher[:, columns // 2 - 9 : columns // 2 + 9] += 9
+    t, indices = topk_of(teacher, 70)
+    order = torch.randperm(70)
+    of: dict[str, Any] = {"indices": indices[:, order]}
+    check(case, s, t[:, order], call(columns, f"topk_{tail}", **of))
+    labels = torch.tensor([0, columns - 1, IGNORED, columns // 2 + 100, 8])
+    of |= {"labels": labels, "distillation": True, "alpha": 0.6, "smoothing": 0.1}
+    of["mask"] = torch.tensor([True, True, True, True, False])
+    check(case, s, t[:, order], call(columns, f"topk_{tail}", torch.tensor([4.0, 3.0]), **of))
+
+
+def test_gradients_unlike_the_logits(shim: ctypes.CDLL) -> None:
+    """Misaligned otherwise: single columns; of another dtype, as linear_topk_kd_loss wants them."""
+    s, (t, indices) = logits(3, 1501, torch.bfloat16, offset=3), topk_of(3 * torch.randn(3, 1501), 40)
+    check(Case(shim, Device(), offset=1), s, t, call(1501, "topk_bucket", indices=indices))
+    case = Case(shim, Device())
+    for dtype, of_gradient in itertools.permutations(DTYPES, 2):
+        s = logits(3, 1501, dtype, width=1504)
+        of = call(1501, "topk_bucket", indices=indices)
+        loss, _, gradient = exact(s, t, of)
+        memory = torch.full((5, 1504), 7.0, dtype=of_gradient)
+        ours, _ = case.ops.divergence_into(memory[1:4], s, t, *of.flat(), None, KNOWN_NOTHING)
+        assert_close(ours, loss, torch.float32)
+        assert_close(memory[1:4], gradient, of_gradient)
+        assert (memory[::4] == 7).all()
+
+
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_labels_and_rows(shim: ctypes.CDLL, tail: str, smoothing: float) -> None:
@@ -101,16 +170,18 @@ def test_labels_and_rows(shim: ctypes.CDLL, tail: str, smoothing: float) -> None
 
 def test_what_cannot_be(shim: ctypes.CDLL) -> None:
     """A column that comes twice, or is none of the vocabulary: NaN in that row. Padding is neither."""
-    case = Case(shim, Device())
-    s = logits(4, 50, torch.float32)
-    t, indices = topk_of(torch.randn(4, 50), 5)
-    indices[1, 3] = indices[1, 0]
-    indices[2, 2] = 50
-    t[3, 3:], indices[3, 3:] = -torch.inf, 0
-    of = call(50, "topk_bucket", indices=indices, per_row=True)
-    loss, _, gradient = case.ops.divergence(s, t, *of.flat(), None, KNOWN_NOTHING, SAVE_GRADIENT)
-    assert loss.isnan().tolist() == [False, True, True, False]
-    assert gradient.isnan().any(-1).tolist() == [False, True, True, False]
+    for columns, device in ((50, Device()), (1501, TINY), (1501, AMPERE)):
+        case = Case(shim, device)
+        s = logits(4, columns, torch.float32)
+        t, indices = topk_of(torch.randn(4, columns), 5)
+        indices[1, 3] = indices[1, 0]
+        indices[2, 2] = columns
+        t[3, 3:], indices[3, 3:] = -torch.inf, 0
+        for tail in TAILS:
+            of = call(columns, f"topk_{tail}", indices=indices, per_row=True)
+            loss, _, gradient = case.ops.divergence(s, t, *of.flat(), None, KNOWN_NOTHING, SAVE_GRADIENT)
+            assert loss.isnan().tolist() == [False, True, True, False]
+            assert gradient.isnan().any(-1).tolist() == [False, True, True, False]
 
 
 @pytest.mark.parametrize("tail", TAILS)

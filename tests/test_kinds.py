@@ -189,7 +189,7 @@ def test_runs_show_what_the_task_has(
     quality, panel = figure.axes
     title, unit = plots.DISTANCES[distance]
     assert (panel.get_title(), panel.get_ylabel().split(",")[0]) == (title, unit)
-    assert quality.get_title() == f"{'Micro F1' if kind == 'multi_label' else 'Pearson'} on held-out rows"
+    assert quality.get_title() == f"{'Micro F1' if kind == 'multi_label' else 'Pearson'} on all test rows"
     for axes in (quality, panel):
         lines = [line for line in axes.lines if len(line.get_xdata()) > 2]
         assert [line.get_label() for line in lines] == ["student, distilled", "student, labels alone"]
@@ -263,3 +263,13 @@ def test_sub_millisecond_spreads_keep_a_digit() -> None:
     row = {"latency_ms_batch_1": 0.3, "latency_ms_batch_1_fastest": 0.27, "latency_ms_batch_1_slowest": 12.4}
     assert tables._spread(row, "latency_ms_batch_1") == "\n0.3–12"
     assert tables._spread({"pearson": -0.5}, "pearson") == ""
+
+
+def test_what_distillation_brought_in_a_line() -> None:
+    results = {
+        "labels_only": {"accuracy": 0.786, "kl_to_teacher": 0.7974, "agreement": 0.9},
+        "student": {"accuracy": 0.807, "kl_to_teacher": 0.1851, "agreement": 0.9},
+    }
+    shown = "accuracy 80.7 %, on the labels alone 78.6 % (+2.1 points); KL to the teacher 0.1851 against 0.7974"
+    assert tables.gain(results, "accuracy") == [f"Distilled: {shown}"]
+    assert tables.gain({"student": results["student"], "teacher": {}}, "accuracy") == []

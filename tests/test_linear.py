@@ -331,37 +331,3 @@ def test_compiles_without_graph_breaks(settings: dict[str, Any]) -> None:
         loss = function(h, w)
         results.append((loss, *torch.autograd.grad(loss.sum(), (h, w))))
     assert all(map(torch.equal, *results))
-
-
-# ---- on the GPU ----
-def test_the_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its memory, logits in the place of gradients that are not written yet, with products that widen."""
-    mm, addmm = torch.mm, torch.addmm
-
-    def widening(product: Any) -> Any:
-        def call(*args: Tensor, out: Tensor, out_dtype: torch.dtype | None = None, **more: Any) -> Tensor:
-            assert out_dtype in (None, out.dtype)
-            assert out_dtype is not None or all(x.dtype == out.dtype for x in args)
-            return out.copy_(product(*(x.to(torch.float32) for x in args), **more))
-
-        return call
-
-    for dtype, (width, budget) in itertools.product(
-        (torch.bfloat16, torch.float16, torch.float32), ((600, "auto"), (577, 60 * 640 * 2))
-    ):
-        h, w, th, tw, labels = inputs(dtype)
-        w, tw, labels = w[:width].detach().requires_grad_(), tw[:width], labels % width
-        bias = torch.randn(width).to(dtype).requires_grad_()
-        mask = torch.arange(ROWS) % 4 != 0
-        given = {"student_bias": bias, "mask": mask, "student_softcap": 9.0, "label_smoothing": 0.1}
-        expected = torch.autograd.grad(kdfast.linear_kd_loss(h, w, th, tw, labels, **given), (h, w, bias))
-        with monkeypatch.context() as patch:
-            patch.setattr(_heads, "on_gpu", lambda x: True)
-            patch.setattr(_chunks, "LEAST_CHUNK", 3)
-            patch.setattr(torch, "mm", widening(mm))
-            patch.setattr(torch, "addmm", widening(addmm))
-            loss = kdfast.linear_kd_loss(h, w, th, tw, labels, memory_budget=budget, **given)
-            ours = torch.autograd.grad(loss, (h, w, bias))
-        for got, wanted in zip(ours, expected, strict=True):
-            assert got.dtype == wanted.dtype
-            assert relative(got, wanted) < max(4 * torch.finfo(dtype).eps, 1e-5)

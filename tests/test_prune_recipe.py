@@ -18,10 +18,11 @@ from kdfast import runs
 from kdfast.data import demo, tasks
 from kdfast.models import cost
 from kdfast.prune import LatencyTable, Masks, Parameters, Sensitivity, apply
-from kdfast.prune.criteria import CRITERIA
+from kdfast.prune.criteria import CRITERIA, score
 from kdfast.recipes import prune
 from kdfast.results import measure
 from kdfast.runs import stages
+from kdfast.runs.classifier import ClassifierRun
 
 SHORT: dict[str, Any] = {
     "epochs": 2, "teacher_epochs": 4, "learning_rate": 2e-3, "batch_size": 8, "train_rows": 160, "test_rows": 64,
@@ -42,6 +43,11 @@ def finished(assets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "fetch", lambda package: assets[package.requirement])
         return folder, *run(folder, RECIPE)
+
+
+def shorter(finished: Any) -> prune.Recipe:
+    """Ten steps, of the teacher that is there."""
+    return dataclasses.replace(RECIPE, teacher=str(finished[0] / "teacher"), train_rows=80, test_rows=16, epochs=1)
 
 
 pytestmark = pytest.mark.usefixtures("no_download")
@@ -95,14 +101,16 @@ OPTIONS: list[dict[str, Any]] = [
     {"criterion": "random", "schedule": "one-shot", "scope": "local", "sensitivity": True},
     {"criterion": "movement", "schedule": "cubic"},
     {"criterion": "l2", "schedule": "soft", "units": ("neurons",)},
+    {"criterion": "l2", "schedule": "surgery", "scope": "local"},
+    {"criterion": "hard_concrete", "schedule": "play-and-prune", "bound": 1.0, "rounds": 2},
     {"criterion": "taylor_weights", "units": ("layers",), "schedule": "iterative", "rounds": 2},
     {"criterion": "apoz", "multiple": 8, "target": "keep=0.25", "units": ("neurons",)},
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options["criterion"])
-def test_options(options: dict[str, Any], tmp_path: Path) -> None:
-    recipe = dataclasses.replace(RECIPE, **{"train_rows": 80, "test_rows": 16, "epochs": 1, **options})
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: f"{options['criterion']}, {options.get('schedule')}")
+def test_options(options: dict[str, Any], finished: Any, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(shorter(finished), **options)
     results, _ = run(tmp_path / "run", recipe)
     heads, neurons, layers = counts(masks := masks_of(tmp_path / "run"))
     share = recipe.goal[1]
@@ -118,6 +126,41 @@ def test_options(options: dict[str, Any], tmp_path: Path) -> None:
         assert {kind: len(of) for kind, of in found.found.items()} == dict.fromkeys(recipe.units, tiny_reviews.LAYERS)
     if recipe.scope == "local":
         assert {int(of.sum()) for of in masks.neurons} == {16}
+
+
+def test_a_bound_that_lets_nothing_go(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ClassifierRun, "_quality", lambda self, prediction: {"accuracy": 0.0})
+    results, shown = run(tmp_path / "run", dataclasses.replace(shorter(finished), schedule="play-and-prune"))
+    assert counts(masks_of(tmp_path / "run")) == (HEADS, NEURONS, tiny_reviews.LAYERS)
+    assert f"Kept: {HEADS} of {HEADS} heads" in shown
+    assert results["student"]["parameters"] == results["teacher"]["parameters"]
+
+
+@pytest.mark.parametrize(("target", "rounds"), [("keep=0.5", 1), ("parameters=0.8", 1), ("keep=0.5", 2)])
+def test_scores_are_asked_once(
+    target: str, rounds: int, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the training once, for the check, the sweep of the layers and the first units; then in every other round."""
+    asked: list[str] = []
+
+    def counted(model: Any, criterion: str, of: Any, *given: Any, **own: Any) -> Any:
+        asked.append(of)
+        return score(model, criterion, of, *given, **own)
+
+    monkeypatch.setattr("kdfast.runs.prune.score", counted)
+    changes = {"target": target, "schedule": "iterative", "rounds": rounds, "sensitivity": rounds == 1}
+    run(tmp_path / "run", dataclasses.replace(shorter(finished), **changes))
+    assert asked == ["heads", "neurons"] * rounds
+
+
+def test_random_units_are_those_of_the_seed(finished: Any, tmp_path: Path) -> None:
+    found = []
+    for i, seed in enumerate((0, 1, 0)):
+        changes = {"schedule": "one-shot", "criterion": "random", "seed": seed}
+        run(tmp_path / str(i), dataclasses.replace(shorter(finished), **changes))
+        found.append(masks_of(tmp_path / str(i)))
+    assert found[0] != found[1]
+    assert found[0] == found[2]
 
 
 @pytest.mark.parametrize("target", ["parameters=0.8", "flops=0.6", "latency=0.8"])
@@ -169,8 +212,25 @@ def test_known_criteria() -> None:
         ),
         ({"target": "keep=1.5"}, "target: expected keep=SHARE"),
         ({"target": "0.5"}, "target: expected keep=SHARE"),
+        (
+            {"schedule": "play-and-prune", "target": "flops=0.5"},
+            "target: expected keep=SHARE with the schedule play-and",
+        ),
+        (
+            {"schedule": "soft", "units": ("layers",)},
+            "units: expected some of heads, groups, neurons with the schedule so",
+        ),
+        (
+            {"schedule": "surgery", "criterion": "l2", "units": ("groups",)},
+            "units: expected some of heads, neurons with the schedule surgery, got groups",
+        ),
+        ({"schedule": "surgery"}, "criterion: expected l2 with the schedule surgery, which has norms, got taylor"),
+        ({"bound": 0.0}, "bound: expected a positive number, got 0"),
         ({"criterion": "magic"}, "criterion: expected one of activation_norm, apoz, .*, got magic"),
-        ({"schedule": "sudden"}, "schedule: expected one of one-shot, iterative, cubic, soft, got sudden"),
+        (
+            {"schedule": "sudden"},
+            "schedule: expected one of one-shot, iterative, cubic, soft, surgery, play-and-prune, got sudden",
+        ),
         (
             {"schedule": "soft", "target": "latency=0.5"},
             "target: expected keep=SHARE with the schedule soft, got latency",

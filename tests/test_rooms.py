@@ -30,6 +30,7 @@ MAY: dict[str, set[str]] = {
     "prune/schedules": {"ops", "models", "prune", "prune/criteria"},
     "objective": {"ops", "data", "models"},
     "teacher_cache": {"ops", "data", "models"},
+    "integrations": {"ops", "data", "objective"},
     "train": {"ops", "data", "models", "objective", "teacher_cache"},
     "recipes": {"ops", "data", "models", "prune", "objective"},
     "results": {"ops", "data", "models", "prune", "objective", "teacher_cache", "train", "recipes"},

@@ -244,6 +244,46 @@ def test_soft_pruning(tmp_path: Path) -> None:
     assert live_masks(model) == callback.masks
 
 
+class Cut(transformers.TrainerCallback):  # type: ignore[misc]
+    """Ends a training within a step, as a power cut does."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 6:
+            raise InterruptedError
+
+
+@pytest.mark.parametrize("schedule", ["soft", "soft, saved by epochs", "play-and-prune", "surgery to a share"])
+def test_cut_off_it_goes_on_to_the_same(schedule: str, tmp_path: Path) -> None:
+    """From the checkpoint behind step 4, which is also the end of an epoch: weights and masks bit for bit, with dropout."""
+    settings: dict[str, Any] = {"max_steps": 12}
+    if "epochs" in schedule:
+        settings |= {"save_strategy": "epoch"}
+    if schedule == "play-and-prune":
+        settings |= {"eval_strategy": "steps", "eval_steps": 2}
+
+    def run(folder: Path, *also: Any, resume: str | None = None) -> tuple[Any, Any]:
+        model = tiny_models.make("bert", dropout=0.1)
+        made: Any = {
+            "play": lambda: schedules.PlayAndPrune(l2, metric="eval_loss", bound=0.0, final=0.5, slack=2.0),
+            "surg": lambda: schedules.Surgery(decay=0.1, keep=0.5, until=10),
+            "soft": lambda: schedules.SoftPruning(l2, keep=0.5),
+        }[schedule[:4]]()
+        trainer_of(model, folder, [made, *also], **settings).train(resume_from_checkpoint=resume)
+        return model, made.masks
+
+    whole, masks = run(tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "cut", Cut())
+    other, same = run(tmp_path / "cut", resume=str(tmp_path / "cut" / "checkpoint-4"))
+    if schedule == "play-and-prune":
+        assert 9 < counts(masks)[0] < 18
+    else:
+        assert counts(masks) == (9, 56)
+    assert same == masks
+    for name, x in whole.state_dict().items():
+        assert torch.equal(x, other.state_dict()[name]), name
+
+
 def off(model: Any) -> tuple[int, int]:
     """How many heads and neurons have columns that are zero."""
     found = [[output_columns(layer, of).flatten(1).abs().sum(1) == 0 for layer in layers_of(model)] for of in KINDS]
@@ -306,6 +346,58 @@ def order(folder: Path) -> list[dict[str, Tensor]]:
     return seen
 
 
+@pytest.mark.parametrize("until", [5, STEPS])
+def test_surgery_to_a_share(until: int, tmp_path: Path) -> None:
+    """The share is exact after step `until`, or in the end, and the same from there on; gaps close on the way."""
+    model, seen = tiny_models.make("bert"), []
+    callback = schedules.Surgery(keep=0.3, until=until, decay=0.0, scope="local", multiple={"neurons": 4})
+
+    class See(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            assert callback.masks is not None
+            seen.append(callback.masks.copy())
+
+    trainer_of(model, tmp_path, [callback, See()]).train()
+    assert callback.masks is not None
+    exact = [(2, 12)] * 3  # of 6 heads and 37 neurons
+    assert [
+        (int(h.sum()), int(n.sum())) for h, n in zip(callback.masks.heads, callback.masks.neurons, strict=True)
+    ] == exact
+    assert live_masks(model) == callback.masks
+    assert all(masks == callback.masks for masks in seen[until:])
+    assert all(masks != callback.masks for masks in seen[:2])
+
+
+def test_play_and_prune_between_steps(tmp_path: Path) -> None:
+    model, gone = tiny_models.make("bert"), []
+    callback = schedules.PlayAndPrune(l2, metric="eval_loss", bound=0.0, final=0.5, step=0.1, begin=4, until=6)
+    trainer = trainer_of(model, tmp_path, [callback], eval_strategy="steps", eval_steps=2, max_steps=10)
+
+    class See(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_evaluate(self, *_: Any, **__: Any) -> None:
+            gone.append(callback.gone)
+
+    trainer.add_callback(See())
+    trainer.train()
+    assert gone == pytest.approx([0.0, 0.1, 0.2, 0.2, 0.2])
+
+
+@pytest.mark.parametrize("criterion", ["slimming", "hard_concrete", "movement"])
+def test_gates_go_into_the_weights(criterion: str, tmp_path: Path) -> None:
+    """After the training the model computes what it did with its gates, without them."""
+    model = tiny_models.make("bert")
+    tracker, seen = criteria.track(model, criterion, KINDS), []
+    batch = tiny_models.batch(model)
+
+    class See(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            seen.append(model.eval()(**batch).logits.detach())
+
+    trainer_of(model, tmp_path, [See(), schedules.Tracking(tracker)], save_strategy="no").train()
+    assert all(not module._forward_pre_hooks for module in model.modules())
+    torch.testing.assert_close(model.eval()(**batch).logits, seen[0])
+
+
 def test_surgery_resumed(tmp_path: Path) -> None:
     runs = []
     for resume in (None, str(tmp_path / "run0" / "checkpoint-4")):
@@ -351,6 +443,12 @@ def test_errors() -> None:
         schedules.Pruning(schedules.OneShot(0.5), l2, every=0)
     with pytest.raises(ValueError, match=r"SoftPruning: keep: expected a share between 0 and 1, got 1"):
         schedules.SoftPruning(l2, keep=1)
+    for given, name in (
+        ({"keep": 1.0, "until": 3}, "keep: expected a share"),
+        ({"keep": 0.5}, "until: expected a step"),
+    ):
+        with pytest.raises(ValueError, match=rf"Surgery: {name}"):
+            schedules.Surgery(**given)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"Surgery: of: expected heads, neurons or both, got \('layers',\)"):
         schedules.Surgery(("layers",))
     for settings, name in (({"final": 1.0}, "final"), ({"step": 0.0}, "step"), ({"slack": 0.0}, "slack")):

@@ -2,6 +2,7 @@
 # Makes .venv with everything that kdfast, its tests and its linters need, and builds kdfast in it (editable). Does
 # nothing where both are up to date. Settings, all optional:
 #   PYTHON       the interpreter; by default that of an existing .venv, else python3. Another one makes .venv anew
+#   KDFAST_CUDA  ON builds the CUDA operators where no GPU is (minutes; needs nvcc), OFF leaves them out anywhere
 #   TORCH_INDEX  package index with CPU builds of torch, asked when the configured indexes have none
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -81,8 +82,9 @@ if [ ! -x $venv/bin/python ] || { [ "${PYTHON:-}" ] && ! same_interpreter "$pyth
 fi
 
 # What was made for these contents of these files is up to date.
-environment=$(sha256sum pyproject.toml tools/environment.sh)
-sources=$(find csrc setup.py CMakeLists.txt pyproject.toml kdfast/__init__.py -type f | LC_ALL=C sort | xargs sha256sum)
+environment=$(sha256sum pyproject.toml tools/environment.sh tests/integrations.txt)
+sources="${KDFAST_CUDA:-AUTO} ${KDFAST_CUDA_ARCHITECTURES:-}
+$(find csrc setup.py CMakeLists.txt pyproject.toml kdfast/__init__.py -type f | LC_ALL=C sort | xargs sha256sum)"
 environment_current=$([ "$(cat $venv/environment.stamp 2>/dev/null)" = "$environment" ] && echo yes || true)
 
 [ "$environment_current" ] || make_environment
@@ -96,6 +98,7 @@ fi
 if [ ! "$environment_current" ]; then
   say "installing what recipes, tests and linters use (about a minute)"
   pip install -qq -c $constraints 'kdfast[dev]'
+  pip install -qq --no-deps -r tests/integrations.txt
   echo "$environment" >$venv/environment.stamp
   say "ready"
 fi

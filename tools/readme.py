@@ -1,6 +1,6 @@
-"""Writes the results tables of the README and of recipes' pages from the committed files in benchmarks/results.
+"""Writes the results tables of README and documentation from the committed files in benchmarks/results.
 
-python tools/readme.py            rewrites README.md, and pages of docs/recipes
+python tools/readme.py            rewrites README.md, docs/results.md and pages of docs/recipes
 """
 
 from __future__ import annotations
@@ -109,16 +109,17 @@ def tinybert_step() -> str:
 
 
 Blocks = tuple[tuple[str, Callable[[], str]], ...]
-OF_README: Blocks = (
-    ("operators", operators),
-    ("vocabulary", vocabulary),
-    ("recipes", partial(left, "recipes")),
-    ("few-labels", partial(left, "few-labels")),
-    ("pruned", pruned),
-)
+FEW: Blocks = (("few-labels", partial(left, "few-labels")),)
 OF_RECIPES = ROOT / "docs" / "recipes"
 PAGES: dict[Path, Blocks] = {
-    ROOT / "README.md": OF_README,
+    ROOT / "README.md": FEW,
+    ROOT / "docs" / "results.md": (
+        ("operators", operators),
+        ("vocabulary", vocabulary),
+        ("recipes", partial(left, "recipes")),
+        *FEW,
+        ("pruned", pruned),
+    ),
     OF_RECIPES / "fastbert.md": (("fastbert-speeds", partial(left, "fastbert-speeds")),),
     OF_RECIPES / "dynabert.md": (("dynabert-sizes", partial(left, "dynabert-sizes")),),
     **{
@@ -138,7 +139,7 @@ PAGES: dict[Path, Blocks] = {
 }
 
 
-def filled(text: str, blocks: Blocks = OF_README) -> str:
+def filled(text: str, blocks: Blocks) -> str:
     """The text with the blocks between `<!-- name -->` and `<!-- end -->` made anew."""
     for name, make in blocks:
         block = f"<!-- {name} -->\n{make()}\n<!-- end -->"

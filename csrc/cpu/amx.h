@@ -86,4 +86,9 @@ inline void products<AmxPairs>(const Tile<AmxPairs>& t, int64_t rows, int64_t wi
 }
 
 }  // namespace kdfast::KDFAST_VARIANT
+#else
+namespace kdfast::KDFAST_VARIANT {
+template <class P>
+struct Registers {};
+}  // namespace kdfast::KDFAST_VARIANT
 #endif

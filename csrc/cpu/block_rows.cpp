@@ -17,11 +17,6 @@ constexpr int64_t kCached = 640 << 10;  // bytes of packed blocks, or panels, th
 // Rows of A that pass by every cache of blocks in turn: of more, the last-level cache would lose the first ones.
 constexpr int64_t kSlab = 512;
 
-#if !defined(__AVX512BF16__)
-template <class P>
-struct Registers {};
-#endif
-
 // ---- y and dx ----
 template <class P>
 bool packs(const Blocks& b) {
@@ -58,7 +53,7 @@ Tile<P> rows_of(const BlockProduct& call, int64_t m, int64_t some) {
   if constexpr (!P::kReadsInPlace) {
     auto* to = (float*)call.room;
     for (int64_t r = 0; r < some; ++r, from += call.a_row, to += call.a_columns) {
-      pack_rows<P>(from, 0, 1, call.a_columns, to);
+      pack_rows<P>(from, 0, 1, call.a_columns, to, call.a_columns);
     }
     t.a = call.room, t.a_row = call.a_columns * 4;
   } else if (P::kAmx && some % 32) {
@@ -179,7 +174,7 @@ void pack_panel(const void* from, int64_t from_row, int64_t some, int64_t width,
     memset(to + filled * width, 0, (words - filled) * width * sizeof(*to));
   }
 #endif
-  pack_rows<P>(numbers, from_row, some, width, to);
+  pack_rows<P>(numbers, from_row, some, width, to, width);
 }
 
 // Adds dy^T x of a panel to the sums of a block [r, c].

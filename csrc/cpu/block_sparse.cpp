@@ -9,7 +9,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <memory>
 #include <optional>
 #include <vector>
 
@@ -27,16 +26,6 @@ constexpr int64_t kRowStep = 32;
 const BlockKernels& kernels_of(const Tensor& t) {
   return cpu_variant().kernels->blocks[int(element_of(t.scalar_type()))];
 }
-
-// Workspace of a thread.
-class Room {
- public:
-  explicit Room(int64_t bytes) : memory_(new char[bytes + 64]) {}
-  char* data() const { return (char*)((uintptr_t(memory_.get()) + 63) & ~uintptr_t(63)); }
-
- private:
-  std::unique_ptr<char[]> memory_;
-};
 
 // `inner`: blocks of the inner dimension. Throws where an index would leave the memory of `count` blocks.
 Blocks blocks_of(const char* op, const Tensor& begin, const Tensor& index, const Tensor& place, int64_t inner,

@@ -14,33 +14,45 @@ KDFAST_LOCAL void for_vectors(int64_t n, F f) {
   for (; i + L <= n; i += L) f(i, L, 0);
   if (i < n) f(i, int(n - i), 1);
 }
-template <class Real>
-KDFAST_LOCAL Vector<Real> load(const Real* p, int count) {
-  return count == VectorOf<Real>::count ? load(p) : load_some(p, count);
+template <class E>
+KDFAST_LOCAL Vector<E> load(const E* p, int count) {
+  return count == VectorOf<E>::count ? load(p) : load_some(p, count);
 }
-template <class Real>
-KDFAST_LOCAL Vector<Real> load_or_zeros(const Real* p, int count) {
-  return count == VectorOf<Real>::count ? load(p) : load_some(p, count, 0);
+template <class E>
+KDFAST_LOCAL Vector<E> load_or_zeros(const E* p, int count) {
+  return count == VectorOf<E>::count ? load(p) : load_some(p, count, 0);
 }
-template <class Real>
-KDFAST_LOCAL void store(Real* p, Vector<Real> v, int count) {
-  count == VectorOf<Real>::count ? store(p, v) : store_some(p, v, count);
+template <class E>
+KDFAST_LOCAL void store(E* p, Vector<E> v, int count) {
+  count == VectorOf<E>::count ? store(p, v) : store_some(p, v, count);
 }
 
 // ---- elements of any type ----
+// f(E{}) of a type of 32 or 16 bits.
+template <class F>
+KDFAST_LOCAL void with_element(Element type, F f) {
+  type == Element::f32 ? f(float{}) : type == Element::bf16 ? f(BFloat16{}) : f(Float16{});
+}
+// `n` elements from column `begin` on, side by side: in place, or in `to`.
+template <class E>
+KDFAST_LOCAL const E* gather(const void* row, int64_t stride, int64_t begin, int64_t n, E* to) {
+  const E* from = (const E*)row + begin * stride;
+  if (stride == 1) return from;
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i * stride];
+  return to;
+}
 template <class E>
 void convert(const void* row, int64_t stride, int64_t begin, int64_t n, float* to) {
   const E* from = (const E*)row + begin * stride;
   if (stride == 1) {
-    for_vectors<float>(n, [&](int64_t i, int count, int) __attribute__((always_inline)) {
-      store(to + i, count == kLanes ? load(from + i) : load_some(from + i, count));
-    });
+    for_vectors<float>(
+        n, [&](int64_t i, int count, int) __attribute__((always_inline)) { store(to + i, load(from + i, count)); });
   } else {
     for (int64_t i = 0; i < n; ++i) to[i] = widened(from[i * stride]);
   }
 }
 
-// `n` logits from column `begin` on, side by side: in place, or in `to`.
+// The same as floats or doubles.
 KDFAST_LOCAL const float* read(Element type, const void* row, int64_t stride, int64_t begin, int64_t n, float* to) {
   if (type == Element::f32 && stride == 1) return (const float*)row + begin;
   if (type == Element::f32) convert<float>(row, stride, begin, n, to);
@@ -49,18 +61,13 @@ KDFAST_LOCAL const float* read(Element type, const void* row, int64_t stride, in
   return to;
 }
 KDFAST_LOCAL const double* read(Element, const void* row, int64_t stride, int64_t begin, int64_t n, double* to) {
-  const double* from = (const double*)row + begin * stride;
-  if (stride == 1) return from;
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i * stride];
-  return to;
+  return gather(row, stride, begin, n, to);
 }
 
 template <class E>
 void narrow_all(const float* from, int64_t n, E* to) {
-  for_vectors<float>(n, [&](int64_t i, int count, int) __attribute__((always_inline)) {
-    const Floats v = load(from + i, count);
-    count == kLanes ? store(to + i, v) : store_some(to + i, v, count);
-  });
+  for_vectors<float>(n, [&](int64_t i, int count, int)
+                            __attribute__((always_inline)) { store(to + i, load(from + i, count), count); });
 }
 // The gradient of a block is made in its place, or in `g` and then written.
 KDFAST_LOCAL float* gradient_place(Element type, void* gradient, int64_t begin, float* g) {

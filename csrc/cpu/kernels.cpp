@@ -9,6 +9,7 @@ extern const LayerKernels kLayers;
 extern const QkKernels kQkMse, kQkKl;
 extern const PartKernels kParts;
 extern const BlockKernels kBlocks[], kAmxBlocks[];
+extern const ProductKernels kProducts[], kAmxProducts[];
 
 namespace {
 
@@ -21,9 +22,11 @@ void log2_all(const float* x, float* y, int64_t n) {
 
 }  // namespace
 
-const VariantKernels kKernels = {kDivergences, &kLayers, {&kQkMse, &kQkKl}, &kParts, kBlocks, exp2_all, log2_all};
+const VariantKernels kKernels = {kDivergences, &kLayers,  {&kQkMse, &kQkKl}, &kParts,
+                                 kBlocks,      kProducts, exp2_all,          log2_all};
 #if defined(__AVX512BF16__)
-const VariantKernels kAmxKernels = {kDivergences, &kLayers, {&kQkMse, &kQkKl}, &kParts, kAmxBlocks, exp2_all, log2_all};
+const VariantKernels kAmxKernels = {kDivergences, &kLayers,     {&kQkMse, &kQkKl}, &kParts,
+                                    kAmxBlocks,   kAmxProducts, exp2_all,          log2_all};
 #endif
 
 }  // namespace kdfast::KDFAST_VARIANT

@@ -20,57 +20,74 @@ namespace {
 // Numbers that a chunk of rows holds, at least: enough to pay for sharing it out.
 constexpr int64_t kChunkElements = 1 << 14;
 
+// A student's or teacher's layer; steps in bytes.
+struct Side {
+  const char* data;
+  int64_t batch, head, row;
+};
+struct Layer {
+  Side student, teacher;
+  char* gradient;  // null: not wanted
+  LayerShape shape;
+  bool gapless;  // rows lie side by side
+};
+
 // A head of a sequence in a layer: R rows.
 struct Group {
+  const Layer& layer;
   const char *student, *teacher;
-  char* gradient;  // null: not wanted
+  char* gradient;
   const bool *rows, *columns;
-  int64_t student_step, teacher_step;  // from row to row, in bytes
-  LayerShape shape;
   double weight;
   bool skipped;
 };
+
+// How many from the first on, of `count`, do not count.
+int64_t uncounted(const bool* counted, int64_t count) {
+  int64_t n = 0;
+  for (uint64_t eight; n + 8 <= count; n += 8) {
+    std::memcpy(&eight, counted + n, 8);
+    if (eight) break;
+  }
+  while (n < count && !counted[n]) ++n;
+  return n;
+}
 
 class LayerRows {
  public:
   // `upstream`: the factor of every row; by_row: of each.
   LayerRows(const LayerCall& call, const std::vector<Tensor>& gradients, double upstream, const double* by_row)
-      : call_(call), gradients_(gradients), by_row_(by_row) {
+      : call_(call),
+        kernels_(*cpu_variant().kernels),
+        by_row_(by_row),
+        batch_(call.batch()),
+        heads_(call.heads()),
+        rows_(call.rows()),
+        columns_(call.columns()),
+        element_(size_of(element_of(call.student[0].scalar_type()))),
+        row_mask_(call.row_mask ? (const bool*)call.row_mask->const_data_ptr() : nullptr),
+        column_mask_(call.column_mask ? (const bool*)call.column_mask->const_data_ptr() : nullptr) {
     const double divisor = call.divisor ? Reals(*call.divisor, call.is_double()).get(0) : 1;
     scale_ = divisor > 0 ? upstream / divisor : 0;
-    const bool* rows = call.row_mask ? (const bool*)call.row_mask->const_data_ptr() : nullptr;
-    const bool* columns = call.column_mask ? (const bool*)call.column_mask->const_data_ptr() : nullptr;
-    for (int64_t layer = 0; layer < call.layers(); ++layer) {
-      for (int64_t b = 0; b < call.batch(); ++b) {
-        for (int64_t h = 0; h < call.heads(); ++h) {
-          groups_.push_back(group(layer, b, h));
-          groups_.back().rows = rows ? rows + b * call.rows() : nullptr;
-          groups_.back().columns = columns ? columns + b * call.columns() : nullptr;
-        }
-      }
+    for (int64_t i = 0; i < call.layers(); ++i) {
+      layers_.push_back(layer(call.student[i], call.teacher[i],
+                              gradients.empty() ? nullptr : (char*)gradients[i].mutable_data_ptr()));
     }
   }
 
   // The sum over all rows of weight * distance; `each(row, value)` sees every row's.
   template <class Each>
   double run(Each each) const {
-    const int64_t rows = call_.rows(), all = call_.all_rows();
-    const int64_t per_chunk = std::max<int64_t>(1, kChunkElements / std::max<int64_t>(call_.columns(), 1));
+    const int64_t all = int64_t(layers_.size()) * batch_ * heads_ * rows_;
+    const int64_t per_chunk = std::max<int64_t>(1, kChunkElements / std::max<int64_t>(columns_, 1));
     std::vector<double> sums((all + per_chunk - 1) / per_chunk);
     torch::stable::parallel_for(0, int64_t(sums.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         const int64_t last = std::min(all, (c + 1) * per_chunk);
-        int64_t at = c * per_chunk / rows, r = c * per_chunk % rows;
         for (int64_t row = c * per_chunk; row < last;) {
-          const int64_t skipped = skip(groups_[at], r, std::min(rows, r + last - row));
-          if (skipped == 0) {
-            const double value = one(groups_[at], r, row);
-            each(row, value);
-            sums[c] += value;
-          }
-          const int64_t taken = std::max<int64_t>(skipped, 1);
-          row += taken;
-          if ((r += taken) == rows) ++at, r = 0;
+          const int64_t r = row % rows_, end_of_group = std::min(rows_, r + last - row);
+          sums[c] += rows_of(group(row / rows_), r, end_of_group, row, each);
+          row += end_of_group - r;
         }
       }
     });
@@ -80,50 +97,69 @@ class LayerRows {
   }
 
  private:
-  Group group(int64_t layer, int64_t b, int64_t h) const {
-    const Tensor &s = call_.student[layer], &t = call_.teacher[layer];
-    const int64_t head = layer * call_.heads() + h, teacher_head = call_.head_map[head];
-    auto at = [](const Tensor& x, int64_t i, int64_t j) {
-      return (const char*)x.const_data_ptr() +
-             (i * LayerCall::stride_of(x, 0) + j * LayerCall::stride_of(x, 1)) * int64_t(x.element_size());
+  Layer layer(const Tensor& s, const Tensor& t, char* gradient) const {
+    auto side = [](const Tensor& x) {
+      const int64_t size = int64_t(x.element_size());
+      return Side{(const char*)x.const_data_ptr(), LayerCall::stride_of(x, 0) * size, LayerCall::stride_of(x, 1) * size,
+                  LayerCall::stride_of(x, 2) * size};
     };
-    Group g{};
-    g.skipped = teacher_head < 0;
-    g.student = at(s, b, h);
-    g.teacher = at(t, b, g.skipped ? 0 : teacher_head);
-    g.student_step = LayerCall::stride_of(s, 2) * int64_t(s.element_size());
-    g.teacher_step = LayerCall::stride_of(t, 2) * int64_t(t.element_size());
-    g.shape = {element_of(s.scalar_type()), element_of(t.scalar_type()), call_.columns(),
+    Layer l{side(s), side(t), gradient, {}, false};
+    l.shape = {element_of(s.scalar_type()), element_of(t.scalar_type()), columns_,
                LayerCall::stride_of(s, 3),  LayerCall::stride_of(t, 3),  call_.floor};
-    g.weight = call_.weight[head] * scale_;
-    if (!gradients_.empty()) {
-      const Tensor& to = gradients_[layer];
-      g.gradient = (char*)to.mutable_data_ptr() +
-                   (b * call_.heads() + h) * call_.rows() * call_.columns() * int64_t(to.element_size());
-    }
-    return g;
+    l.gapless = l.shape.student_stride == 1 && l.shape.teacher_stride == 1 && l.student.row == columns_ * element_ &&
+                l.teacher.row == columns_ * size_of(l.shape.teacher);
+    return l;
+  }
+  Group group(int64_t index) const {
+    const int64_t h = index % heads_, above = index / heads_, b = above % batch_;
+    const int64_t head = above / batch_ * heads_ + h, teacher_head = call_.head_map[head];
+    const Layer& l = layers_[above / batch_];
+    return {l,
+            l.student.data + b * l.student.batch + h * l.student.head,
+            l.teacher.data + b * l.teacher.batch + std::max<int64_t>(teacher_head, 0) * l.teacher.head,
+            l.gradient ? l.gradient + (b * heads_ + h) * rows_ * columns_ * element_ : nullptr,
+            row_mask_ ? row_mask_ + b * rows_ : nullptr,
+            column_mask_ ? column_mask_ + b * columns_ : nullptr,
+            call_.weight[head] * scale_,
+            teacher_head < 0};
   }
 
-  // How many rows from r on, before `end`, do not count; their gradients are cleared together, which costs less
-  // traffic.
-  int64_t skip(const Group& g, int64_t r, int64_t end) const {
-    int64_t next = r;
-    while (next < end && (g.skipped || (g.rows && !g.rows[next]))) ++next;
-    const int64_t bytes = call_.columns() * size_of(g.shape.student);
-    if (g.gradient && next > r) std::memset(g.gradient + r * bytes, 0, (next - r) * bytes);
-    return next - r;
+  // The sum over rows [r, end) of a group; `index` is that of the first among all rows.
+  template <class Each>
+  double rows_of(const Group& g, int64_t r, int64_t end, int64_t index, Each each) const {
+    // Where nothing is asked of a row alone, rows that lie side by side are one long row.
+    const bool join = g.layer.gapless && call_.kind == int64_t(Distance::squared) && !call_.per_row && !column_mask_;
+    LayerShape shape = g.layer.shape;
+    double sum = 0;
+    for (const int64_t first = r; r < end;) {
+      // What does not count is cleared together, which costs less traffic.
+      const int64_t out = g.skipped ? end - r : g.rows ? uncounted(g.rows + r, end - r) : 0;
+      if (g.gradient) std::memset(g.gradient + r * columns_ * element_, 0, out * columns_ * element_);
+      if ((r += out) == end) break;
+      int64_t taken = 1;
+      while (join && r + taken < end && (!g.rows || g.rows[r + taken])) ++taken;
+      shape.columns = columns_ * taken;
+      const double value = value_of(shape, g, r, index + r - first);
+      each(index + r - first, value);
+      sum += value;
+      r += taken;
+    }
+    return sum;
   }
-  double one(const Group& g, int64_t r, int64_t index) const {
-    char* gradient = g.gradient ? g.gradient + r * call_.columns() * size_of(g.shape.student) : nullptr;
-    LayerRow row{g.student + r * g.student_step, g.teacher + r * g.teacher_step, g.columns, gradient, g.weight, 0};
+  double value_of(const LayerShape& shape, const Group& g, int64_t r, int64_t index) const {
+    LayerRow row{g.student + r * g.layer.student.row,
+                 g.teacher + r * g.layer.teacher.row,
+                 g.columns,
+                 g.gradient ? g.gradient + r * columns_ * element_ : nullptr,
+                 g.weight,
+                 0};
     if (by_row_) row.factor *= by_row_[index];
-    distance(g.shape, row);
+    distance(shape, row);
     return g.weight * row.value;
   }
   void distance(const LayerShape& shape, LayerRow& row) const {
-    const VariantKernels& kernels = *cpu_variant().kernels;
-    if (call_.kind != int64_t(Distance::kl)) return kernels.layers->distance[call_.kind](shape, row);
-    const DivergenceKernels& kl = kernels.divergence[int(Divergence::kl_div)];
+    if (call_.kind != int64_t(Distance::kl)) return kernels_.layers->distance[call_.kind](shape, row);
+    const DivergenceKernels& kl = kernels_.divergence[int(Divergence::kl_div)];
     const DivergenceShape logits{.student = shape.student,
                                  .teacher = shape.teacher,
                                  .gradient = shape.student,
@@ -145,10 +181,12 @@ class LayerRows {
   }
 
   const LayerCall& call_;
-  const std::vector<Tensor>& gradients_;
+  const VariantKernels& kernels_;
   const double* by_row_;
+  const int64_t batch_, heads_, rows_, columns_, element_;  // the last: the student's size in bytes
+  const bool *row_mask_, *column_mask_;
   double scale_;
-  std::vector<Group> groups_;
+  std::vector<Layer> layers_;
 };
 
 std::tuple<Tensor, std::vector<Tensor>> forward(const LayerCall& call, bool gradient) {

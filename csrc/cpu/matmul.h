@@ -12,6 +12,7 @@ template <class Real>
 struct WideOf {
   typedef Real type __attribute__((vector_size(4 * kLanes)));
   static constexpr int count = 4 * kLanes / int(sizeof(Real));
+  typedef double Doubles __attribute__((vector_size(8 * (4 * kLanes / sizeof(Real)))));  // of as many
 };
 template <class Real>
 using Wide = typename WideOf<Real>::type;

@@ -72,8 +72,8 @@ class Kl {
       read_token(shape_.student, head_->student_k, head_->keys, i, shape_.student_size, 1, student_.k + i * s_);
       read_token(shape_.teacher, head_->teacher_k, head_->keys, i, shape_.teacher_size, 1, teacher_.k + i * t_);
     }
-    transpose(student_.k + key * s_, s_, keys, s_, transposed(student_, s_, key), keys_);
-    transpose(teacher_.k + key * t_, t_, keys, t_, transposed(teacher_, t_, key), keys_);
+    transpose(student_.k + key * s_, keys, s_, transposed(student_, s_, key), keys_);
+    transpose(teacher_.k + key * t_, keys, t_, transposed(teacher_, t_, key), keys_);
   }
   Real* transposed(const Side& side, int64_t width, int64_t key) const {
     return side.k_transposed + key / kKeys * width * keys_;

@@ -94,7 +94,7 @@ class Panels {
   }
 
   // ---- scores ----
-  void transpose_keys(int64_t n) { transpose(y_, widths_.all, n, widths_.all, y_transposed_, score_columns_); }
+  void transpose_keys(int64_t n) { transpose(y_, n, widths_.all, y_transposed_, score_columns_); }
   // Scores of the chunk at `begin` with `keys` keys from `first_key` on; zeros above the diagonal. Returns the sum of
   // their squares.
   double make_scores(int64_t begin, int64_t n, int64_t first_key, int64_t keys) {

@@ -35,11 +35,13 @@ KDFAST_LOCAL void clear(Real* to, int64_t n) {
 // `n` of a token's numbers from `begin` on times scale, and zeros up to whole vectors.
 KDFAST_LOCAL void read_numbers(Element type, const QkTokens& from, int64_t token, int64_t begin, int64_t n, float scale,
                                float* to) {
-  alignas(64) float made[kBlock];
   const char* row = (const char*)from.data + token * from.token * size_of(type);
-  const float* numbers = read(type, row, from.number, begin, n, made);
-  for_vectors<float>(n, [&](int64_t i, int count, int) __attribute__((always_inline)) {
-    store(to + i, scale * load_or_zeros(numbers + i, count));
+  with_element(type, [&](auto element) __attribute__((always_inline)) {
+    using E = decltype(element);
+    alignas(64) E made[kBlock];
+    const E* numbers = gather(row, from.number, begin, n, made);
+    for_vectors<E>(n, [&](int64_t i, int count, int)
+                          __attribute__((always_inline)) { store(to + i, scale * load_or_zeros(numbers + i, count)); });
   });
 }
 KDFAST_LOCAL void read_numbers(Element type, const QkTokens& from, int64_t token, int64_t begin, int64_t n,
@@ -65,51 +67,76 @@ KDFAST_LOCAL void read_token(Element type, const QkTokens& from, const bool* cou
   }
 }
 
-// [tokens, columns] to [columns, tokens], and zeros up to `to_row` tokens.
+// a[0], b[0], a[1], b[1], … of the first halves, and of the second.
+template <class V>
+KDFAST_LOCAL void interleave(V a, V b, V& first, V& second) {
+  constexpr int L = sizeof(V) / sizeof(a[0]);
+  if constexpr (L == 2) {
+    first = __builtin_shufflevector(a, b, 0, 2);
+    second = __builtin_shufflevector(a, b, 1, 3);
+  } else if constexpr (L == 4) {
+    first = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    second = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  } else if constexpr (L == 8) {
+    first = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    second = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  } else {
+    first = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    second = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+}
+// [tokens, columns] to [columns, tokens], and zeros up to whole vectors of tokens: squares of vectors, which are turned
+// when their upper and lower halves have been interleaved log2(lanes) times.
 template <class Real>
-KDFAST_LOCAL void transpose(const Real* from, int64_t from_row, int64_t tokens, int64_t columns, Real* to,
-                            int64_t to_row) {
-  constexpr int64_t kLine = 16;  // tokens at a time, so that what is written shares cache lines
-  for (int64_t begin = 0; begin < tokens; begin += kLine) {
-    const int64_t end = begin + kLine < tokens ? begin + kLine : tokens;
-    for (int64_t c = 0; c < columns; ++c) {
-      for (int64_t t = begin; t < end; ++t) to[c * to_row + t] = from[t * from_row + c];
+void transpose(const Real* from, int64_t tokens, int64_t columns, Real* to, int64_t to_row) {
+  using V = Wide<Real>;
+  constexpr int L = WideOf<Real>::count;
+  for (int64_t t = 0; t < tokens; t += L) {
+    for (int64_t c = 0; c < columns; c += L) {
+      V rows[L]{}, turned[L];
+      for (int i = 0; i < L && t + i < tokens; ++i) memcpy(&rows[i], from + (t + i) * columns + c, sizeof(V));
+#pragma GCC unroll 4
+      for (int step = 1; step < L; step *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < L / 2; ++i) interleave(rows[i], rows[i + L / 2], turned[2 * i], turned[2 * i + 1]);
+        memcpy(rows, turned, sizeof rows);
+      }
+      for (int i = 0; i < L; ++i) memcpy(to + (c + i) * to_row + t, &rows[i], sizeof(V));
     }
   }
-  for (int64_t c = 0; tokens < to_row && c < columns; ++c) clear(to + c * to_row + tokens, to_row - tokens);
 }
 // `tokens` rows of a panel, times factor, to a tensor's contiguous tokens.
 template <class Real>
 KDFAST_LOCAL void write_tokens(Element type, const Real* from, int64_t from_row, int64_t tokens, int64_t size,
                                double factor, void* to, int64_t first) {
-  alignas(64) float made[kBlock];
   const Real f = Real(factor);
   for (int64_t t = 0; t < tokens; ++t) {
-    char* row = (char*)to + (first + t) * size * size_of(type);
-    for (int64_t at = 0; at < size; at += kBlock) {
-      const int64_t n = size - at < kBlock ? size - at : kBlock;
-      const Real* numbers = from + t * from_row + at;
-      if constexpr (sizeof(Real) == sizeof(float)) {
-        float* g = gradient_place(type, row, at, made);
-        for_vectors<float>(n, [&](int64_t i, int count, int)
-                                  __attribute__((always_inline)) { store(g + i, f * load(numbers + i), count); });
-        write(type, g, n, row, at);
-      } else if (type == Element::f64) {
-        for (int64_t i = 0; i < n; ++i) ((double*)row)[at + i] = f * numbers[i];
-      } else {
-        float* g = gradient_place(type, row, at, made);
-        for (int64_t i = 0; i < n; ++i) g[i] = float(f * numbers[i]);
-        write(type, g, n, row, at);
-      }
+    const Real* numbers = from + t * from_row;
+    const int64_t at = (first + t) * size;
+    if (type == Element::f64) {
+      for (int64_t i = 0; i < size; ++i) ((double*)to)[at + i] = f * numbers[i];
+      continue;
     }
+    with_element(type, [&](auto element) __attribute__((always_inline)) {
+      using E = decltype(element);
+      E* row = (E*)to + at;
+      if constexpr (sizeof(Real) == sizeof(float)) {
+        for_vectors<E>(size, [&](int64_t i, int count, int)
+                                 __attribute__((always_inline)) { store(row + i, f * load(numbers + i), count); });
+      } else {
+        for (int64_t i = 0; i < size; ++i) narrow_to(row[i], float(f * numbers[i]));
+      }
+    });
   }
 }
 
+// Sums of a row are Reals, those of rows doubles.
 template <class Real>
 double dot(const Real* a, int64_t a_row, const Real* b, int64_t b_row, int64_t rows, int64_t columns) {
   using V = Wide<Real>;
   constexpr int L = WideOf<Real>::count;
-  double total = 0;
+  using Doubles = typename WideOf<Real>::Doubles;
+  Doubles all{};
   for (int64_t r = 0; r < rows; ++r) {
     V sums{};
     for (int64_t i = 0; i < columns; i += L) {
@@ -118,8 +145,10 @@ double dot(const Real* a, int64_t a_row, const Real* b, int64_t b_row, int64_t r
       memcpy(&y, b + r * b_row + i, sizeof y);
       sums += x * y;
     }
-    for (int i = 0; i < L; ++i) total += sums[i];
+    all += __builtin_convertvector(sums, Doubles);
   }
+  double total = 0;
+  for (int i = 0; i < L; ++i) total += all[i];
   return total;
 }
 

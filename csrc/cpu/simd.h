@@ -44,6 +44,10 @@ struct VectorOf<float> {
   static constexpr int count = kLanes;
 };
 template <>
+struct VectorOf<BFloat16> : VectorOf<float> {};  // which they are read as
+template <>
+struct VectorOf<Float16> : VectorOf<float> {};
+template <>
 struct VectorOf<double> {
   using type = double;
   static constexpr int count = 1;

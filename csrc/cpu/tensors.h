@@ -7,6 +7,7 @@
 #endif
 
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "common/checks.h"
@@ -47,6 +48,16 @@ inline void advise_huge_pages(void* data, size_t bytes) {
   if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
 #endif
 }
+
+// Workspace of a thread, on a cache line.
+class Room {
+ public:
+  explicit Room(int64_t bytes) : memory_(new char[bytes + 64]) {}
+  char* data() const { return (char*)((uintptr_t(memory_.get()) + 63) & ~uintptr_t(63)); }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+};
 
 inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   Tensor t = torch::stable::new_empty(like, sizes, dtype);

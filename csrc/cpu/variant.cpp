@@ -38,17 +38,17 @@ bool has_amx() {
 
 // Narrowest first.
 const Candidate kCandidates[] = {
-    {{"portable", &portable::kKernels}, [] { return true; }},
+    {{"portable", &portable::kKernels, false, false}, [] { return true; }},
 #if defined(__x86_64__)
-    {{"avx2", &avx2::kKernels},
+    {{"avx2", &avx2::kKernels, false, false},
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
-    {{"avx512", &avx512::kKernels},
+    {{"avx512", &avx512::kKernels, true, false},
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      }},
-    {{"avx512_bf16", &avx512_bf16::kKernels}, has_bf16},
-    {{"amx", &avx512_bf16::kAmxKernels}, has_amx},
+    {{"avx512_bf16", &avx512_bf16::kKernels, true, true}, has_bf16},
+    {{"amx", &avx512_bf16::kAmxKernels, true, true}, has_amx},
 #endif
 };
 
@@ -78,6 +78,18 @@ std::vector<std::string> cpu_variants() {
 void set_cpu_variant(const std::string& name) { chosen = &find(name); }
 
 std::string cpu_variant_name() { return cpu_variant().name; }
+
+// MKL, which is torch's library for float32, takes its AVX-512 kernels on Intel's processors alone: on others half of
+// their speed is left. No library multiplies bfloat16 into float32 here, and to widen it first takes four times as
+// long.
+bool own_products(bool bf16) {
+#if defined(__x86_64__)
+  static const bool slow_vendor = !__builtin_cpu_is("intel");
+  return (cpu_variant().avx512 && slow_vendor) || (bf16 && cpu_variant().bf16);
+#else
+  return false;
+#endif
+}
 
 void vector_exp2(const float* x, float* y, int64_t count) { cpu_variant().kernels->exp2(x, y, count); }
 

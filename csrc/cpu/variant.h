@@ -3,6 +3,7 @@
 #include "cpu/block_rows.h"
 #include "cpu/divergence_rows.h"
 #include "cpu/layer_rows.h"
+#include "cpu/matmul_rows.h"
 #include "cpu/part_rows.h"
 #include "cpu/qk_rows.h"
 
@@ -13,7 +14,8 @@ struct VariantKernels {
   const LayerKernels* layers;
   const QkKernels* qk[2];  // by QkLoss
   const PartKernels* parts;
-  const BlockKernels* blocks;  // by Element
+  const BlockKernels* blocks;      // by Element
+  const ProductKernels* products;  // by Operands
   // y[i] = 2^x[i] and log2(x[i]): the vector functions on their own, for their tests.
   void (*exp2)(const float* x, float* y, int64_t count);
   void (*log2)(const float* x, float* y, int64_t count);
@@ -35,6 +37,7 @@ extern const VariantKernels kKernels, kAmxKernels;
 struct Variant {
   const char* name;
   const VariantKernels* kernels;
+  bool avx512, bf16;  // of its instructions: vectors of 512 bits, dot products of bfloat16
 };
 
 // The widest variant this processor has, or the one that KDFAST_CPU_VARIANT names.

@@ -1,5 +1,5 @@
-// The only file that knows whether a kernel is compiled by nvcc or by the test-only host shim (tests/cuda_host):
-// whatever is an instruction rather than C++ stands here, and the shim offers the same names.
+// The only file, beside mma.cuh, that knows whether a kernel is compiled by nvcc or by the test-only host shim
+// (tests/cuda_host): whatever is an instruction rather than C++ stands here, and the shim offers the same names.
 //
 // Kernels keep to what both have: launches through launch.cuh, one dynamic shared base, full-warp shuffles of float,
 // __syncthreads and the functions below; block sizes are multiples of 32, and no thread relies on lockstep.
@@ -59,6 +59,11 @@ KDFAST_DEVICE uint4 load16(const void* p) {
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p));
+  return v;
+}
+KDFAST_DEVICE uint2 load8(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
   return v;
 }
 // As assembly: nvcc 13 was seen to split the assignment of a uint4 into four stores.

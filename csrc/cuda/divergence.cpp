@@ -41,6 +41,16 @@ bool misaligned_alike(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// The same of groups of four columns, of any dtypes.
+bool fours_alike(const Tensor& a, const Tensor& b) {
+  auto first = [](const Tensor& t) { return int64_t(uintptr_t(t.const_data_ptr()) / t.element_size()); };
+  if ((first(a) - first(b)) % 4) return false;
+  for (int64_t d = 0; d + 1 < a.dim(); ++d) {
+    if (a.size(d) > 1 && (a.stride(d) - b.stride(d)) % 4) return false;
+  }
+  return true;
+}
+
 bool rows_aligned(const Tensor& t) {
   if (uintptr_t(t.const_data_ptr()) % 16) return false;
   for (int64_t d = 0; d + 1 < t.dim(); ++d) {
@@ -65,15 +75,22 @@ RowCase case_of(const DivergenceCall& call, const Tensor* gradient, bool given, 
   c.element_size = int(s.element_size());
   // Kernels of 16-bit logits write gradients like these.
   const bool writable = !gradient || gradient->scalar_type() == s.scalar_type() || s.scalar_type() == ScalarType::Float;
-  c.same_elements = writable && s.scalar_type() == t.scalar_type() && s.stride(last) == 1 && t.stride(last) == 1;
   auto suits = [&](const Tensor& g) {
     return g.scalar_type() == s.scalar_type() ? misaligned_alike(s, g) : takes_halves(call, g);
   };
-  c.topk = call.is_topk();
-  c.alike = c.same_elements && misaligned_alike(s, t) && (!gradient || suits(*gradient));
-  c.aligned = c.alike && rows_aligned(s) && call.columns * c.element_size % 16 == 0;
   c.again = gradient || second_look;
   c.given = given;
+  c.topk = call.is_topk();
+  if (c.topk) {
+    c.alike = writable && s.stride(last) == 1 && (!gradient || suits(*gradient));
+    return c;
+  }
+  const bool neighbours = s.stride(last) == 1 && t.stride(last) == 1;
+  c.same_elements = writable && neighbours && s.scalar_type() == t.scalar_type();
+  c.alike = c.same_elements && misaligned_alike(s, t) && (!gradient || suits(*gradient));
+  c.aligned = c.alike && rows_aligned(s) && call.columns * c.element_size % 16 == 0;
+  c.widened = neighbours && !c.same_elements && fours_alike(s, t) && (!gradient || fours_alike(s, *gradient));
+  if (c.widened) c.element_size = 4;
   return c;
 }
 

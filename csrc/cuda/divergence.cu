@@ -12,8 +12,9 @@
 //                 of 16 bits, 465k of float32); three blocks share a multiprocessor where they can
 //   no clusters   nothing: each row is read again for every look, from L2 at best                       two or three
 //   one look      nothing need be kept                                                                  one
-//   mixed dtypes, strided columns, rows misaligned unlike: column by column, two or three passes
-//   top-k teachers: the same of the student alone
+//   mixed dtypes  float32 in shared memory, widened on the way                                           one
+//   strided columns, rows misaligned unlike: column by column, two or three passes
+//   top-k teachers: of the student the same, on chip or read twice, of the teacher its columns at every look
 //
 // A cross-entropy of labels costs one more power per look, in loops of its own: others stay as they are.
 //
@@ -40,13 +41,20 @@ Kernel kernel_for(const RowPlan& plan) {
   return plan.vectors ? rows_in_registers<Terms, T, 32, 32, true> : rows_in_registers<Terms, T, 32, 8, false>;
 }
 
+template <template <class> class Terms, class T>
+Kernel topk_kernel_for(const RowPlan& plan) {
+  return plan.kernel == RowKernel::on_chip ? rows_of_topk<Terms, T, true> : rows_of_topk<Terms, T, false>;
+}
+
+// `type` is the student's.
 template <template <class> class Terms>
 Kernel kernel_for(const RowPlan& plan, Element type) {
   if constexpr (Terms<RowMath>::kTopk) {
-    return rows_in_two_reads<Terms, TopkColumns>;
+    if (type == Element::f32) return topk_kernel_for<Terms, float>(plan);
+    return type == Element::bf16 ? topk_kernel_for<Terms, BFloat16>(plan) : topk_kernel_for<Terms, Float16>(plan);
   } else {  // or these would compile the other kernels for it
     if (plan.kernel == RowKernel::any_layout) return rows_in_two_reads<Terms, AnyColumns>;
-    if (type == Element::f32) return kernel_for<Terms, float>(plan);
+    if (type == Element::f32 || plan.widened) return kernel_for<Terms, float>(plan);
     return type == Element::bf16 ? kernel_for<Terms, BFloat16>(plan) : kernel_for<Terms, Float16>(plan);
   }
 }
@@ -88,8 +96,13 @@ void refer(const Target& target, const float* states, const float* maxima, const
 template <template <class> class Terms>
 std::vector<NamedKernel> list() {
   auto kernel = [](RowPlan plan, Element type) { return (const void*)kernel_for<Terms>(plan, type); };
-  if constexpr (Terms<RowMath>::kTopk) return {{"topk", kernel({RowKernel::topk, 0, 0}, Element::f32)}};
   const RowPlan on_chip{RowKernel::on_chip, 0, 0}, two_reads{RowKernel::two_reads, 0, 0};
+  if constexpr (Terms<RowMath>::kTopk) {
+    return {{"on_chip bfloat16", kernel(on_chip, Element::bf16)},
+            {"on_chip float32", kernel(on_chip, Element::f32)},
+            {"two_reads bfloat16", kernel(two_reads, Element::bf16)},
+            {"two_reads float32", kernel(two_reads, Element::f32)}};
+  }
   const RowPlan any_layout{RowKernel::any_layout, 0, 0}, registers{RowKernel::registers, 0, 0};
   RowPlan lane = registers, vectors = registers;
   lane.lanes = 1;

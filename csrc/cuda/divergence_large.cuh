@@ -7,23 +7,30 @@ namespace kdfast::cuda {
 
 // The 16-byte vectors of a row that a block takes. Student, teacher and gradient rows are misaligned alike, so columns
 // up to the first boundary and after the last are the same on all; threads take those one by one, and odd vocabularies
-// and odd addresses need no other path.
+// and odd addresses need no other path. Vectors of float32 may be made of 16-bit logits on either side or both: then
+// boundaries are those of four elements.
 template <class T>
 struct Share {
   static constexpr int kWidth = Vector<T>::count;
-  const T *student, *teacher;  // the row
+  const T *student, *teacher;  // the row; where `several`, of these types
   char* gradient;              // null: not wanted
-  Element gradient_type;
+  Element gradient_type, student_type, teacher_type;
+  bool several;
   int first, vectors;  // column of the share's first vector, and their number
   int edge = -1;       // this thread's own column at an edge of the row
 
   KDFAST_DEVICE Share(const DivergenceArgs& args, int64_t row, int rank)
-      : student((const T*)args.student + offset(args.student_rows, row)),
-        teacher((const T*)args.teacher + offset(args.teacher_rows, row)),
-        gradient(gradient_of(args, row)),
-        gradient_type(args.gradient_type) {
+      : gradient(gradient_of(args, row)),
+        gradient_type(args.gradient_type),
+        student_type(args.student_type),
+        teacher_type(args.teacher_type),
+        several(sizeof(T) == 4 && (args.student_type != Element::f32 || args.teacher_type != Element::f32)) {
+    const int64_t size_s = several ? size_of(student_type) : sizeof(T),
+                  size_t = several ? size_of(teacher_type) : sizeof(T);
+    student = (const T*)((const char*)args.student + offset(args.student_rows, row) * size_s);
+    teacher = (const T*)((const char*)args.teacher + offset(args.teacher_rows, row) * size_t);
     const int columns = int(args.columns), thread = threadIdx.x, last = (1 << args.log_cluster) - 1;
-    const int head = min(columns, int((0 - uintptr_t(student) / sizeof(T)) & (kWidth - 1)));
+    const int head = min(columns, int((0 - uintptr_t(student) / size_s) & (kWidth - 1)));
     const int body = (columns - head) / kWidth, tail = columns - head - body * kWidth;
     const int each = (body + last) >> args.log_cluster, before = min(body, rank * each);
     first = head + before * kWidth;
@@ -31,9 +38,15 @@ struct Share {
     if (rank == 0 && thread < head) edge = thread;
     if (rank == last && thread >= kWidth && thread - kWidth < tail) edge = columns - tail + thread - kWidth;
   }
+  KDFAST_DEVICE float student_at(int column) const {
+    return several ? load_any(student_type, student, column) : Vector<T>::widen_one(student[column]);
+  }
+  KDFAST_DEVICE float teacher_at(int column) const {
+    return several ? load_any(teacher_type, teacher, column) : Vector<T>::widen_one(teacher[column]);
+  }
   KDFAST_DEVICE Logits<1> edge_logits() const {
     if (edge < 0) return {{-INFINITY}, {-INFINITY}};
-    return {{Vector<T>::widen_one(student[edge])}, {Vector<T>::widen_one(teacher[edge])}};
+    return {{student_at(edge)}, {teacher_at(edge)}};
   }
   template <class Gradient>
   KDFAST_DEVICE void write_edge(const Logits<1>& z, Gradient of) const {
@@ -54,8 +67,7 @@ struct Share {
     const int vector = (column - first) / kWidth;
     const bool mine = column >= first && vector < vectors && vector % int(blockDim.x) == int(threadIdx.x);
     if (!mine && column != edge) return;
-    const float s = Vector<T>::widen_one(student[column]), t = Vector<T>::widen_one(teacher[column]);
-    store_one<T>(gradient_type, gradient, column, of(s, t) - less);
+    store_one<T>(gradient_type, gradient, column, of(student_at(column), teacher_at(column)) - less);
   }
 };
 
@@ -80,13 +92,30 @@ struct OnChip {
   KDFAST_DEVICE explicit OnChip(const Share<T>& share) : share(share) {
     s = (uint4*)(shared_memory() + exchange_bytes(blockDim.x));
     t = s + share.vectors;
+    edge = share.edge_logits();
+    if (sizeof(T) == 4 && share.several) {
+      widen();
+    } else {
+      copy();
+    }
+  }
+  KDFAST_DEVICE void copy() {
 #pragma unroll 4
     for (int v = threadIdx.x; v < share.vectors; v += blockDim.x) {
       const int64_t at = share.first + int64_t(v) * Share<T>::kWidth;
       copy16_async(s + v, share.student + at);
       copy16_async(t + v, share.teacher + at);
     }
-    edge = share.edge_logits();
+  }
+  // Through registers.
+  KDFAST_DEVICE void widen() {
+#pragma unroll 4
+    for (int v = threadIdx.x; v < share.vectors; v += blockDim.x) {
+      const int64_t at = share.first + int64_t(v) * Share<T>::kWidth;
+      const uint4 a = load_four(share.student_type, share.student, at);
+      const uint4 b = load_four(share.teacher_type, share.teacher, at);
+      s[v] = a, t[v] = b;
+    }
   }
   template <int unroll = 2, class F>
   KDFAST_DEVICE void each(F f) const {
@@ -225,9 +254,9 @@ struct VectorColumns {
   }
 };
 
-// Column by column, with dtypes and strides known only at run time.
+// Column by column, with dtypes and strides known only at run time: types are looked at once for a few columns.
 struct AnyColumns {
-  static constexpr int kBatch = 4;
+  static constexpr int kBatch = 8;
   const DivergenceArgs& args;
   const char *student, *teacher;
   char* gradient;
@@ -246,51 +275,61 @@ struct AnyColumns {
   }
   KDFAST_DEVICE void store(int64_t column, float x) const { store_any(args.gradient_type, gradient, column, x); }
 
-  // f(column, the student's logit, whether there is such a column), a few loads ahead.
+  // Columns from `begin` on, blockDim.x apart: f(u, column) of those that exist.
   template <class F>
-  KDFAST_DEVICE void each_student(F f) const {
-    for (int64_t begin = threadIdx.x; begin < args.columns; begin += kBatch * blockDim.x) {
-      float s[kBatch];
+  KDFAST_DEVICE void each_of(int64_t begin, F f) const {
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const int64_t at = begin + u * blockDim.x;
-        s[u] = at < args.columns ? student_at(at) : -INFINITY;
-      }
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const int64_t at = begin + u * blockDim.x;
-        f(at, s[u], at < args.columns);
-      }
+    for (int u = 0; u < kBatch; ++u) {
+      const int64_t column = begin + u * blockDim.x;
+      if (column < args.columns) f(u, column);
     }
   }
-  // f(batch, n, first column): of a batch the first n columns exist, blockDim.x apart.
+  KDFAST_DEVICE void load(Element type, const char* row, int64_t stride, int64_t begin, float* x) const {
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) x[u] = -INFINITY;
+    if (type == Element::f32) {
+      each_of(begin, [&](int u, int64_t c) { x[u] = ((const float*)row)[c * stride]; });
+    } else if (type == Element::bf16) {
+      each_of(begin, [&](int u, int64_t c) { x[u] = Vector<BFloat16>::widen_one(((const BFloat16*)row)[c * stride]); });
+    } else {
+      each_of(begin, [&](int u, int64_t c) { x[u] = Vector<Float16>::widen_one(((const Float16*)row)[c * stride]); });
+    }
+  }
+  KDFAST_DEVICE void store(int64_t begin, const float* x) const {
+    if (args.gradient_type == Element::f32) {
+      each_of(begin, [&](int u, int64_t c) { ((float*)gradient)[c] = x[u]; });
+    } else if (args.gradient_type == Element::bf16) {
+      each_of(begin, [&](int u, int64_t c) { ((BFloat16*)gradient)[c] = Vector<BFloat16>::narrow_one(x[u]); });
+    } else {
+      each_of(begin, [&](int u, int64_t c) { ((Float16*)gradient)[c] = Vector<Float16>::narrow_one(x[u]); });
+    }
+  }
+  // f(batch, first column)
   template <class F>
   KDFAST_DEVICE void each_batch(F f) const {
+#pragma unroll 1
     for (int64_t begin = threadIdx.x; begin < args.columns; begin += kBatch * blockDim.x) {
       Logits<kBatch> z;
-      int n = 0;
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        const int64_t at = begin + u * blockDim.x;
-        const bool exists = at < args.columns;
-        z.s[u] = exists ? student_at(at) : -INFINITY;
-        z.t[u] = exists ? teacher_at(at) : -INFINITY;
-        n += exists;
-      }
-      f(z, n, begin);
+      load(args.student_type, student, args.student_stride, begin, z.s);
+      load(args.teacher_type, teacher, args.teacher_stride, begin, z.t);
+      f(z, begin);
     }
   }
   template <class F>
   KDFAST_DEVICE void look(F f) const {
-    each_batch([&](const Logits<kBatch>& z, int n, int64_t) { f(z, n); });
+    each_batch([&](const Logits<kBatch>& z, int64_t begin) {
+      int n = 0;
+      each_of(begin, [&](int, int64_t) { ++n; });
+      f(z, n);
+    });
   }
   template <class Gradient>
   KDFAST_DEVICE void write(Gradient of) const {
-    each_batch([&](const Logits<kBatch>& z, int n, int64_t begin) {
+    each_batch([&](const Logits<kBatch>& z, int64_t begin) {
+      float g[kBatch];
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        if (u < n) store(begin + u * blockDim.x, of(z.s[u], z.t[u]));
-      }
+      for (int u = 0; u < kBatch; ++u) g[u] = of(z.s[u], z.t[u]);
+      store(begin, g);
     });
   }
   template <class Gradient>

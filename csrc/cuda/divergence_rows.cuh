@@ -109,6 +109,11 @@ struct Gradient {
     return to(s, t,
               [&](float p_s, float p_t, float d, float es) { return Terms::u(p_s, p_t, d, with) - mean_term * es; });
   }
+  // The same where the teacher's logit is -inf: without its power. NaN where no column's is another.
+  KDFAST_DEVICE float missing(float s) const {
+    const float es = exp2_fast((s - to.max_s) * to.k);
+    return Terms::u(to.n_s * es, to.n_t * 0.f, 0.f, with) - mean_term * es;
+  }
 };
 
 // The same with that of the cross-entropy, but for the label's own column.
@@ -117,9 +122,9 @@ struct GradientBesideLabel {
   Gradient<Divergence> of;
   float n_one, even;
 
-  KDFAST_DEVICE float operator()(float s, float t) const {
-    return of(s, t) + fmaf(n_one, exp2_fast((s - of.to.max_s) * float(kLog2e)), -even);
-  }
+  KDFAST_DEVICE float operator()(float s, float t) const { return of(s, t) + hard(s); }
+  KDFAST_DEVICE float missing(float s) const { return of.missing(s) + hard(s); }
+  KDFAST_DEVICE float hard(float s) const { return fmaf(n_one, exp2_fast((s - of.to.max_s) * float(kLog2e)), -even); }
 };
 
 // ---- rows ----

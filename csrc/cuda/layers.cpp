@@ -23,6 +23,7 @@ LayerMemory memory_of(const Tensor& t) {
 
 LayerArgs args_of(const LayerCall& call, const Tensors& gradients, int64_t first, int64_t layers) {
   LayerArgs args = {};
+  args.kind = Distance(call.kind);
   args.layers = int(layers);
   args.heads = int(call.heads());
   args.batch = call.batch();
@@ -61,7 +62,7 @@ Tensor launch_all(const LayerCall& call, const Target& target, const Tensors& gr
   auto* at = (float*)values.mutable_data_ptr();
   for (LayerArgs& args : turns) {
     args.values = at;
-    at += launch_layers(call.op(), target, Distance(call.kind), args, multiprocessors);
+    at += launch_layers(call.op(), target, args, multiprocessors);
   }
   return values;
 }
@@ -69,6 +70,11 @@ Tensor launch_all(const LayerCall& call, const Target& target, const Tensors& gr
 void check(const LayerCall& call) {
   STD_TORCH_CHECK(!call.is_double(), call.op(),
                   ": student: expected float32, bfloat16 or float16 on the GPU, got float64");
+  constexpr int64_t kMost = int64_t(1) << 31;
+  STD_TORCH_CHECK(call.columns() < kMost, call.op(), ": student: expected fewer than 2^31 numbers in a row, got ",
+                  call.columns());
+  STD_TORCH_CHECK(call.all_rows() < kMost, call.op(), ": student: expected fewer than 2^31 rows in all layers, got ",
+                  call.all_rows());
 }
 bool is_empty(const LayerCall& call) { return call.all_rows() == 0 || call.columns() == 0; }
 

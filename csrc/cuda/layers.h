@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/layer_terms.h"
+#include "cuda/divider.h"
 #include "cuda/element.h"
 #include "cuda/target.h"
 
@@ -30,6 +31,7 @@ struct LayerPair {
 };
 
 struct LayerArgs {
+  Distance kind;
   int layers, heads;
   int64_t batch, rows, columns;
   Element student_type, teacher_type;
@@ -37,14 +39,18 @@ struct LayerArgs {
   const float* divisor = nullptr;
   const float* upstream = nullptr;  // of the loss, or of every row
   bool per_row;
-  float floor;
+  float floor;    // NaN: none
   float* values;  // of every row, or of every block a sum
   LayerPair layer[kMostLayers];
   HeadTable table;
+  // The launch's own.
+  Divider by_rows, by_heads, by_batch;
+  uint32_t all_rows, rows_of_layer;
+  int log_lanes;  // that share a row
 };
 
 // Returns how many values it writes: the rows, or the blocks.
-int64_t launch_layers(const char* op, const Target& target, Distance kind, const LayerArgs& args, int multiprocessors);
+int64_t launch_layers(const char* op, const Target& target, LayerArgs args, int multiprocessors);
 int64_t layer_values(const LayerArgs& args, int multiprocessors);
 std::vector<NamedKernel> layer_kernels();
 

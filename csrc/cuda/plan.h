@@ -20,7 +20,9 @@ struct RowCase {
   bool aligned;        // ... and start on 16-byte boundaries and hold whole vectors: no edges
   bool again;         // rows are looked at again once their sums are known: for a gradient, or by the divergence itself
   bool given;         // the rows' states are: no first look
-  bool topk = false;  // the teacher has some of the columns only
+  bool topk = false;  // the teacher has some of the columns only: `alike` is of the student and the gradient
+  // Several dtypes, but neighbouring columns whose groups of four start alike in all rows: float32 on chip.
+  bool widened = false;
 };
 
 enum class RowKernel {
@@ -28,7 +30,6 @@ enum class RowKernel {
   on_chip,     // a row in the shared memory of a block or a cluster
   two_reads,   // a row per block, read again for every further look
   any_layout,  // the same, column by column: any strides, any pair of dtypes
-  topk,        // the same of a teacher that has some columns: shared memory holds which
 };
 
 struct RowPlan {
@@ -39,6 +40,7 @@ struct RowPlan {
   int lanes = 0, held = 0;  // lanes per row, and columns that each holds (registers)
   bool vectors = false;     // 16-byte accesses (registers)
   int64_t shared = 0;       // bytes of dynamic shared memory per block
+  bool widened = false;     // to float32 (on_chip)
 };
 
 // In whole vectors, or column by column: then more would be more code than they are worth.
@@ -49,8 +51,8 @@ constexpr int kRegisterThreads = 128;
 constexpr int kMaxRowThreads = 384;
 // Shared memory that the blocks and the warps of a row exchange, beside the row (cluster.cuh).
 constexpr int64_t exchange_bytes(int threads) { return 560 + threads; }
-// A bit for each column, and a word of its own for what is wrong with them.
-constexpr int64_t bitmap_bytes(int64_t columns) { return 4 * ((columns + 31) / 32 + 1); }
+// A bit for each column, behind up to 7 that are none, and a word of its own for what is wrong with them.
+constexpr int64_t bitmap_bytes(int64_t columns) { return 4 * ((columns + 7 + 31) / 32 + 1); }
 // What the driver takes of a multiprocessor's shared memory for each block.
 constexpr int64_t kReservedShared = 1024;
 // Vectors: a block's share of a row below this is not worth a further split.
@@ -68,8 +70,11 @@ inline int64_t share(const RowCase& c, int cluster) {
   const int64_t vectors = (c.columns * c.element_size + 15) / 16;
   return (vectors + cluster - 1) / cluster;
 }
+// Of a teacher that has some of the columns, which they are: of the share, and of single ones at the row's edges.
 inline int64_t shared_bytes(const RowCase& c, int cluster, int threads) {
-  return 2 * 16 * share(c, cluster) + exchange_bytes(threads);
+  const int64_t student = 16 * share(c, cluster);
+  const int64_t teacher = c.topk ? bitmap_bytes((student + 2 * 16) / c.element_size) : student;
+  return student + teacher + exchange_bytes(threads);
 }
 
 inline RowPlan in_registers(const RowCase& c) {
@@ -89,22 +94,20 @@ inline RowPlan in_registers(const RowCase& c) {
 inline RowPlan row_per_block(const RowCase& c) {
   const int width = c.alike ? 16 / c.element_size : 1;
   const int threads = threads_for(c.columns / width, 4, c.alike ? kMaxRowThreads : 256);
-  return {
-      c.alike ? RowKernel::two_reads : RowKernel::any_layout, threads, c.rows, 1, 0, 0, false, exchange_bytes(threads)};
+  const RowKernel kernel = c.alike || c.topk ? RowKernel::two_reads : RowKernel::any_layout;
+  const int64_t shared = exchange_bytes(threads) + (c.topk ? bitmap_bytes(c.columns) : 0);
+  return {kernel, threads, c.rows, 1, 0, 0, false, shared};
 }
 
 }  // namespace detail
 
 inline RowPlan plan_rows(const RowCase& c, const DeviceLimits& device) {
   using namespace detail;
-  if (c.topk) {
-    const int threads = threads_for(c.columns, 4, 256);
-    return {RowKernel::topk, threads, c.rows, 1, 0, 0, false, exchange_bytes(threads) + bitmap_bytes(c.columns)};
-  }
   if (c.same_elements && c.columns <= (c.aligned ? kRegisterColumns : kSingleColumns)) return in_registers(c);
   // For one look one read is enough, unless the rows are too few to keep every multiprocessor busy.
   const bool few = c.rows < device.multiprocessors;
-  if (!c.alike || c.given || (!c.again && !few)) return row_per_block(c);
+  const bool one_read = c.alike && !c.again && !few;
+  if (!(c.alike || c.widened) || c.given || one_read) return row_per_block(c);
   // The smallest cluster that lets three blocks share a multiprocessor, so that one loads while others compute, or the
   // largest. More blocks per row where rows are so few that multiprocessors would idle.
   int cluster = 1;
@@ -116,7 +119,8 @@ inline RowPlan plan_rows(const RowCase& c, const DeviceLimits& device) {
   auto idle = [&] { return c.rows * cluster < device.multiprocessors; };
   while (idle() && cluster < device.max_cluster && share(c, cluster) > kLeastShare) cluster *= 2;
   const int threads = threads_for(share(c, cluster), 4, most_threads());
-  return {RowKernel::on_chip, threads, c.rows * cluster, cluster, 0, 0, false, shared_bytes(c, cluster, threads)};
+  const int64_t shared = shared_bytes(c, cluster, threads);
+  return {RowKernel::on_chip, threads, c.rows * cluster, cluster, 0, 0, false, shared, c.widened};
 }
 
 // The same, where the device has room for its clusters: `has_room(plan)` tells of one. Half as many blocks as long as

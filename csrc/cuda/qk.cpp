@@ -28,15 +28,17 @@ QkForm form_of(const QkCall& call) {
 
 // What the kernels of a launch need for themselves.
 struct Workspace {
-  Tensor parts, grams, maxima;
+  Tensor parts, grams, rows;
+  GramPlan plan;
 
   Workspace(const QkCall& call, QkForm form, int64_t layers) {
     const Tensor& like = call.student_q[0];
-    const int64_t heads = layers * call.batch() * call.heads(), width = 2 * like.size(3);
+    const int64_t heads = layers * call.batch() * call.heads();
+    plan = plan_grams(int(like.size(3)), call.length(), heads);
     auto floats = [&](bool wanted, int64_t count) { return new_output(like, {wanted ? count : 0}, ScalarType::Float); };
-    parts = floats(form != QkForm::grams, heads * ((call.length() + 63) / 64));
-    grams = floats(form == QkForm::grams, heads * 2 * width * width);
-    maxima = floats(form == QkForm::scores_kl, heads * call.length() * 4);
+    parts = floats(form != QkForm::grams, heads * ((call.length() + kQkTile - 1) / kQkTile));
+    grams = floats(form == QkForm::grams, plan.splits * heads * 2 * plan.numbers());
+    rows = floats(form == QkForm::scores_kl, heads * call.length() * 4);
   }
 };
 
@@ -62,7 +64,8 @@ QkArgs args_of(const QkCall& call, const Tensors& gradients, int64_t first, int6
   args.per_head = call.per_head;
   args.parts = (float*)work.parts.mutable_data_ptr();
   args.grams = (float*)work.grams.mutable_data_ptr();
-  args.maxima = (float*)work.maxima.mutable_data_ptr();
+  args.plan = work.plan;
+  args.rows = (float*)work.rows.mutable_data_ptr();
   for (int64_t i = 0; i < layers; ++i) {
     const int64_t layer = first + i;
     auto of = [&](int64_t n) { return gradients.empty() ? nullptr : gradients[n].mutable_data_ptr(); };

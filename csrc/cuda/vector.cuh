@@ -81,6 +81,33 @@ KDFAST_DEVICE void store_any(Element type, void* p, int64_t i, float x) {
   ((Float16*)p)[i] = Vector<Float16>::narrow_one(x);
 }
 
+// 8 neighbours from element `at` on, as they lie: 16-bit ones in the first half. Multiples of 16 bytes.
+KDFAST_DEVICE void load_eight(Element type, const void* p, int64_t at, uint4* raw) {
+  raw[0] = load16((const char*)p + at * size_of(type));
+  if (type == Element::f32) raw[1] = load16((const float*)p + at + 4);
+}
+KDFAST_DEVICE void widen_eight(Element type, const uint4* raw, float* x) {
+  if (type == Element::bf16) return Vector<BFloat16>::widen(raw[0], x);
+  if (type == Element::f16) return Vector<Float16>::widen(raw[0], x);
+  Vector<float>::widen(raw[0], x);
+  Vector<float>::widen(raw[1], x + 4);
+}
+
+// Four as float32. A multiple of their bytes.
+KDFAST_DEVICE uint4 load_four(Element type, const void* p, int64_t at) {
+  if (type == Element::f32) return load16((const float*)p + at);
+  const uint2 pairs = load8((const uint16_t*)p + at);
+  float x[4];
+  if (type == Element::bf16) {
+    widen_pair(BFloat16{}, pairs.x, x);
+    widen_pair(BFloat16{}, pairs.y, x + 2);
+  } else {
+    widen_pair(Float16{}, pairs.x, x);
+    widen_pair(Float16{}, pairs.y, x + 2);
+  }
+  return Vector<float>::narrow(x);
+}
+
 // Numbers made of T, into memory of T, or where T is float of any type: the places from element `at` of `row` on.
 template <class T>
 KDFAST_DEVICE void store_vector(Element type, void* row, int64_t at, const float* x) {

@@ -11,6 +11,9 @@ namespace kdfast {
 KDFAST_EXPORT std::vector<std::string> cpu_variants();
 KDFAST_EXPORT std::string cpu_variant_name();
 KDFAST_EXPORT void set_cpu_variant(const std::string& name);
+// Whether products on the CPU are faster by the variant's own kernels (csrc/cpu/matmul.cpp) than by torch's library:
+// of float32, and float16 that is widened; or of bfloat16 into float32.
+KDFAST_EXPORT bool own_products(bool bf16);
 KDFAST_EXPORT void vector_exp2(const float* x, float* y, int64_t count);
 KDFAST_EXPORT void vector_log2(const float* x, float* y, int64_t count);
 

@@ -38,14 +38,15 @@ void define_cuda(py::module_& m) {
   m.def(
       "cuda_plan",
       [](int64_t rows, int64_t columns, int element_size, bool same_elements, bool alike, bool aligned, bool again,
-         bool given, int multiprocessors, int64_t shared_per_block, int64_t shared_per_multiprocessor, int max_cluster,
-         int room) {
-        return plan_of({rows, columns, element_size, same_elements, alike, aligned, again, given},
+         bool given, bool topk, bool widened, int multiprocessors, int64_t shared_per_block,
+         int64_t shared_per_multiprocessor, int max_cluster, int room) {
+        return plan_of({rows, columns, element_size, same_elements, alike, aligned, again, given, topk, widened},
                        {multiprocessors, shared_per_block, shared_per_multiprocessor, max_cluster}, room);
       },
       py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("element_size"), py::arg("same_elements"),
-      py::arg("alike"), py::arg("aligned"), py::arg("again"), py::arg("given"), py::arg("multiprocessors"),
-      py::arg("shared_per_block"), py::arg("shared_per_multiprocessor"), py::arg("max_cluster"), py::arg("room") = 16,
+      py::arg("alike"), py::arg("aligned"), py::arg("again"), py::arg("given"), py::arg("topk") = false,
+      py::arg("widened") = false, py::arg("multiprocessors"), py::arg("shared_per_block"),
+      py::arg("shared_per_multiprocessor"), py::arg("max_cluster"), py::arg("room") = 16,
       "The kernel and shape that a row operator would take on such a device (csrc/cuda/plan.h).");
   if (!build) return;
   m.def(
@@ -73,6 +74,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_variants", &kdfast::cpu_variants, "CPU variants that this processor runs, narrowest first.");
   m.def("cpu_variant", &kdfast::cpu_variant_name, "The CPU variant in use.");
   m.def("set_cpu_variant", &kdfast::set_cpu_variant, py::arg("name"), "Switches the CPU variant (for tests).");
+  m.def("own_products", &kdfast::own_products, py::arg("bf16"),
+        "Whether kdfast::matmul_ is faster here than torch's library: in float32, or of bfloat16 into float32.");
   using VectorFunction = void (*)(const float*, float*, int64_t);
   auto define_vector = [&](const char* name, VectorFunction function, const char* doc) {
     auto all = [function](const std::vector<float>& x) {

@@ -20,7 +20,7 @@ from kdfast.cli.cache import cache_teacher, check_cache
 from kdfast.cli.distill import add_prune, add_recipes
 from kdfast.cli.doctor import doctor
 from kdfast.cli.export import export
-from kdfast.cli.results import compare, evaluate
+from kdfast.cli.results import compare, evaluate, report
 from kdfast.cli.shared import fail
 from kdfast.results.disk import of_the_user, told
 
@@ -59,7 +59,7 @@ def _kdfast(
 
 add_recipes(distill)
 add_prune(app)
-for command in (evaluate, compare, export, augment, cache_teacher, check_cache, bench, doctor):
+for command in (evaluate, compare, report, export, augment, cache_teacher, check_cache, bench, doctor):
     app.command()(command)
 
 

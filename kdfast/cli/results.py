@@ -229,3 +229,30 @@ def compare(
             (output / "comparison.md").write_text(tables.comparison_markdown(comparison) + "\n")
         plots.plot_comparison(output / "comparison.png", comparison)
         typer.echo(f"In {output}: comparison.json, comparison.md, comparison.png")
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folder of a finished run, or of several of one task.")],
+    output: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    metric: Annotated[
+        str | None, typer.Option(help="Another of what was measured, such as f1. Default: the task's; perplexity.")
+    ] = None,
+) -> None:
+    """Writes a page of HTML about finished runs: table, plots, settings. It needs no other file and no network.
+
+    Several runs are set beside one another as by compare.
+    """
+    try:
+        from kdfast.results import page
+    except ImportError as error:
+        fail(f"{error}: pip install kdfast[train]", 1)
+    try:
+        if output.is_dir():
+            raise ValueError(f"output {output}: expected an HTML file, got a folder")
+        text = page.page(comparing.compare(runs, metric))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    with saving(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+    typer.echo(f"In {output}")

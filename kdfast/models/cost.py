@@ -60,7 +60,8 @@ def flops(model: nn.Module, batch: Mapping[str, Any]) -> int:
     activations, softmax and looking up embeddings are not. Of a compiled model, as it is without the compiler.
     """
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counter, inner = FlopCounterMode(display=False, custom_mapping={attention: _of_attention}), unwrapped(model)
+    ours = {attention: _of_attention, torch.ops.kdfast.block_sparse_product: _of_blocks}
+    counter, inner = FlopCounterMode(display=False, custom_mapping=ours), unwrapped(model)
     # A view of a parameter says that it requires a gradient also where none is recorded, for which the counter looks in
     # vain: a layer without neurons gives its expanded bias.
     weights = {name: parameter.detach() for name, parameter in inner.named_parameters()}
@@ -72,6 +73,10 @@ def flops(model: nn.Module, batch: Mapping[str, Any]) -> int:
 def _of_attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
     """torch counts every fused attention but the one of CPUs; from the shapes [B, H, L, d]."""
     return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
+
+
+def _of_blocks(x: torch.Size, values: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * values.numel()
 
 
 def latencies_ms(

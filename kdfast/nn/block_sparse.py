@@ -129,6 +129,18 @@ class BlockSparseLinear(nn.Module):
             f"block={self.layout.block}, density={self.layout.density:.3g}, expected {self.expected_speed:.2g} × as fast"
         )
 
+    def follow_mask(self) -> None:
+        """Makes the layout that of `mask`, for who has set it and `values` one by one, as loaders do.
+
+        Raises:
+            ValueError: the mask has another number of blocks than the values.
+        """
+        layout = BlockLayout(self.mask, self.layout.block)
+        if self.values.shape != (layout.count, *layout.block):
+            expected = f"the mask's blocks, {[layout.count, *layout.block]}"
+            _checks.wrong_value("BlockSparseLinear", "values", expected, f"shape {list(self.values.shape)}")
+        self.layout = layout
+
     def _follow(self) -> None:
         """Layout and mask go where the values are, but to a device without memory."""
         if not self.values.is_meta:

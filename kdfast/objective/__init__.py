@@ -1,7 +1,8 @@
 """What a distilled student is trained on: callables that return the weighted terms of its loss.
 
 `Terms` puts an objective together from terms: `Logits`, `Spans`, `Labels`, `Hidden`, `Embedding`, `Cosine`, `CLS`,
-`Attention`, `Relations` and `Branches`, each with a weight that is constant or follows a schedule.
+`Attention`, `Relations`, `Branches`, `SentenceMSE` and `MarginMSE`, each with a weight that is constant or follows a
+schedule.
 `DecoupledLogits` weigh the labelled class and the others apart, `TopLogits` leave out what the teacher finds unlikely.
 `DynamicLogits` are `Logits` with a weight and a temperature of each row, `Ensemble` those of several teachers,
 `Perturbed`, in `Adversarial`, those of inputs that the student is wrong about.
@@ -21,7 +22,9 @@ from kdfast.objective.layer_maps import layer_map
 from kdfast.objective.of_branches import Branches
 from kdfast.objective.of_layers import CLS, Attention, Cosine, Embedding, Hidden, Relations
 from kdfast.objective.of_logits import Labels, Logits, Spans
-from kdfast.objective.of_parts import DecoupledLogits, TopLogits
+`Attention`, `Relations`, `Branches`, `SentenceMSE` and `MarginMSE`, each with a weight that is constant or follows a
+schedule.
+`DecoupledLogits` weigh the labelled class and the others apart, `TopLogits` leave out what the teacher finds unlikely.
 from kdfast.objective.of_tasks import Tasks
 from kdfast.objective.schedules import ExponentialSchedule, LinearSchedule, StageSchedule
 from kdfast.objective.term import Term, token_mask
@@ -46,10 +49,12 @@ __all__ = [
     "LanguageModel",
     "LinearSchedule",
     "Logits",
+    "MarginMSE",
     "Missing",
     "Objective",
     "Perturbed",
     "Relations",
+    "SentenceMSE",
     "Spans",
     "StageSchedule",
     "Tasks",

@@ -1,7 +1,7 @@
 """The matrix products of a head hidden · weightᵀ: its logits in float32, and from their gradients those of its inputs.
 
-On the GPU products take 16-bit operands to float32. On the CPU they cannot: operands are widened, a weight a few
-columns of the vocabulary at a time.
+Products take 16-bit operands to float32: on the GPU torch's, on the CPU our own (kdfast/ops/_products.py). Where those
+are not the faster ones operands are widened, a weight a few columns of the vocabulary at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops import _checks, _shards
+from kdfast.ops import _checks, _products, _shards
 
 WIDENED = 16 << 20  # bytes of a weight that are widened at a time
 WORKSPACE = 32 << 20  # of the products on the CPU: a widened piece, or what the matrix library packs (22 MB were seen)
@@ -20,6 +20,11 @@ WORKSPACE = 32 << 20  # of the products on the CPU: a widened piece, or what the
 
 def on_gpu(x: Tensor) -> bool:
     return x.device.type == "cuda"
+
+
+def _own(x: Tensor) -> bool:
+    """Whether its products are our own."""
+    return not on_gpu(x) and _products.own(x)
 
 
 class Widening:
@@ -75,7 +80,9 @@ class Head(NamedTuple):
     def logits(self, rows: slice, out: Tensor, widening: Widening) -> None:
         """Those of some rows, into `out` [n, V], float32 (float64)."""
         hidden = self.hidden[rows]
-        if hidden.dtype == out.dtype:
+        if _own(hidden):
+            torch.ops.kdfast.matmul_(out, hidden, self.weight.t(), None, False)
+        elif hidden.dtype == out.dtype:
             torch.mm(hidden, self.weight.t(), out=out)
         elif on_gpu(out):
             torch.mm(hidden, self.weight.t(), out_dtype=out.dtype, out=out)
@@ -125,13 +132,15 @@ class Gradients:
         if self.wanted[0]:
             self._add_hidden(self.hidden[rows], g)
         if self.wanted[1]:
-            self._add_weight(self.weight[:columns], self.head.hidden[rows].to(g.dtype), g, first=rows.start == 0)
+            self._add_weight(self.weight[:columns], self.head.hidden[rows], g, first=rows.start == 0)
         if self.wanted[2]:
             self.bias[:columns] += g.sum(0, dtype=self.bias.dtype)
 
     def _add_hidden(self, out: Tensor, g: Tensor) -> None:
         weight = self.head.weight
-        if g.dtype == weight.dtype == out.dtype:
+        if _own(weight):
+            torch.ops.kdfast.matmul_(out, g, weight, None, False)
+        elif g.dtype == weight.dtype == out.dtype:
             torch.mm(g, weight, out=out)
         elif g.dtype == weight.dtype:
             torch.mm(g, weight, out_dtype=out.dtype, out=out)
@@ -142,6 +151,10 @@ class Gradients:
             out.copy_(total)
 
     def _add_weight(self, out: Tensor, hidden: Tensor, g: Tensor, first: bool) -> None:
+        if _own(hidden):
+            torch.ops.kdfast.matmul_(out, g.t(), hidden, None, not first)
+            return
+        hidden = hidden.to(g.dtype)
         if g.dtype == out.dtype:
             torch.addmm(out, g.t(), hidden, beta=0 if first else 1, out=out)
         elif on_gpu(out):

@@ -62,17 +62,19 @@ def as_list(op: str, argument: str, x: Layers) -> list[Tensor]:
     layers = [x] if isinstance(x, Tensor) else list(x) if isinstance(x, Sequence) else [x]
     if not layers:
         _checks.wrong_value(op, argument, "a layer or more", "none")
-    for i, layer in enumerate(layers):
-        if i and isinstance(layer, Tensor) and layer.dtype == layers[0].dtype and layer.shape == layers[0].shape:
-            continue
+    # Every layer passes here on every call: what is as before is not looked at again.
+    dtype, shape, mixed = None, None, False
+    for layer in layers:
         if not isinstance(layer, Tensor):
             _checks.wrong_type(op, argument, "a tensor or a sequence of tensors", _checks.kind(layer))
-        _checks.check_float(op, argument, layer)
-        if layer.shape != layers[0].shape:
-            _checks.wrong_value(
-                op, argument, f"layers of one shape, the first's {list(layers[0].shape)}", list(layer.shape)
-            )
-    return in_one_dtype(layers)
+        if layer.dtype != dtype:
+            _checks.check_float(op, argument, layer)
+            dtype, mixed = layer.dtype, dtype is not None
+        if shape is None:
+            shape = layer.shape
+        elif layer.shape != shape:
+            _checks.wrong_value(op, argument, f"layers of one shape, the first's {list(shape)}", list(layer.shape))
+    return in_one_dtype(layers) if mixed else layers
 
 
 def in_one_dtype(tensors: list[Tensor]) -> list[Tensor]:
@@ -263,12 +265,12 @@ class QkNumbers(NamedTuple):
 
 def call(op: str, native: str, tensors: Tensors, numbers: LayerNumbers | QkNumbers) -> Tensor:
     """The native operator, the student's layers with gradient."""
-    student, teacher = tensors.student, [[x.detach() for x in layers] for layers in tensors.teacher]
+    student, divisor = tensors.student, tensors.divisor
+    teacher = [[x.detach() if x.requires_grad else x for x in layers] for layers in tensors.teacher]
     if any(layers[0].dtype == torch.float64 for layers in student + teacher):
         student, teacher = ([[x.double() for x in layers] for layers in side] for side in (student, teacher))
-        if tensors.divisor is not None:
-            tensors = tensors._replace(divisor=tensors.divisor.double())
-    tensors = tensors._replace(student=student, teacher=teacher)
+        divisor = None if divisor is None else divisor.double()
+    tensors = Tensors(student, teacher, tensors.row_mask, tensors.column_mask, divisor)
     if torch.is_grad_enabled() and any(x.requires_grad for layers in student for x in layers):
         return _OfLayers.apply(op, native, len(student[0]), numbers, *tensors.flat())  # type: ignore[no-any-return]
     return _forward(native, tensors, numbers, False)[0]

@@ -93,13 +93,17 @@ class Loop:
         self.apart = self.gradient and (self.on_gpu or self.student.softcap > 0)
         # From one row of logits to the next: whole 128-byte lines of the GPU.
         self.width = -(-self.columns // 64) * 64 if self.on_gpu else self.columns
+        # Given logits whose rows start unlike these would be read column by column there.
+        given_logits = self.given if inputs.call.rows.indices is None else None
+        self.copied = self.on_gpu and given_logits is not None and not _in_groups_of_four(given_logits, places)
 
     def plan(self, budget: int) -> _chunks.Plan:
         """`budget`: bytes; 0: whatever suits the device."""
         row_bytes = self.width * self.dtype.itemsize
         if self.given is not None and self.places is not None:  # its rows are copied
             row_bytes += self.given.shape[-1] * self.given.element_size()
-        tail = (self.apart + (self.teacher is not None)) * self.logits_dtype.itemsize // self.dtype.itemsize
+        teachers = self.teacher is not None or self.copied
+        tail = (self.apart + teachers) * self.logits_dtype.itemsize // self.dtype.itemsize
         workspace = 0 if self.on_gpu else WORKSPACE
         budget = budget or _chunks.automatic(self.student.weight.device)
         fits = (budget - workspace) // max(row_bytes, 1)  # a shard may have no columns
@@ -137,7 +141,10 @@ class Loop:
             self.teacher.logits(rows, t[:, : self.columns], self.widening)
         else:
             assert self.given is not None
-            t = rows_of(self.given, rows if self.places is None else self.places[rows])
+            given = rows_of(self.given, rows if self.places is None else self.places[rows])
+            t = slab.teacher_logits(rows) if self.copied else given
+            if self.copied:
+                t[:, : self.columns] = given[:, : self.columns]
         call = self.call._replace(rows=self.call.rows.map(lambda x: x[rows]))
         state = None if self.group is None else _divergence.state_of(self.group, s, t, call)
         known = KNOWN_NOTHING if state is None else KNOWN_EVERYTHING
@@ -171,6 +178,15 @@ def rows_of(x: Tensor, at: Tensor | slice) -> Tensor:
         except RuntimeError:
             at = torch.arange(at.start, at.stop, device=x.device)
     return x[torch.unravel_index(at, x.shape[:-1])]
+
+
+def _in_groups_of_four(x: Tensor, places: Tensor | None) -> bool:
+    """Whether every row of [..., D], or of a copy of the rows at `places`, starts at a multiple of four elements."""
+    if x.stride(-1) != 1:
+        return False
+    if places is not None:
+        return x.shape[-1] % 4 == 0
+    return x.data_ptr() % (4 * x.element_size()) == 0 and all(step % 4 == 0 for step in x.stride()[:-1])
 
 
 def linear_divergence(wanted: list[bool], *flat: Any) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kdfast.ops import _checks, _into_grad, _transforms
+from kdfast.ops import _checks, _into_grad, _products, _transforms
 
 # Others (DTensors, fakes, quantised weights) bring operators of their own, which plain torch calls.
 _PLAIN = (Tensor, nn.Parameter)
@@ -93,7 +93,7 @@ def is_plain(x: Tensor, weight: Tensor) -> bool:
 
 
 def _forward(live: Live, x: Tensor, bias: Tensor | None, part: Tensor) -> Tensor:
-    return nn.functional.linear(x, part, None if bias is None else live.part_of_bias(bias, x.dtype))
+    return _products.linear(x, part, None if bias is None else live.part_of_bias(bias, x.dtype))
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -141,7 +141,7 @@ class _LiveLinear(torch.autograd.Function):
             else:
                 live.add_product_(into, left, right)
         if of_x:
-            gradient = rows @ part
+            gradient = _products.product(rows, part)
             of[0] = cast(gradient if x.dim() == 2 else gradient.view(x.shape), ctx.dtype)
         if of_bias:
             of[2] = live.of_bias(ctx.bias, rows.sum(0))

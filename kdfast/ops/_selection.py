@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdfast.ops import _checks, _shards
+from kdfast.ops import _checks, _products, _shards
 
 
 class Selection:
@@ -52,7 +52,7 @@ class Selection:
 
     def add_product_(self, grad: Tensor, left: Tensor, right: Tensor) -> None:
         if self.rows is None and self.columns is None and left.dtype is grad.dtype:
-            grad.addmm_(left, right)
+            _products.add_product_(grad, left, right)
         elif self.columns is None:
             part = _product(left, right, grad.dtype)
             grad.add_(part) if self.rows is None else grad.index_add_(0, self.rows, part)
@@ -104,7 +104,7 @@ def _lies_in_rows(matrix: Tensor) -> bool:
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    product = left @ right
+    product = _products.product(left, right)
     return product if product.dtype is dtype else product.to(dtype)
 
 

@@ -123,12 +123,14 @@ def cls_distance(
     """
     op = "cls_distance"
     s, t = (_layers.as_list(op, name, x) for name, x in zip(NAMES, (student_hidden, teacher_hidden), strict=True))
-    s, s_index = _tokens(op, NAMES[0], s, token_index)
-    t, t_index = _tokens(op, NAMES[1], t, token_index)
-    if s_index is None or t_index is None:  # what is one token already meets the other's tokens in place
-        length = max(s[0].shape[1], t[0].shape[1])
-        s, t = ([x.expand(-1, length, -1) for x in layers] for layers in (s, t))
-    mask = s_index if s_index is not None else t_index
+    for name, layers in zip(NAMES, (s, t), strict=True):
+        if layers[0].dim() not in (2, 3):
+            _checks.wrong_value(op, name, "[B, L, D] or [B, D]", f"shape {list(layers[0].shape)}")
+    of_tokens = [layers[0] for layers in (s, t) if layers[0].dim() == 3]
+    mask = _place(op, token_index, of_tokens[0]) if of_tokens else None
+    if len(of_tokens) < 2:  # what is one token already meets the other's tokens in place
+        length = of_tokens[0].shape[1] if of_tokens else 1
+        s, t = ([(x if x.dim() == 3 else x[:, None]).expand(-1, length, -1) for x in layers] for layers in (s, t))
     distance = "normalized" if normalize else "squared"
     _layers.check_pair(op, NAMES, s, t, "B, L, D")
     batch, _, width = s[0].shape
@@ -197,14 +199,10 @@ def _per_layer(op: str, argument: str, x: Layers, count: int, shape: list[int]) 
     return given * (count // len(given)) if len(given) == 1 else given
 
 
-def _tokens(op: str, argument: str, layers: list[Tensor], index: int | Tensor) -> tuple[list[Tensor], Tensor | None]:
-    """Layers [B, L, D] and where the token is, [B, L]; [B, D] are the tokens themselves."""
-    if layers[0].dim() == 2:
-        return [x.unsqueeze(1) for x in layers], None
-    if layers[0].dim() != 3:
-        _checks.wrong_value(op, argument, "[B, L, D] or [B, D]", f"shape {list(layers[0].shape)}")
-    batch, length, _ = layers[0].shape
-    places = torch.arange(length, device=layers[0].device)
+def _place(op: str, index: int | Tensor, like: Tensor) -> Tensor:
+    """Where the token is among those of `like`, [B, L]: a mask that broadcasts to it."""
+    batch, length, _ = like.shape
+    places = torch.arange(length, device=like.device)
     if isinstance(index, Tensor):
         if index.dtype != torch.int64 or list(index.shape) != [batch]:
             _checks.wrong_value(op, "token_index", f"an int64 tensor [{batch}]", f"{index.dtype}, {list(index.shape)}")
@@ -212,8 +210,8 @@ def _tokens(op: str, argument: str, layers: list[Tensor], index: int | Tensor) -
             wrong = (index < -length) | (index >= length)
             if bool(wrong.any()):
                 _checks.wrong_value(op, "token_index", f"{-length} to {length - 1}", index[wrong][0].item())
-        return layers, places == torch.where(index < 0, index + length, index)[:, None]
+        return places == torch.where(index < 0, index + length, index)[:, None]
     _checks.check_int(op, "token_index", index)
     if not -length <= index < length:
         _checks.wrong_value(op, "token_index", f"{-length} to {length - 1}", index)
-    return layers, (places == index % length).expand(batch, length)
+    return places == index % length

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kdfast.ops import _checks, _live_linear
+from kdfast.ops import _checks, _live_linear, _products
 from kdfast.ops._transforms import transformable
 
 
@@ -81,7 +81,7 @@ class Prefix(NamedTuple):
 
     def add_product_(self, grad: Tensor, left: Tensor, right: Tensor) -> None:
         if left.dtype is grad.dtype:
-            self._part(grad).addmm_(left, right)
+            _products.add_product_(self._part(grad), left, right)
         else:
             self._part(grad).add_(left @ right)
 
@@ -89,7 +89,7 @@ class Prefix(NamedTuple):
         gradient = torch.empty_like(weight)
         part = self._part(gradient)
         if left.dtype is gradient.dtype:
-            torch.mm(left, right, out=part)
+            _products.product_into(part, left, right)
         else:
             part.copy_(left @ right)
         gradient[: self.outputs, self.inputs :].zero_()

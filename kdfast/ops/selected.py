@@ -24,9 +24,8 @@ def selected_linear(
     neurons: Michel et al., 2019; Hou et al., 2020).
 
     Inputs and outputs are compact: x has the live columns alone, y the live rows alone. The live weights are packed
-    side by side at every call, and their products are the vendor library's; `kdfast.nn.SelectedLinear` packs them once
-    for as long as they stay. Where the weight has a `.grad` already, and no hooks that would see it, its live part is
-    added to alone.
+    side by side at every call, for a dense product; `kdfast.nn.SelectedLinear` packs them once for as long as they
+    stay. Where the weight has a `.grad` already, and no hooks that would see it, its live part is added to alone.
 
     Args:
         x: [..., columns], any strides; float32, bfloat16, float16 or (on the CPU) float64.

@@ -5,6 +5,7 @@ import importlib
 from typing import Any
 
 from kdfast.prune.apply import apply, remove
+from kdfast.prune.blocks import keep_blocks
 from kdfast.prune.compact import compact
 from kdfast.prune.costs import Costs, Flops, Parameters
 from kdfast.prune.genetic import genetic_search
@@ -35,6 +36,7 @@ __all__ = [
     "compact",
     "genetic_search",
     "importance",
+    "keep_blocks",
     "latency_table",
     "register",
     "remove",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kdfast.models.inputs import unwrapped
+from kdfast.nn.block_sparse import BlockSparseLinear
 from kdfast.ops import _checks
 from kdfast.ops._packed import Packed
 from kdfast.prune.layers import Adapter, Layer, Part, layers_of, matrix, parts_of_heads, parts_of_neurons, sharing
@@ -59,6 +60,9 @@ def apply(model: nn.Module, masks: Masks) -> None:
     keeps its own attention, one with all neurons its own feed-forward network. `output_attentions` gives the live heads
     of layers that have any. Keys and values of groups that are read by different numbers of heads are made once and then
     repeated, in the cache too. Compiled models compile again when sizes change.
+
+    A BlockSparseLinear is masked by its dense weight, made anew in every call: exact, but slower than either. Compact the
+    model to have blocks again.
 
     LoRA of peft is masked as what it adapts; apply again after adding an adapter. `fully_shard` and DDP may come before
     or after.
@@ -211,7 +215,7 @@ _known: WeakKeyDictionary[nn.Module, list[_Place]] = WeakKeyDictionary()
 def _places(model: nn.Module) -> list[_Place]:
     places = _known.get(model)
     if places is None or not all(place.is_in(model) for place in places):
-        places = _known[model] = [_Place(layer) for layer in layers_of(model, _OP)]
+        places = _known[model] = [_Place(layer) for layer in layers_of(model, _OP, of_blocks=True)]
     return places
 
 
@@ -237,6 +241,9 @@ def _wrong_forward(name: str) -> NoReturn:
     _checks.wrong_value(_OP, "model", expected, "one that was set on it (accelerate does, for a device_map)")
 
 
+_FORWARDS = (nn.Linear.forward, Conv1D.forward, BlockSparseLinear.forward, MaskedMap.forward)
+
+
 def _is_map(of: type[nn.Module]) -> bool:
     """Whether modules of this class are weight, bias and nothing else; what repeats heads is masked with them."""
-    return issubclass(of, RepeatedHeads) or of.forward in (nn.Linear.forward, Conv1D.forward, MaskedMap.forward)
+    return issubclass(of, RepeatedHeads) or of.forward in _FORWARDS

@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from kdfast.models.inputs import unwrapped
 from kdfast.models.student_parts import PER_LAYER, layers_path
 from kdfast.ops import _checks
-from kdfast.prune import cuts, disk
+from kdfast.prune import blocks, cuts, disk
 from kdfast.prune.apply import remove
-from kdfast.prune.layers import Layer, layers_of, sharing
+from kdfast.prune.layers import Layer, layers_of, parts, sharing
 from kdfast.prune.masks import Masks, check
 from kdfast.prune.optimizer import optimizer_of
 from kdfast.prune.shapes import reshape, shape_of
@@ -43,6 +43,9 @@ def compact(model: nn.Module, masks: Masks, optimizer: Optimizer | None = None) 
     same number. A sublayer of which nothing is left is skipped, but for the bias that it adds, and a layer that does not
     live is gone. Tied weights stay tied; dtype, device, hooks, requires_grad and training mode are the model's.
 
+    A BlockSparseLinear (`kdfast.prune.keep_blocks`) stays one where what is left is whole blocks; a block then lives where
+    any weight of it did. Elsewhere it becomes a dense map, with zeros.
+
     With `masks.hidden`, every parameter is cut along the hidden states too: embeddings, norms, pooler and heads. Norms
     then normalise over what is left, so that the result is not what zeros in the model would give: train it again.
 
@@ -68,9 +71,13 @@ def compact(model: nn.Module, masks: Masks, optimizer: Optimizer | None = None) 
         ValueError: an unknown architecture; masks of another model; no layer lives, or one of ALBERT does not; a linear
             map whose forward was replaced; a width that the class does not take, or Gemma's embeddings scale by; state of
             the optimizer that is not of a parameter's shape, of its rows, of its columns or one number; an optimizer with
-            none of the model's parameters.
+            none of the model's parameters, or of a model with maps of blocks; `masks.hidden` of such a model.
     """
-    layers, inner = layers_of(model, OP), unwrapped(model)
+    inner, made_of_blocks = unwrapped(model), blocks.live_weights(layers_of(model, OP, of_blocks=True))
+    if made_of_blocks:
+        blocks.refuse_more(optimizer, masks)
+        inner = blocks.with_linear_maps(inner)
+    layers = layers_of(inner, OP)
     check(OP, masks, layers, inner.config)
     kept, path = masks.layers.nonzero().flatten().tolist(), layers_path(OP, inner)
     if not kept:
@@ -82,6 +89,7 @@ def compact(model: nn.Module, masks: Masks, optimizer: Optimizer | None = None) 
     for place, i in enumerate(kept):
         name = layers[i].name if path is None else f"{path}{place}"
         _reshape(layers[i], smaller.get_submodule(name), *masks.kept(i))
+        blocks.cut(smaller.get_submodule(name), layers[i], parts(layers[i], *masks.kept(i)), made_of_blocks)
     if width:
         narrow(smaller, inner.config.hidden_size, width)
     disk.settle(OP, smaller)

@@ -13,6 +13,7 @@ from transformers.initialization import no_init_weights
 
 from kdfast._from_pretrained import METHOD
 from kdfast.data.hub import first_line
+from kdfast.nn.block_sparse import BlockSparseLinear
 from kdfast.ops import _checks
 from kdfast.prune.layers import layers_of
 from kdfast.prune.modules import Nothing, OnlyBias
@@ -31,7 +32,7 @@ def settle(op: str, model: Any) -> None:
     """
     config, base = model.config, model.base_model
     vars(config).pop("quantization_config", None)
-    shapes = [shape_of(layer) for layer in layers_of(base, op)]
+    shapes = [shape_of(layer) for layer in layers_of(base, op, of_blocks=True)]
     size, known = shapes[0].head_size, _of_neurons(config, shapes)
     changes = _with_size(config, known | _of_heads(config, shapes[0]), size)
     if not _makes(op, base, changes, shapes):
@@ -61,8 +62,15 @@ def rebuild(model: Any, record: dict[str, Any]) -> None:
         reshape(layer, Shape(**given))
         module: Any
         for module in layer.module.modules():
-            if any(isinstance(part, (Nothing, OnlyBias)) for part in module.children()):
+            if any(isinstance(part, (Nothing, OnlyBias, BlockSparseLinear)) for part in module.children()):
                 module._is_hf_initialized = True  # some classes initialise the weights of their parts, which are gone
+
+
+def follow_masks(model: Any) -> None:
+    """After the weights are read: maps of blocks have those that their mask says."""
+    for module in model.modules():
+        if isinstance(module, BlockSparseLinear):
+            module.follow_mask()
 
 
 def _listed(shape: Shape) -> dict[str, Any]:

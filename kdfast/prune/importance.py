@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdfast.models.inputs import unwrapped
 from kdfast.ops import _checks
 from kdfast.prune.layers import layers_of
 from kdfast.prune.passes import Loss, Sums, backward
+from kdfast.prune.ranks import add_up
 
 __all__ = ["Importance", "importance"]
 
@@ -103,7 +103,7 @@ def importance(
         backward(inner, sums, batch, loss, _OP)
         counted += max(1, *(layer.close(keep=accumulate) for layer in sums))
     found = [layer.heads for layer in sums] + [layer.neurons for layer in sums]
-    _all_reduce([counted, *found])
+    add_up([counted, *found])
     if not counted:
         _checks.wrong_value(_OP, "batches", "at least one", "none")
     if criterion == "michel":
@@ -122,15 +122,5 @@ def _check(of: str, criterion: str, accumulate: bool) -> None:
 
 
 # ---- results ----
-def _all_reduce(totals: list[Tensor]) -> None:
-    """The sums over all ranks, in place."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    together = torch.cat([total.flatten().to(totals[0].device, torch.float64) for total in totals])
-    dist.all_reduce(together)
-    for total, one in zip(totals, together.split([total.numel() for total in totals]), strict=True):
-        total.copy_(one.view_as(total))
-
-
 def _rows(scores: list[Tensor]) -> Tensor:
     return nn.utils.rnn.pad_sequence(scores, True, torch.nan)

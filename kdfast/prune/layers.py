@@ -191,18 +191,21 @@ class Part:
 
 
 def matrix(linear: nn.Module) -> Tensor:
-    """The weight as [out, in], which GPT-2 stores transposed; below an adapter of peft that of the layer it adapts."""
+    """The weight as [out, in], which GPT-2 stores transposed; below an adapter of peft that of the layer it adapts; of a
+    map of blocks a dense one, through which gradients go."""
     linear = getattr(linear, "base_layer", linear)
+    if isinstance(linear, BlockSparseLinear):
+        return linear.layout.dense(linear.values)
     weight: Tensor = linear.weight  # type: ignore[assignment]
     return weight.mT if isinstance(linear, Conv1D) else weight
 
 
-def layers_of(model: nn.Module, op: str = "kdfast.prune") -> list[Layer]:
+def layers_of(model: nn.Module, op: str = "kdfast.prune", *, of_blocks: bool = False) -> list[Layer]:
     """The layers of a model of transformers, wrapped or not, in order; of ALBERT, whose layers share weights, the
-    distinct ones.
+    distinct ones. of_blocks: whether linear maps may be of blocks.
 
     Raises:
-        TypeError: no model of transformers, or one with a BlockSparseLinear for a linear map.
+        TypeError: no model of transformers, or one with a BlockSparseLinear where none may be.
         ValueError: an unknown architecture; the message says what to register.
     """
     inner: Any = unwrapped(model)
@@ -223,18 +226,23 @@ def layers_of(model: nn.Module, op: str = "kdfast.prune") -> list[Layer]:
         ]
     else:
         names = [f"{path}{i}" for i in range(len(inner.get_submodule(path.removesuffix("."))))]
-    for name in names:
+    for name in () if of_blocks else names:
         _refuse_blocks(op, name, inner.get_submodule(name), adapter)
     return [_layer(name, inner.get_submodule(name), adapter) for name in names]
 
 
 def _refuse_blocks(op: str, place: str, module: nn.Module, adapter: Adapter) -> None:
     """Heads and neurons are whole rows and columns, which a map of blocks has not."""
+    for name in maps_of_blocks(module, adapter):
+        expected = "linear maps with all their weights (BlockSparseLinear.to_linear makes one)"
+        _checks.wrong_type(op, "model", expected, f"BlockSparseLinear at {place}.{name}")
+
+
+def maps_of_blocks(module: nn.Module, adapter: Adapter) -> dict[str, BlockSparseLinear]:
+    """A layer's linear maps of blocks, by name below it."""
     maps = (*adapter.qkv, adapter.output, *adapter.expand, adapter.contract)
-    for part, found in module.named_modules():
-        if part in maps and isinstance(found, BlockSparseLinear):
-            expected = "linear maps with all their weights (BlockSparseLinear.to_linear makes one)"
-            _checks.wrong_type(op, "model", expected, f"BlockSparseLinear at {place}.{part}")
+    found = {name: part for name, part in module.named_modules() if name in maps}
+    return {name: part for name, part in found.items() if isinstance(part, BlockSparseLinear)}
 
 
 def _layer(name: str, module: nn.Module, adapter: Adapter) -> Layer:

@@ -57,7 +57,7 @@ class Masks:
         Raises:
             TypeError, ValueError: model as in `layers_of`.
         """
-        layers = layers_of(model, "kdfast.prune.Masks")
+        layers = layers_of(model, "kdfast.prune.Masks", of_blocks=True)
         return cls(
             heads=[_all(layer.heads) for layer in layers],
             neurons=[_all(layer.neurons) for layer in layers],
@@ -152,7 +152,7 @@ class Masks:
                 heads or neurons, of another dtype or on another device.
         """
         op = "kdfast.prune.Masks.check"
-        check(op, self, layers_of(model, op), unwrapped(model).config)
+        check(op, self, layers_of(model, op, of_blocks=True), unwrapped(model).config)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Masks):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kdfast.prune.layers import Layer, matrix
+from kdfast.nn.block_sparse import BlockSparseLinear
+from kdfast.ops._block_layout import BlockLayout
+from kdfast.prune.layers import Layer, maps_of_blocks, matrix
 from kdfast.prune.modules import Nothing, OnlyBias, RepeatedHeads, WithoutHeads, of_own_heads, repeat_heads
 
 _SIZE_NAMES = ("head_dim", "attention_head_size")
@@ -22,7 +26,7 @@ class Shape:
     groups: of keys and values. repeat: which group stands where, so that the same number of heads reads each; None
     where each stands once. own_heads: the heads' numbers in the full model, for `Adapter.per_head`; None where these are
     all. scaling: of the scores, None where the class does not keep it. later: modules that the class makes in later
-    layers only (`Adapter.made_later`).
+    layers only (`Adapter.made_later`). blocks: of linear maps of blocks, a block's rows and columns and how many live.
     """
 
     heads: int
@@ -33,12 +37,14 @@ class Shape:
     own_heads: tuple[int, ...] | None = None
     scaling: float | None = None
     later: tuple[str, ...] = ()
+    blocks: dict[str, list[int]] | None = None
 
 
 def shape_of(layer: Layer) -> Shape:
     """The shape of a layer as it is."""
     module, adapter = layer.module, layer.adapter
     key = module.get_submodule(adapter.qkv[1]) if layer.heads else None
+    blocks = {name: [*x.layout.block, x.layout.count] for name, x in maps_of_blocks(module, adapter).items()}
     made = [name for name, _ in adapter.made_later if not isinstance(module.get_submodule(name), nn.Identity)]
     return Shape(
         layer.heads,
@@ -49,6 +55,7 @@ def shape_of(layer: Layer) -> Shape:
         own_heads=getattr(layer.attention, "own_heads", None),
         scaling=getattr(layer.attention, "scaling", None),
         later=tuple(made),
+        blocks=blocks or None,
     )
 
 
@@ -68,6 +75,8 @@ def reshape(layer: Layer, shape: Shape) -> None:
     for name in layer.adapter.norms:  # whose weights would get no gradient, for which DistributedDataParallel waits
         if not any(left for other, left in norms if other == name):
             layer.module.set_submodule(name, nn.Identity())
+    for name, (rows, columns, live) in (shape.blocks or {}).items():
+        layer.module.set_submodule(name, _of_blocks(layer.module.get_submodule(name), (rows, columns), live))
 
 
 def _reshape_heads(layer: Layer, shape: Shape) -> None:
@@ -117,3 +126,13 @@ def _resize(linear: nn.Module, rows: int | None = None, columns: int | None = No
             linear.bias = nn.Parameter(bias.new_empty(shape[0]))
     for name, size in zip(("nf", "nx") if transposed else ("out_features", "in_features"), shape, strict=True):
         setattr(linear, name, size)
+
+
+def _of_blocks(linear: Any, block: tuple[int, int], live: int) -> BlockSparseLinear:
+    """An empty map of so many blocks; which they are comes with the weights (`BlockSparseLinear.follow_mask`)."""
+    rows, columns = (size // side for size, side in zip(linear.weight.shape, block, strict=True))
+    layout = BlockLayout((torch.arange(rows * columns, device="cpu") < live).view(rows, columns), block)
+    weight = linear.weight
+    with warnings.catch_warnings():  # it was said when they were made
+        warnings.simplefilter("ignore")
+        return BlockSparseLinear(layout, linear.bias is not None, device=weight.device, dtype=weight.dtype)

@@ -82,7 +82,16 @@ class ClassifierRecipe(Recipe):
     # On these depends the student that is trained on the labels alone, beside the teacher that it starts from.
     alone: ClassVar[tuple[str, ...]] = (
         *("seed", "student", "student_start", "student_layers", "student_config", "freeze_embeddings", "train_rows"),
-        *("epochs", "learning_rate", "warmup", "batch_size", "max_length", "precision", "save_dtype"),
+        *(
+            "epochs",
+            "baseline_epochs",
+            "learning_rate",
+            "warmup",
+            "batch_size",
+            "max_length",
+            "precision",
+            "save_dtype",
+        ),
     )
 
     data: str | None = setting(
@@ -117,6 +126,9 @@ class ClassifierRecipe(Recipe):
     freeze_embeddings: bool = setting(True, "Half of a small model's weights, which little data hardly improves.")
     baseline: bool = setting(False, "Train the same student on the labels alone as well.")
     epochs: int = setting(3, "Passes of each student over the training rows.")
+    baseline_epochs: int | None = setting(
+        None, "Of the student on the labels alone, over the rows that have any. Default: epochs."
+    )
     learning_rate: float = setting(1e-4, "Peak of the linear schedule.")
     teacher_learning_rate: float | None = setting(None, "Of the teacher's fine-tuning. Default: as the students'.")
     warmup: float = setting(0.06, "Share of the steps before the peak.")
@@ -127,7 +139,7 @@ class ClassifierRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(1, "epochs", "teacher_epochs", "batch_size", "train_rows", "test_rows")
+        self.at_least(1, "epochs", "baseline_epochs", "teacher_epochs", "batch_size", "train_rows", "test_rows")
         self.at_least(4, "max_length")
         if self.teacher is not None and self.teacher_learning_rate is not None:
             expected = "none beside teacher, as it is of one that is fine-tuned here"
@@ -170,7 +182,7 @@ class ClassifierRecipe(Recipe):
         raise NotImplementedError
 
     def all_stages(self, student_layers: int, teacher_layers: int, kind: str) -> list[Stage]:
-        labels_alone = Stage("labels_only", "student, labels alone", labels_only(kind))
+        labels_alone = Stage("labels_only", "student, labels alone", labels_only(kind), epochs=self.baseline_epochs)
         return [labels_alone] * self.baseline + self.stages(student_layers, teacher_layers, kind)
 
 

@@ -16,7 +16,7 @@ from kdfast.recipes.base import setting
 from kdfast.recipes.classifier import ClassifierRecipe, Stage, soft_targets
 
 TARGETS = ("keep", "parameters", "flops", "latency")
-SCHEDULES = ("one-shot", "iterative", "cubic", "soft")
+SCHEDULES = ("one-shot", "iterative", "cubic", "soft", "surgery", "play-and-prune")
 KINDS = ("heads", "groups", "neurons", "layers")
 # As in kdfast.prune.criteria, which takes seconds to import.
 CRITERIA = (
@@ -61,12 +61,16 @@ class Recipe(ClassifierRecipe):
     units: tuple[str, ...] = setting(("heads", "neurons"), "Of heads, groups (of keys and values), neurons, layers.")
     schedule: str = setting(
         "cubic",
-        "one-shot: all at begin; iterative: in rounds; cubic: fast at first; soft: each epoch anew, until the end.",
+        "one-shot: all at begin; iterative: in rounds; cubic: fast at first; soft: each epoch anew, until the end; "
+        "surgery: units may come back, until end; play-and-prune: in rounds, while the quality allows.",
     )
     begin: float = setting(0.0, "Share of the training before the first units go.")
     end: float = setting(0.5, "Share of the training after which all are gone that go.")
     rounds: int = setting(8, "Times that units go, between begin and end.")
     scope: str = setting("global", "global: of all layers together; local: as many of each. Of keep= alone.")
+    bound: float = setting(
+        0.01, "Of play-and-prune: by how much the quality on the learning curve's rows may be below the teacher's."
+    )
     multiple: int = setting(1, "Neurons of a layer stay in multiples of it, as hardware likes them.")
     allow_empty: bool = setting(False, "Layers may lose all of their heads or neurons.")
     sensitivity: bool = setting(False, "First show how much worse the model is with each layer alone pruned.")
@@ -81,14 +85,21 @@ class Recipe(ClassifierRecipe):
         self.one_of(("global", "local"), "scope")
         self.between(0, 1, "begin", "end", "alpha")
         self.at_least(1, "rounds", "multiple", "score_rows")
-        self.positive("temperature")
+        self.positive("temperature", "bound")
         if self.begin > self.end:
             raise ValueError(f"begin: expected no more than end, {self.end:g}, got {self.begin:g}")
         if not self.units or not {*self.units} <= {*KINDS}:
             raise ValueError(f"units: expected some of {', '.join(KINDS)}, got {', '.join(self.units) or 'none'}")
         name, _ = self.goal
-        if self.schedule == "soft" and name != "keep":
-            raise ValueError(f"target: expected keep=SHARE with the schedule soft, got {self.target}")
+        if self.schedule in ("soft", "surgery", "play-and-prune") and name != "keep":
+            raise ValueError(f"target: expected keep=SHARE with the schedule {self.schedule}, got {self.target}")
+        of = {"soft": ("heads", "groups", "neurons"), "surgery": ("heads", "neurons")}.get(self.schedule, KINDS)
+        if not {*self.units} <= {*of}:
+            raise ValueError(
+                f"units: expected some of {', '.join(of)} with the schedule {self.schedule}, got {', '.join(self.units)}"
+            )
+        if self.schedule == "surgery" and self.criterion != "l2":
+            raise ValueError(f"criterion: expected l2 with the schedule surgery, which has norms, got {self.criterion}")
         if self.scope == "local" and name != "keep":
             raise ValueError(f"scope: expected global with the target {self.target}, got local")
         super().__post_init__()

@@ -81,6 +81,16 @@ def evaluate(
         ValueError: a model that cannot be loaded, has no head, tokenizer or padding token, other classes or another
             order of them, or fewer positions.
     """
+    candidates = _candidates(sources, task, max_length, tell)
+    if teacher is not None:
+        for name, of in candidates.items():
+            pairing.check_same_classes(named(name, of.source), of.model, candidates[teacher].model)
+    return measure(candidates, task, teacher, batch_size)
+
+
+def _candidates(
+    sources: Mapping[str, str | Path], task: tasks.Task, max_length: int, tell: Callable[[str], Any]
+) -> dict[str, Candidate]:
     test_alone = replace(task, train=task.train.select(()))
     candidates = {}
     for name, source in sources.items():
@@ -93,10 +103,7 @@ def evaluate(
         if note := pairing.matched_by_number(named(name, source), model.config, task.names):
             tell(note)
         candidates[name] = Candidate(f"test: {name}", model, source, tokenizer, rows)
-    if teacher is not None:
-        for name, of in candidates.items():
-            pairing.check_same_classes(named(name, of.source), of.model, candidates[teacher].model)
-    return measure(candidates, task, teacher, batch_size)
+    return candidates
 
 
 def measure(
@@ -116,13 +123,28 @@ def measure(
         if not results[name]["megabytes"]:  # of the Hub, or not in safetensors
             results[name]["megabytes"] = cost.megabytes(of.model)
         results[name]["gflop"] = cost.flops(_Ready(of, 1), {}) / 1e9
+    for name, times in _times(candidates).items():
+        results[name] |= times
+    return results
+
+
+def times(sources: Mapping[str, str | Path], task: tasks.Task, max_length: int = 64) -> dict[str, Metrics]:
+    """Of `evaluate` the milliseconds alone, of models that take turns.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    return _times(_candidates(sources, task, max_length, warnings.warn))
+
+
+def _times(candidates: Mapping[str, Candidate]) -> dict[str, Metrics]:
+    found: dict[str, Metrics] = {name: {} for name in candidates}
     for count in LATENCY_ROWS:
         ready = {name: _Ready(of, count) for name, of in candidates.items()}
         for name, milliseconds in cost.latencies_ms(ready, {}, device()).items():
             key = f"latency_ms_batch_{count}"
-            results[name] |= {key: median(milliseconds), key + FAST: min(milliseconds)}
-            results[name][key + SLOW] = max(milliseconds)
-    return results
+            found[name] |= {key: median(milliseconds), key + FAST: min(milliseconds), key + SLOW: max(milliseconds)}
+    return found
 
 
 def _logits(of: Candidate, batch_size: int) -> Tensor:

@@ -12,7 +12,7 @@ from kdfast.prune import Sensitivity
 from kdfast.recipes.dynabert import size_of
 from kdfast.results.compare import Comparison, standard_error
 from kdfast.results.disk import saving
-from kdfast.results.tables import HEADINGS, LATENCY, SPEEDS, column_of, folded
+from kdfast.results.tables import HEADINGS, LATENCY, LATENCY_32, SPEEDS, column_of, folded
 
 
 def _pyplot() -> Any:
@@ -54,15 +54,20 @@ def plot_losses(path: Path, history: Sequence[Mapping[str, float]], terms: Mappi
 
 # What the trainer compares with the teacher: title and unit.
 DISTANCES = {
-    "kl_to_teacher": ("KL(teacher ‖ student) on held-out rows", "nats"),
+    "kl_to_teacher": ("KL(teacher ‖ student) on {rows}", "nats"),
     "mse_to_teacher": ("Squared distance to the teacher on held-out rows", "mean of squares"),
 }
 
 
 def plot_learning_curves(
-    path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]], metric: str, teacher_value: float
+    path: Path,
+    histories: Mapping[str, Sequence[Mapping[str, float]]],
+    metric: str,
+    teacher_value: float,
+    rows: tuple[int, int],
 ) -> None:
-    """The metric and the distance to the teacher over training, one line per student, saved as an image."""
+    """The metric and the distance to the teacher over training, one line per student, saved as an image. rows: how many
+    test rows the points are of, and how many there are, of which the teacher's value is."""
     plt = _pyplot()
     heading, factor, _ = HEADINGS[metric]
     figure, (quality, distance) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -78,9 +83,12 @@ def plot_learning_curves(
         if apart:
             distance.plot(*zip(*apart, strict=True), label=name, **style)
     quality.axhline(factor * teacher_value, color="0.4", linestyle="--", label="teacher, all test rows")
-    name = heading.splitlines()[0]
+    name, where = (
+        heading.splitlines()[0],
+        "all test rows" if rows[0] == rows[1] else f"{rows[0]} of {rows[1]:,} test rows",
+    )
     quality.set(
-        title=f"{name[0].upper()}{name[1:]} on held-out rows",
+        title=f"{name[0].upper()}{name[1:]} on {where}",
         xlabel="epoch",
         ylabel="%" if factor == 100 else "correlation",
     )
@@ -133,6 +141,28 @@ def plot_comparison(path: Path, comparison: Comparison) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(comparison.title)
+    _save(plt, figure, path)
+
+
+def plot_costs(path: Path, comparison: Comparison) -> None:
+    """The metric against the time of a forward pass of 32 rows, in circles as large as the models, saved as an image."""
+    plt = _pyplot()
+    heading, factor, _ = column_of(comparison.metric)
+    figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
+    rows = [row for row in comparison.rows if {"parameters", LATENCY_32, comparison.metric} <= {*row.values}]
+    largest = max(fmean(row.values["parameters"]) for row in rows)
+    for i, row in enumerate(rows):
+        place = fmean(row.values[LATENCY_32]), factor * fmean(row.values[comparison.metric])
+        size = fmean(row.values["parameters"])
+        color = plt.get_cmap("tab10" if len(rows) <= 10 else "tab20")(i % 20)
+        axes.scatter(*place, s=900 * size / largest, color=color, alpha=0.35, linewidths=0)
+        axes.plot(*place, ".", color=color, label=f"{row.name}: {size / 1e6:.1f} M")
+    axes.margins(0.15)
+    axes.set(xlabel="ms of a forward pass, 32 rows", ylabel=heading.replace("\n", ", " if factor == 100 else " "))
+    axes.set(title="area: parameters")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(plt, figure, path)
 
 
@@ -209,6 +239,43 @@ def plot_sizes(path: Path, runs: Sequence[Mapping[str, Mapping[str, float]]], me
     panels[1].legend(frameon=False, loc="lower right")
     seeds = f", ± standard error of {len(runs)} seeds" * (len(runs) > 1)
     figure.suptitle(f"{title}: numbers beside points are widths{seeds}")
+    _save(plt, figure, path)
+
+
+def plot_pruned(path: Path, comparison: Comparison) -> None:
+    """The metric of what criteria left of a model, against parameters and time, a line from the whole model through the
+    sizes of each criterion, saved as an image: means with standard errors.
+
+    Args:
+        comparison: the teacher's row, and rows whose group is the criterion and whose model the size.
+    """
+    plt = _pyplot()
+    heading, factor, _ = column_of(comparison.metric)
+    whole = next(row for row in comparison.rows if row.model == "teacher")
+    criteria = dict.fromkeys(row.group for row in comparison.rows if row is not whole)
+    quantities = {
+        "parameters": ("parameters, millions", 1e-6),
+        LATENCY: ("ms of a forward pass, 1 row", 1.0),
+        SPEEDS[1]: ("ms of a forward pass, 32 rows", 1.0),
+    }
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained", sharey=True)
+    for axes, (quantity, (label, scale)) in zip(panels, quantities.items(), strict=True):
+        for i, criterion in enumerate(criteria):
+            rows = [row for row in comparison.rows if row.group == criterion and row is not whole]
+            rows = [whole, *sorted(rows, key=lambda row: fmean(row.values["parameters"]), reverse=True)]
+            across = [[scale * value for value in row.values[quantity]] for row in rows]
+            up = [[factor * value for value in row.values[comparison.metric]] for row in rows]
+            errors = {f"{of}err": [standard_error(v) or 0 for v in values] for of, values in (("x", across), ("y", up))}
+            style = {"color": "0.4", "linestyle": "--"} if criterion == "random" else {"color": f"C{i}"}
+            style |= {"marker": "osD^vP*X<>"[i % 10], "markersize": 5, "linewidth": 1, "capsize": 2, "label": criterion}
+            axes.errorbar([fmean(v) for v in across], [fmean(v) for v in up], **errors, **style)
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel=heading.replace("\n", ", " if factor == 100 else " "))
+    panels[0].legend(frameon=False, loc="lower right", fontsize=8)
+    seeds = f", ± standard error of {len(whole.runs)} seeds" * (len(whole.runs) > 1)
+    figure.suptitle(f"{comparison.title}: what criteria leave; on the right the whole model{seeds}")
     _save(plt, figure, path)
 
 

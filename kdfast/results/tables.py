@@ -103,6 +103,22 @@ def results_table(results: Mapping[str, Metrics], titles: Mapping[str, str], dat
     return table
 
 
+def gain(results: Mapping[str, Metrics], metric: str) -> list[str]:
+    """What distillation brought, in one line, where the same student was trained on the labels alone as well."""
+    if not {"labels_only", "student"} <= {*results}:
+        return []
+    alone, distilled = results["labels_only"], results["student"]
+    heading, factor, digits = column_of(metric)
+    name, *unit = heading.splitlines()
+    mine, other = (" ".join([_cell(row, metric), *unit]) for row in (distilled, alone))
+    difference = f"{factor * (distilled[metric] - alone[metric]):+.{digits}f}{' points' if factor == 100 else ''}"
+    values = [f"{name} {mine}, on the labels alone {other} ({difference})"]
+    for key, title in (("kl_to_teacher", "KL"), ("mse_to_teacher", "MSE")):
+        if distilled.get(key) and key in alone:
+            values.append(f"{title} to the teacher {_cell(distilled, key)} against {_cell(alone, key)}")
+    return [f"Distilled: {'; '.join(values)}"]
+
+
 def _cell(row: Metrics, name: str) -> str:
     _, factor, digits = column_of(name)
     value = row[name] * factor
@@ -171,24 +187,25 @@ def evaluation_table(results: Mapping[str, Metrics], data: str, rows: int, teach
 def _no_faster(results: Mapping[str, Metrics], teacher: str | None) -> str:
     if teacher is None:
         return ""
-    costs = {name: _cost(row) for name, row in results.items()}
+    costs = {name: cost_of(row) for name, row in results.items()}
     less = (name for name, of in costs.items() if of.gflop < costs[teacher].gflop)
     told = {name: advice(costs[teacher], costs[name]) for name in less}
     return "".join(f". {name} with {LATENCY_ROWS[-1]} rows: {text}" for name, text in told.items() if text)
 
 
-def _cost(row: Metrics) -> Cost:
+def cost_of(row: Metrics) -> Cost:
+    """What was measured of a model, with many rows."""
     latency = f"latency_ms_batch_{LATENCY_ROWS[-1]}"
     milliseconds = (row[latency + FAST], row[latency], row[latency + SLOW])
     return Cost(int(row["parameters"]), row["megabytes"], row["gflop"], milliseconds)
 
 
 COMPARED = ("kl_to_teacher", "mse_to_teacher", "agreement", "parameters")
-LATENCY = "latency_ms_batch_1"
-SPEEDS = (LATENCY, "latency_ms_batch_32", "tokens_per_second", "training_seconds")
+LATENCY, LATENCY_32 = "latency_ms_batch_1", "latency_ms_batch_32"
+SPEEDS = (LATENCY, LATENCY_32, "tokens_per_second", "training_seconds")
 
 
-def _compared(comparison: Comparison, all_spreads: bool) -> tuple[list[str], list[list[str]]]:
+def compared(comparison: Comparison, all_spreads: bool) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of a comparison, beside the models' names."""
     rows = comparison.rows
     present = {name for row in rows for name in row.values} - {comparison.metric}
@@ -222,7 +239,7 @@ def folded(name: str, width: int) -> str:
     return textwrap.fill(name.replace("/", "/ "), width + 1).replace("/ ", "/")
 
 
-def _legend(comparison: Comparison) -> str:
+def legend(comparison: Comparison) -> str:
     of_labels = any("micro_f1" in row.values for row in comparison.rows)
     said = {
         "n seeds: mean ± standard error.": any(len(row.runs) > 1 for row in comparison.rows),
@@ -240,8 +257,8 @@ def _legend(comparison: Comparison) -> str:
 
 def comparison_table(comparison: Comparison) -> Table:
     """A row per model, for 80 columns: only the metric has its standard error."""
-    headings, cells = _compared(comparison, all_spreads=False)
-    table = _table(f"{comparison.title}: runs compared", _legend(comparison), headings)
+    headings, cells = compared(comparison, all_spreads=False)
+    table = _table(f"{comparison.title}: runs compared", legend(comparison), headings)
     table.padding = 0
     for row, values in zip(comparison.rows, cells, strict=True):
         table.add_row(folded(row.name, 19), *values)
@@ -250,8 +267,8 @@ def comparison_table(comparison: Comparison) -> Table:
 
 def comparison_markdown(comparison: Comparison) -> str:
     """The table with all standard errors."""
-    headings, cells = _compared(comparison, all_spreads=True)
+    headings, cells = compared(comparison, all_spreads=True)
     lines = [["model", *headings], ["---", *["---:"] * len(headings)]]
     lines += [[row.name, *values] for row, values in zip(comparison.rows, cells, strict=True)]
     table = "\n".join(f"| {' | '.join(cell.replace(chr(10), ' ') for cell in line)} |" for line in lines)
-    return f"{comparison.title}: runs compared. {_legend(comparison)}\n\n{table}"
+    return f"{comparison.title}: runs compared. {legend(comparison)}\n\n{table}"

@@ -1,5 +1,4 @@
-"""Runs a `ClassifierRecipe` in its folder: teacher, its stored outputs, students, measurements.
-What is finished is not repeated."""
+"""Runs a `ClassifierRecipe` in its folder: teacher, stored outputs, students, measurements. What is finished stays."""
 
 from __future__ import annotations
 
@@ -356,7 +355,8 @@ class ClassifierRun:
             stages.write_json(stored, {**settings, "task": facts, "models": measured, **self.more})
         known = json.loads(stored.read_text())
         results: dict[str, Metrics] = known["models"]
-        self.console.print(tables.results_table(results, titles, files.shown_name(self.task.name), self.task.metric))
+        shown = tables.results_table(results, titles, files.shown_name(self.task.name), self.task.metric)
+        self.console.print(shown, *tables.gain(results, self.task.metric), sep="\n")
         plot = self._plot(titles, histories, known)
         self.console.print(f"In {self.folder}: student/ ({self.loader} loads it), metrics.json, {plot}")
         return results
@@ -368,6 +368,7 @@ class ClassifierRun:
             {title: histories[folder] for folder, title in titles.items() if folder not in self._teachers()},
             self.task.metric,
             known["models"]["teacher"][self.task.metric],
+            (self.curve, len(self.test)),
         )
         return "learning_curves.png"
 

@@ -24,6 +24,7 @@ from kdfast.prune import (
     Masks,
     Parameters,
     Scores,
+    advice,
     compact,
     latency_table,
     schedules,
@@ -31,11 +32,12 @@ from kdfast.prune import (
     sensitivity,
 )
 from kdfast.prune.criteria import CRITERIA, known, score, track
+from kdfast.prune.select import live_masks
 from kdfast.recipes.classifier import Stage
 from kdfast.recipes.prune import Recipe
-from kdfast.results import plots
+from kdfast.results import plots, tables
 from kdfast.results.disk import saving
-from kdfast.results.measure import LATENCY_ROWS, Metrics, length
+from kdfast.results.measure import LATENCY_ROWS, Metrics, length, predict_logits
 from kdfast.results.progress import bar
 from kdfast.runs import stages
 from kdfast.runs.classifier import ClassifierRun
@@ -47,15 +49,35 @@ BATCH = 32  # rows of a batch that scores read
 
 
 class _Keep(TrainerCallback):  # type: ignore[misc]
-    """Leaves the masks beside the model that they are of."""
+    """Leaves the masks beside the model that they are of, after the callback that prunes it."""
 
-    def __init__(self, pruning: Any, folder: Path) -> None:
-        self.pruning, self.folder = pruning, folder
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         with saving(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / MASKS).write_text(self.pruning.masks.to_json())
+            (self.folder / MASKS).write_text(live_masks(model).to_json())
+
+
+class _Asked(TrainerCallback):  # type: ignore[misc]
+    """Scores of a model, asked anew only after a step: one answer does for all that looks at them before the training."""
+
+    def __init__(self, ask: Callable[[Any], list[Scores]]) -> None:
+        self.ask = ask
+        self.found: list[Scores] | None = None
+
+    def __call__(self, model: Any) -> list[Scores]:
+        if self.found is None:
+            self.found = self.ask(model)
+        return self.found
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step:  # resumed, with other weights
+            self.found = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.found = None
 
 
 class PruneRun(ClassifierRun):
@@ -86,7 +108,7 @@ class PruneRun(ClassifierRun):
         if self.recipe.sensitivity and not (self.folder / SENSITIVITY).is_file():
             self._sweep(student, scores(student))
         pruning = self._pruning(student, scores)
-        yield partial(DistillationTrainer, callbacks=[*callbacks, pruning, _Keep(pruning, self.folder / stage.folder)])
+        yield partial(DistillationTrainer, callbacks=[*callbacks, pruning, _Keep(self.folder / stage.folder)])
 
     # ---- what goes ----
     def _scores(self, student: Any) -> tuple[Callable[[Any], list[Scores]], list[Any]]:
@@ -97,13 +119,13 @@ class PruneRun(ClassifierRun):
             if CRITERIA[r.criterion].needs == "training":
                 tracker = track(student, r.criterion, kinds)
                 return (lambda model: [tracker.scores(of) for of in kinds]), [schedules.Tracking(tracker)]
+            own: Any = {"seed": r.seed} if "seed" in CRITERIA[r.criterion].settings else {}
             batches = self._batches()
-            asked = partial(score, batches=batches)
-            made = lambda model: [asked(model, r.criterion, of) for of in kinds]  # noqa: E731
-            made(student)  # which refuses kinds that the criterion or the model has not
+            asked = _Asked(lambda model: [score(model, r.criterion, of, batches, **own) for of in kinds])
+            asked(student)  # which refuses kinds that the criterion or the model has not
         except (TypeError, ValueError) as error:
             raise ValueError(f"criterion: {error}") from None
-        return made, []
+        return asked, [asked]
 
     def _sweep(self, student: Any, scores: list[Scores]) -> None:
         """Leaves the quality on the rows of the scores with each layer alone pruned, and its plot."""
@@ -130,10 +152,16 @@ class PruneRun(ClassifierRun):
     def _pruning(self, student: Any, scores: Any) -> Any:
         r, (name, share) = self.recipe, self.recipe.goal
         multiple: Any = {"neurons": r.multiple}
-        if r.schedule == "soft":
-            return schedules.SoftPruning(scores, keep=share, scope=r.scope, multiple=multiple)  # type: ignore[arg-type]
+        chosen: dict[str, Any] = {"scope": r.scope, "multiple": multiple}
         steps = r.epochs * -(-len(self.train) // r.batch_size)
         begin, end = int(r.begin * steps), int(r.end * steps)
+        if r.schedule == "soft":
+            return schedules.SoftPruning(scores, keep=share, **chosen)
+        if r.schedule == "surgery":
+            of: Any = r.units
+            return schedules.Surgery(of, keep=share, until=max(end, 1), seed=r.seed, **chosen)
+        if r.schedule == "play-and-prune":
+            return self._bounded(student, scores, begin=begin, until=end, allow_empty=r.allow_empty, **chosen)
         rate: Any = {
             "one-shot": lambda: schedules.OneShot(1 - share, begin),
             "iterative": lambda: schedules.Iterative(1 - share, end, min(r.rounds, max(end - begin, 1)), begin),
@@ -149,6 +177,25 @@ class PruneRun(ClassifierRun):
         except ValueError as error:
             raise ValueError(f"target: {error}") from None
         return schedules.CostPruning(rate, scores, cost, **options)
+
+    def _bounded(self, student: Any, scores: Any, **chosen: Any) -> Any:
+        """Takes units while the quality allows. The student is the teacher as yet, of which the bound is."""
+        r, metric = self.recipe, self.task.metric
+        rows = self.test[: self.curve]
+        logits = predict_logits(student, rows, self.tokenizer, "quality of the whole model")
+        labels = torch.tensor([row["labels"] for row in rows])
+        whole, final = metrics.metrics(metric, logits, labels)[metric], 1 - r.goal[1]
+        # Twice as much at once as all rounds would have to, as not all of them take that much.
+        step = min(2 * final / r.rounds, final)
+        bound: Any = {"metric": f"eval_{metric}", "bound": whole - r.bound, "slack": r.bound}
+        return schedules.PlayAndPrune(scores, final=final, step=step, **bound, **chosen)
+
+    def _arguments(self, stage: Stage, rows: int) -> Any:
+        made, r = super()._arguments(stage, rows), self.recipe
+        if stage.folder == "masked" and r.schedule == "play-and-prune":
+            steps = r.epochs * -(-rows // r.batch_size)
+            made.eval_steps = max(1, int((r.end - r.begin) * steps) // r.rounds)
+        return made
 
     def _cost(self, name: str, student: Any) -> Costs:
         if name == "parameters":
@@ -177,12 +224,12 @@ class PruneRun(ClassifierRun):
         self.more = {"kept": {**kept, "layers": int(masks.layers.sum())}}
         results = super()._finish(titles, histories, cached)
         heads, neurons = (sum(map(len, of)) for of in (masks.heads, masks.neurons))
-        rows, column = LATENCY_ROWS[-1], f"latency_ms_batch_{LATENCY_ROWS[-1]}"
-        faster = results["teacher"][column] / results["student"][column]
-        slow = "; less than 1.05: take more, or whole layers" if faster < 1.05 else ""
+        before, after = (tables.cost_of(results[name]) for name in ("teacher", "student"))
+        told = advice(before, after)
         self.console.print(
             f"Kept: {kept['heads']} of {heads} heads, {kept['neurons']:,} of {neurons:,} neurons, "
-            f"{int(masks.layers.sum())} of {len(masks.layers)} layers. {faster:.2f} times as fast with {rows} rows{slow}"
+            f"{int(masks.layers.sum())} of {len(masks.layers)} layers. {before.ms / after.ms:.2f} times as fast with "
+            f"{LATENCY_ROWS[-1]} rows{'' if told is None else f': {told}'}"
         )
         return results
 

@@ -135,15 +135,25 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 // ---- what a kernel may call ----
 inline void __syncthreads() { cuda_host::machine().meet(cuda_host::machine().current().block->meeting); }
 
-inline float __shfl_xor_sync(unsigned mask, float x, int apart) {
+namespace cuda_host {
+// What lane `from` of this thread's warp passes.
+inline float shuffled(unsigned mask, float x, unsigned from) {
   auto& machine = cuda_host::machine();
-  cuda_host::Fiber& me = machine.current();
-  cuda_host::Warp& warp = me.block->warps[me.thread / 32];
+  Fiber& me = machine.current();
+  Warp& warp = me.block->warps[me.thread / 32];
   if (mask != ~0u || warp.meeting.members != 32) machine.fail("a shuffle that is not by a whole warp");
   float* slots = warp.slots[me.shuffles++ % 2];
   slots[me.thread % 32] = x;
   machine.meet(warp.meeting);
-  return slots[(me.thread % 32) ^ unsigned(apart)];
+  return slots[from];
+}
+}  // namespace cuda_host
+inline float __shfl_xor_sync(unsigned mask, float x, int apart) {
+  return cuda_host::shuffled(mask, x, threadIdx.x % 32 ^ unsigned(apart));
+}
+inline float __shfl_sync(unsigned mask, float x, int lane, int width) {
+  const unsigned own = threadIdx.x % 32, group = own - own % unsigned(width);
+  return cuda_host::shuffled(mask, x, group + unsigned(lane) % unsigned(width));
 }
 
 namespace kdfast::cuda {
@@ -174,6 +184,12 @@ inline uint4 load16(const void* p) {
   check_aligned(p);
   uint4 v;
   std::memcpy(&v, p, 16);
+  return v;
+}
+inline uint2 load8(const void* p) {
+  check_aligned(p, 8);
+  uint2 v;
+  std::memcpy(&v, p, 8);
   return v;
 }
 inline void store16(void* p, uint4 v) {

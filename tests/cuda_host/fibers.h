@@ -44,6 +44,7 @@ constexpr int kSavedRegisters = 6;
 constexpr size_t kStack = 64 << 10, kGuard = 256;
 constexpr int64_t kMostShared = 227 << 10;  // of a block
 constexpr int kMostCluster = 16;
+constexpr int kWarpWords = 6;            // of a lane in a matrix instruction
 constexpr unsigned char kPoison = 0xff;  // memory that nobody wrote reads as NaN
 
 // A barrier among the fibers that have not returned.
@@ -62,7 +63,9 @@ struct Meeting {
 };
 struct Warp {
   Meeting meeting;
-  float slots[2][32];  // two sets, used in turn: one meeting per shuffle is enough
+  // Two sets, used in turn: one meeting per shuffle or matrix instruction is enough.
+  float slots[2][32];
+  uint32_t words[2][32][kWarpWords];
 };
 struct Block {
   std::vector<unsigned char> memory;

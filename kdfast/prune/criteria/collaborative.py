@@ -28,7 +28,8 @@ def collaborative(streams: Streams, *, keep: float = 0.5, steps: int = 300) -> l
         for u, p, gate in zip(first, second, gates, strict=True):
             u += gate.sum(0)
             p.addmm_(gate.mT, gate)
-    return [_order((u / rows).abs(), p / (2 * rows), keep, steps) for u, p in zip(first, second, strict=True)]
+    counted = streams.over_ranks([*first, *second], rows)
+    return [_order((u / counted).abs(), p / (2 * counted), keep, steps) for u, p in zip(first, second, strict=True)]
 
 
 def _order(linear: Tensor, quadratic: Tensor, keep: float, steps: int) -> Tensor:

@@ -14,6 +14,7 @@ from kdfast.prune.criteria.registry import criterion
 from kdfast.prune.criteria.tracker import Tracker
 from kdfast.prune.layers import Layer, matrix
 from kdfast.prune.masked import live_part
+from kdfast.prune.ranks import add_up, count
 from kdfast.prune.scores import Kind
 
 _UNITS: tuple[Kind, ...] = ("heads", "groups", "neurons")
@@ -23,7 +24,8 @@ _DEAD = 3.0  # log α
 
 
 class Gates(Tracker):
-    """A number of each unit multiplies what it gives; an Adam of its own makes its steps in `before_step`.
+    """A number of each unit multiplies what it gives; an Adam of its own makes its steps in `before_step`, by the mean of
+    the ranks' gradients, as DDP takes it of the weights.
 
     weight: of the penalty, beside the loss whose gradients are there. learning_rate: of the gates. start: their
     parameter in the beginning.
@@ -51,6 +53,13 @@ class Gates(Tracker):
         raise NotImplementedError
 
     def before_step(self) -> None:
+        every = [x for values in self.parameters.values() for x in values]
+        for x in every:
+            x.grad = torch.zeros_like(x) if x.grad is None else x.grad
+        if (ranks := count()) > 1:
+            add_up([x.grad for x in every])  # type: ignore[misc]
+            for x in every:
+                x.grad /= ranks  # type: ignore[operator]
         penalty = sum(self.penalty(x) for values in self.parameters.values() for x in values)
         (self.weight * penalty).backward()  # type: ignore[union-attr]
         self.optimizer.step()

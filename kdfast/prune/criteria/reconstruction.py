@@ -7,6 +7,7 @@ Q_jk = E⟨W_j x_j, W_k x_k⟩ = Σ (H ∘ WᵀW) over the features of j and k. 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -133,9 +134,10 @@ def dcp(streams: Streams, *, balance: float = 1.0) -> list[Tensor]:
     gradients = [torch.zeros_like(streams.output_weight(layer)) for layer in streams.layers]
     for gradient in streams.gradients():
         for total, layer in zip(gradients, streams.layers, strict=True):
-            total += streams.output_weight(layer, gradient) * (balance / count)
+            total += streams.output_weight(layer, gradient)
+    scale = balance / streams.over_ranks(gradients, count)
     return [
-        _discriminating(streams.output_weight(layer), moments.second, gradient, streams.size(layer))
+        _discriminating(streams.output_weight(layer), moments.second, scale * gradient, streams.size(layer))
         for layer, gradient, moments in zip(streams.layers, gradients, streams.moments(), strict=True)
     ]
 
@@ -153,10 +155,8 @@ def _discriminating(weight: Tensor, second: Tensor, of_loss: Tensor, size: int) 
     return order
 
 
-def _quadratics(streams: Streams) -> list[Tensor]:
+def _quadratics(streams: Streams) -> Iterator[Tensor]:
     """Q of every layer, [units, units]: the mean over tokens of the products of what units add to the output."""
-    found = []
     for layer, moments in zip(streams.layers, streams.moments(), strict=True):
         weight, units, size = streams.output_weight(layer), streams.units(layer), streams.size(layer)
-        found.append((moments.second * (weight.mT @ weight)).view(units, size, units, size).sum((1, 3)))
-    return found
+        yield (moments.second * (weight.mT @ weight)).view(units, size, units, size).sum((1, 3))

@@ -70,8 +70,8 @@ def score(
         masks = kdfast.prune.select(model, scores, keep=0.5)
 
     Batches are read one at a time, in evaluation mode, and the model stays as it was. Units that a mask holds dead get
-    -inf. Criteria of heads give a group of keys and values the sum over its heads. Where there is a process group, all
-    ranks must be given the same batches.
+    -inf. Criteria of heads give a group of keys and values the sum over its heads. Where a process group is initialised,
+    all ranks call it, each with its own batches (some may have none), and get the same scores, of all batches.
 
     Args:
         model: of transformers, masked or not.

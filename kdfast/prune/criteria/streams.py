@@ -6,8 +6,9 @@ it. Nothing here is kept beyond what is yielded, and the model stays as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from kdfast.prune.geometry import OfParameter, blocks, matrix_of, vectors
 from kdfast.prune.layers import Layer, layers_of, matrix
 from kdfast.prune.masked import live_part
 from kdfast.prune.passes import Loss, Sums, backward, inputs_of, loss_of
+from kdfast.prune.ranks import add_up
 from kdfast.prune.rewire import linear_maps
 from kdfast.prune.scores import Kind
 
@@ -77,17 +79,26 @@ class Streams:
         return [Place(f"{layer.name}.{name}", layer, one) for layer, maps in pairs for name, one in maps.items()]
 
     def batches(self) -> Iterator[Any]:
-        """Those that were given, at least one."""
-        batch = None
+        """Those that this rank was given; all ranks together have at least one."""
+        seen = torch.zeros((), dtype=torch.float64, device=self.model.device)
         for batch in self._batches:
             yield batch
-        if batch is None:
+            seen += 1
+        add_up([seen])  # no rank raises alone, for which the others would wait
+        if not seen:
             _checks.wrong_value(self.op, "batches", "at least one", "none")
 
     def keep_batches(self) -> int:
-        """For a criterion that reads them twice; returns how many there are."""
+        """For a criterion that reads them twice; returns how many this rank has."""
         self._batches = list(self.batches())
         return len(self._batches)
+
+    def over_ranks(self, totals: Sequence[Tensor], count: int) -> float:
+        """The totals become their sums over all ranks' batches, in place; returns that of the count, at least 1."""
+        counted = torch.tensor(float(count), dtype=torch.float64, device=self.model.device)
+        for each in (counted, *totals):  # one at a time, as it is copied
+            add_up([each])
+        return max(float(counted), 1.0)
 
     # ---- weights ----
     def weights(self, value: OfParameter = lambda parameter: parameter) -> Iterator[Tensor]:
@@ -103,14 +114,16 @@ class Streams:
         return [weights.new_zeros(len(weights)) for weights in self.weights()]
 
     def mean(self, parts: Iterable[Iterable[Tensor]]) -> list[Tensor]:
-        """Of every place [units]: the mean of the rows of all parts, which have [rows, units] of every place."""
+        """Of every place [units]: the mean of the rows of all parts, which have [rows, units] of every place, and of all
+        ranks."""
         totals, rows = self.zeros(), 0
         for part in parts:
             found = list(part)
             rows += max(map(len, found))
             for total, x in zip(totals, found, strict=True):
                 total += x.sum(0, dtype=total.dtype)
-        return [total / max(rows, 1) for total in totals]
+        rows = self.over_ranks(totals, rows)
+        return [total / rows for total in totals]
 
     # ---- weights and gradients ----
     def gradients(self, by_row: bool = False) -> Iterator[OfParameter]:
@@ -207,19 +220,21 @@ class Streams:
         return x.view(len(x), units, size)
 
     def moments(self) -> list[Moments]:
-        """By layer, over all tokens of all batches."""
-        found, count = list[Moments](), 0
+        """By layer, over all tokens of all batches and ranks. All of one pass, so that as many matrices live as there are
+        layers."""
+        widths, tokens = [self.units(layer) * self.size(layer) for layer in self.layers], 0
+        new = partial(torch.zeros, dtype=self.wide, device=self.model.device)
+        found = [Moments(new(width, width), new(width)) for width in widths]
         for seen in self.activations():
             flat = [x.flatten(1) for x in seen]
-            count += max(map(len, flat))
-            if not found:
-                found = [Moments(x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1])) for x in flat]
+            tokens += max(map(len, flat))
             for total, x in zip(found, flat, strict=True):
                 total.second.addmm_(x.mT, x)
                 total.first.add_(x.sum(0))
+        counted = self.over_ranks([each for total in found for each in total], tokens)
         for total in found:
-            total.second.div_(max(count, 1))
-            total.first.div_(max(count, 1))
+            total.second.div_(counted)
+            total.first.div_(counted)
         return found
 
 

@@ -44,5 +44,9 @@ class Tracker:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from there."""
 
+    def fold(self) -> None:
+        """The end: what was put on the model goes into its weights, with which it computes what it did."""
+        self.close()
+
     def close(self) -> None:
         """The model without what was put on it."""

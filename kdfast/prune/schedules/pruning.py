@@ -127,6 +127,8 @@ class PlayAndPrune(Pruning):
         bound: what quality must not fall to.
         final: the share that is gone at most. step: the share that goes at once at most. slack: so far above the bound a
             whole step goes.
+        begin, until: steps before and after which nothing goes.
+        scope, multiple, allow_empty: as of `kdfast.prune.select`.
     """
 
     def __init__(
@@ -138,16 +140,20 @@ class PlayAndPrune(Pruning):
         final: float,
         step: float = 0.1,
         slack: float = 0.01,
+        begin: int = 0,
+        until: int | None = None,
         scope: Scope = "global",
         multiple: int | Mapping[Kind, int] = 1,
+        allow_empty: bool = False,
     ) -> None:
-        super().__init__(lambda _: 0.0, scores, scope=scope, multiple=multiple)
+        super().__init__(lambda _: 0.0, scores, scope=scope, multiple=multiple, allow_empty=allow_empty)
         for name, value in (("final", final), ("step", step)):
             if not 0 < value < 1:
                 _checks.wrong_value("kdfast.prune.schedules.PlayAndPrune", name, "a share between 0 and 1", value)
         if slack <= 0:
             _checks.wrong_value("kdfast.prune.schedules.PlayAndPrune", "slack", "a number above 0", slack)
         self.metric, self.bound, self.final, self.step, self.slack = metric, bound, final, step, slack
+        self.begin, self.until = begin, until
 
     def on_evaluate(
         self,
@@ -162,14 +168,16 @@ class PlayAndPrune(Pruning):
         if self.metric not in metrics:
             known = ", ".join(sorted(metrics))
             _checks.wrong_value("kdfast.prune.schedules.PlayAndPrune", "metric", f"one of {known}", repr(self.metric))
+        if state.global_step < self.begin or (self.until is not None and state.global_step > self.until):
+            return
         above = min((metrics[self.metric] - self.bound) / self.slack, 1.0)
         if above > 0:
             self.prune_to(min(self.gone + self.step * above, self.final), unwrapped(model), optimizer)
 
 
 class Tracking(Stateful):
-    """A criterion that goes through the training: calls a tracker (`kdfast.prune.criteria.track`) around each step, and keeps
-    its state in checkpoints.
+    """A criterion that goes through the training: calls a tracker (`kdfast.prune.criteria.track`) around each step, keeps
+    its state in checkpoints, and in the end folds gates into the weights, so that the model is saved as it was trained.
 
         tracker = kdfast.prune.criteria.track(model, "movement")
         scores = lambda model: [tracker.scores(of) for of in ("heads", "neurons")]
@@ -184,6 +192,9 @@ class Tracking(Stateful):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         self.tracker.after_step(optimizer.param_groups[0]["lr"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.tracker.fold()
 
     def numbers(self) -> dict[str, Any]:
         file = io.BytesIO()
