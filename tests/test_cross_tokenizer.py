@@ -88,18 +88,23 @@ def uld_by_hand(student: Any, teacher: Any, batch: Any, shared: Tensor | None, t
     return torch.stack(losses).mean()
 
 
-def merged(side: Any, row: int, tokens: list[int], ids: Tensor, batch: Any, temperature: float) -> Tensor:
-    p = probabilities(side, row, tokens[0], batch, temperature)
-    for token in tokens[1:]:
+def merged(
+    side: Any, row: int, tokens: list[int], ids: Tensor, batch: Any, temperature: float, merge: str = "observed"
+) -> Tensor:
+    at = 0 if merge == "observed" else len(tokens) - 1
+    p = probabilities(side, row, tokens[at], batch, temperature)
+    for token in tokens[:at] + tokens[at + 1 :]:
         p = p * probabilities(side, row, token, batch, temperature)[ids[row, token]]
     return p
 
 
-def gold_by_hand(student: Any, teacher: Any, batch: Any, shared: Tensor | None, temperature: float) -> Tensor:
+def gold_by_hand(
+    student: Any, teacher: Any, batch: Any, shared: Tensor | None, temperature: float, merge: str = "observed"
+) -> Tensor:
     losses = []
     for row, own, its in SPANS:
-        s = merged(student, row, own, batch["input_ids"], batch, temperature)
-        t = merged(teacher, row, its, batch["teacher_input_ids"], batch, temperature)
+        s = merged(student, row, own, batch["input_ids"], batch, temperature, merge)
+        t = merged(teacher, row, its, batch["teacher_input_ids"], batch, temperature, merge)
         losses.append(weights(batch)[row] * l1(s, t, shared))
     return torch.stack(losses).mean()
 
@@ -121,10 +126,11 @@ def test_uld(shared: Any, tempered: bool, weighted: bool, dtype: torch.dtype, to
 @WEIGHTED
 @TEMPERED
 @SHARING
-def test_gold(shared: Any, tempered: bool, weighted: bool, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("merge", ["observed", "bayesian"])
+def test_gold(merge: str, shared: Any, tempered: bool, weighted: bool, dtype: torch.dtype, tolerance: float) -> None:
     student, teacher, batch = outputs(0, 7, OWN, dtype), outputs(1, 9, ITS, dtype), inputs(weighted, tempered)
-    term = GOLD(temperature=2.0, shared=shared)
-    expected = gold_by_hand(student, teacher, batch, shared, 2.0)
+    term = GOLD(temperature=2.0, shared=shared, merge=merge)
+    expected = gold_by_hand(student, teacher, batch, shared, 2.0, merge)
     compare(term(student, teacher, batch), expected, [student.logits], tolerance)
     assert term.count(batch) == len(SPANS)
 
@@ -400,6 +406,7 @@ def test_errors() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "expected"),
     [
+        ({"merge": "first"}, ValueError, "merge: expected 'observed' or 'bayesian', got 'first'"),
         ({"temperature": 0}, ValueError, "temperature: expected a finite number > 0, got 0"),
         ({"shared": [[0, 1]]}, TypeError, r"shared: expected an int64 tensor \[n, 2\], got list"),
         ({"shared": torch.zeros(2, 2)}, TypeError, r"shared: expected an int64 tensor \[n, 2\], got torch.float32"),

@@ -19,6 +19,7 @@ from kdfast.objective.schedules import Weight
 from kdfast.objective.term import Inputs, Term
 from kdfast.ops import _checks
 
+MERGES = ("observed", "bayesian")
 LEAST = -60.0  # a logarithm of what no sum of probabilities would miss
 
 
@@ -160,13 +161,15 @@ class GOLD(ULD):
     Hugging Face, 2025; `GOLDTrainer` of TRL with `use_extended_uld`).
 
     A span is the shortest piece of text at whose end both have a token's end. Where a side has several tokens x_0 … x_k
-    there, what it gives the span is the chain rule's, with log-probabilities of those tokens added up:
+    there, what it gives the span is the chain rule's, with log-probabilities of all but one of them added up:
 
-        m(i) = p(i | before) · Π_{j ≥ 1} p(x_j | before, x_0 … x_{j-1})
+        observed:  m(i) = p(i | before) · Π_{j ≥ 1} p(x_j | before, x_0 … x_{j-1})
+        bayesian:  m(i) = p(i | before, x_0 … x_{k-1}) · Π_{j < k} p(x_j | before, x_0 … x_{j-1})
 
-    so m(x_0) is the probability of the text as it stands; for the other i it is what they had with the same going on.
-    Where both have one token it is `ULD`. With `shared` tokens that are the same are compared one by one, and only the
-    others sorted, all with the same weight (TRL's hybrid loss has weights, and a JSD, for the former).
+    Either way the probability of the text as it stands is among them. The second are those of all texts that begin as
+    it does up to the last token; the first take what follows for the same whatever i is. Where both sides have one token
+    it is `ULD`. With `shared` tokens that are the same are compared one by one, and only the others sorted, all with the
+    same weight (TRL's hybrid loss has weights, and a JSD, for the former).
 
     A batch has in `sample_ends` [B, L] and `teacher_ends` [B, L'] int64 where in the text each token ends, counted in
     characters from 1 on and in the same text, 0 for tokens of no text; `kdfast.data.two_tokenizers` makes them. Text
@@ -175,8 +178,16 @@ class GOLD(ULD):
     Computed as twice `kdfast.total_variation`, of the probabilities with one more of what goes on otherwise, 1 - Σ m,
     minus the difference of these. A product below e^-60 is taken as that.
 
-    Args, other columns, errors: as of `ULD`. The mean is over spans.
+    Args:
+        merge: "observed" or "bayesian", as in TRL (whose "observed" takes logits one place later than this).
+        weight, temperature, causal, shared: as of `ULD`; and so other columns and errors. The mean is over spans.
     """
+
+    def __init__(self, *, merge: str = "observed", **settings: Any) -> None:
+        super().__init__(**settings)
+        if merge not in MERGES:
+            self.refuse("merge", " or ".join(map(repr, MERGES)), merge)
+        self.merge = merge
 
     def count(self, inputs: Inputs) -> Tensor:
         """Spans."""
@@ -190,15 +201,15 @@ class GOLD(ULD):
         both = []
         for i, (z, side) in enumerate(zip(sides, spans, strict=True)):
             rest = self._log_of_rest(z, side, inputs, teacher=bool(i))
-            row = self._at(z, side.first).to(rest.dtype)
-            temperature = self._temperature(inputs, side.first)
+            row = self._at(z, side.chosen).to(rest.dtype)
+            temperature = self._temperature(inputs, side.chosen)
             other = self._otherwise(row, rest, side.span.unique(), temperature)
             both.append((torch.cat((other[:, None], self._ordered(row, i)), -1), rest.exp()))
         (s, of_s), (t, of_t) = both
-        first = spans[0].first
-        weight = _of_rows(inputs, "weight", first)
+        chosen = spans[0].chosen
+        weight = _of_rows(inputs, "weight", chosen)
         of_rest = (of_s - of_t.detach()).abs() * (1 if weight is None else weight)
-        options = {"temperature": self._temperature(inputs, first), "weight": weight}
+        options = {"temperature": self._temperature(inputs, chosen), "weight": weight}
         return 2 * self._variation(s, t, options) - of_rest.sum() / max(len(of_rest), 1)
 
     def _spans(self, inputs: Inputs) -> tuple[_alignment.Side, _alignment.Side]:
@@ -207,7 +218,7 @@ class GOLD(ULD):
             if inputs[name].shape != of.shape or inputs[name].dtype != torch.int64:
                 got = f"{inputs[name].dtype} {list(inputs[name].shape)}"
                 self.refuse(name, f"int64 of the tokens' shape {list(of.shape)}", got)
-        spans = _alignment.spans(own, inputs[ENDS[0]], its, inputs[ENDS[1]])
+        spans = _alignment.spans(own, inputs[ENDS[0]], its, inputs[ENDS[1]], self.merge == "bayesian")
         counts = [side.spans for side in spans]
         if counts[0] != counts[1]:
             self.refuse(", ".join(ENDS), "ends in the order of the text", f"{counts[0]} and {counts[1]} spans")
