@@ -18,6 +18,8 @@ template <class Real>
 using Wide = typename WideOf<Real>::type;
 
 constexpr int kTileRows = 6;
+// Of a single vector, where they divide the rows: six sums do not keep the adders busy.
+constexpr int kTallTileRows = 8;
 constexpr int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // Columns of a matrix are padded to whole vectors.
 template <class Real>
@@ -31,26 +33,26 @@ struct Factor {
   int64_t row, k;  // steps
 };
 
-template <int kVectors, class Real>
+template <int kVectors, int kRows = kTileRows, class Real>
 KDFAST_LOCAL void multiply_tile(const Factor<Real>& a, const Real* b, int64_t b_row, Real* c, int64_t c_row, int64_t k,
                                 bool add) {
   using V = Wide<Real>;
   constexpr int L = WideOf<Real>::count;
-  V sums[kTileRows][kVectors]{};
+  V sums[kRows][kVectors]{};
   for (int64_t i = 0; i < k; ++i) {
     V from[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) memcpy(&from[v], b + i * b_row + v * L, sizeof(V));
-#pragma GCC unroll 6
-    for (int r = 0; r < kTileRows; ++r) {
-      const V x = V{} + a.data[r * a.row + i * a.k];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Real x = a.data[r * a.row + i * a.k];  // broadcast as it is read, which V{} + x is not
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sums[r][v] += x * from[v];
     }
   }
   // What is there already is added last: one rounding at its size, not k.
-#pragma GCC unroll 6
-  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       Real* to = c + r * c_row + v * L;
@@ -70,13 +72,16 @@ void multiply(int64_t rows, int64_t columns, int64_t k, const Factor<Real>& a, c
   for (int64_t j = 0; j < columns;) {
     const int64_t left = (columns - j) / L, vectors = left < kMost ? left : kMost;
     const int64_t end = upper && j + vectors * L < rows ? j + vectors * L : rows;
-    for (int64_t i = 0; i < end; i += kTileRows) {
+    for (int64_t i = 0; i < end;) {
+      const bool tall = vectors == 1 && (end - i) % kTallTileRows == 0;
       const Factor<Real> at{a.data + i * a.row, a.row, a.k};
       Real* to = c + i * c_row + j;
       if (vectors == 4) multiply_tile<4>(at, b + j, b_row, to, c_row, k, add);
       if (vectors == 3) multiply_tile<3>(at, b + j, b_row, to, c_row, k, add);
       if (vectors == 2) multiply_tile<2>(at, b + j, b_row, to, c_row, k, add);
-      if (vectors == 1) multiply_tile<1>(at, b + j, b_row, to, c_row, k, add);
+      if (tall) multiply_tile<1, kTallTileRows>(at, b + j, b_row, to, c_row, k, add);
+      if (vectors == 1 && !tall) multiply_tile<1>(at, b + j, b_row, to, c_row, k, add);
+      i += tall ? kTallTileRows : kTileRows;
     }
     j += vectors * L;
   }

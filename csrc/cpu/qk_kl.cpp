@@ -59,19 +59,17 @@ class Kl {
   bool counted(int64_t query) const { return !head_->queries || head_->queries[query]; }
 
   void read_queries(int64_t begin, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      read_token(shape_.student, head_->student_q, head_->queries, begin + i, shape_.student_size, shape_.student_scale,
-                 student_.q + i * s_);
-      read_token(shape_.teacher, head_->teacher_q, head_->queries, begin + i, shape_.teacher_size, shape_.teacher_scale,
-                 teacher_.q + i * t_);
-    }
+    read_tokens(shape_.student, head_->student_q, head_->queries, begin, n, shape_.student_size, shape_.student_scale,
+                student_.q, s_);
+    read_tokens(shape_.teacher, head_->teacher_q, head_->queries, begin, n, shape_.teacher_size, shape_.teacher_scale,
+                teacher_.q, t_);
   }
   // The keys of a tile; the transpose of each lies by itself.
   void read_keys(int64_t key, int64_t keys) {
-    for (int64_t i = key; i < key + keys; ++i) {
-      read_token(shape_.student, head_->student_k, head_->keys, i, shape_.student_size, 1, student_.k + i * s_);
-      read_token(shape_.teacher, head_->teacher_k, head_->keys, i, shape_.teacher_size, 1, teacher_.k + i * t_);
-    }
+    read_tokens(shape_.student, head_->student_k, head_->keys, key, keys, shape_.student_size, 1, student_.k + key * s_,
+                s_);
+    read_tokens(shape_.teacher, head_->teacher_k, head_->keys, key, keys, shape_.teacher_size, 1, teacher_.k + key * t_,
+                t_);
     transpose(student_.k + key * s_, keys, s_, transposed(student_, s_, key), keys_);
     transpose(teacher_.k + key * t_, keys, t_, transposed(teacher_, t_, key), keys_);
   }

@@ -64,23 +64,19 @@ class Panels {
   Real* key_sums(int64_t begin) const { return (Real*)head_->student_dk + begin * widths_.first; }
 
   void read_queries(int64_t begin, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      Real* x = x_ + i * widths_.all;
-      read_token(shape_.student, head_->student_q, head_->queries, begin + i, shape_.student_size, shape_.student_scale,
-                 x);
-      read_token(shape_.teacher, head_->teacher_q, head_->queries, begin + i, shape_.teacher_size, shape_.teacher_scale,
-                 x + widths_.first);
-      for (int64_t c = 0; widths_.equal && c < widths_.first; ++c) x[c] -= x[widths_.first + c];
-    }
+    const int64_t first = widths_.first, all = widths_.all;
+    read_tokens(shape_.student, head_->student_q, head_->queries, begin, n, shape_.student_size, shape_.student_scale,
+                x_, all);
+    read_tokens(shape_.teacher, head_->teacher_q, head_->queries, begin, n, shape_.teacher_size, shape_.teacher_scale,
+                x_ + first, all);
+    for (Real* x = x_; widths_.equal && x < x_ + n * all; x += all) subtract(x, x + first, first, x);
   }
   void read_keys(int64_t begin, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      Real* y = y_ + i * widths_.all;
-      read_token(shape_.student, head_->student_k, head_->keys, begin + i, shape_.student_size, 1, y);
-      read_token(shape_.teacher, head_->teacher_k, head_->keys, begin + i, shape_.teacher_size, 1, y + widths_.first);
-      for (int64_t c = 0; c < widths_.second; ++c) {
-        y[widths_.first + c] = (widths_.equal ? y[c] : Real(0)) - y[widths_.first + c];
-      }
+    const int64_t first = widths_.first, all = widths_.all;
+    read_tokens(shape_.student, head_->student_k, head_->keys, begin, n, shape_.student_size, 1, y_, all);
+    read_tokens(shape_.teacher, head_->teacher_k, head_->keys, begin, n, shape_.teacher_size, 1, y_ + first, all);
+    for (Real* y = y_; y < y_ + n * all; y += all) {
+      subtract(widths_.equal ? y : nullptr, y + first, widths_.second, y + first);
     }
   }
   void read_chunk(int64_t begin, int64_t n) {

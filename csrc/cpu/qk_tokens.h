@@ -32,38 +32,46 @@ KDFAST_LOCAL void clear(Real* to, int64_t n) {
   memset(to, 0, n * sizeof(Real));
 }
 
-// `n` of a token's numbers from `begin` on times scale, and zeros up to whole vectors.
-KDFAST_LOCAL void read_numbers(Element type, const QkTokens& from, int64_t token, int64_t begin, int64_t n, float scale,
-                               float* to) {
-  const char* row = (const char*)from.data + token * from.token * size_of(type);
-  with_element(type, [&](auto element) __attribute__((always_inline)) {
-    using E = decltype(element);
-    alignas(64) E made[kBlock];
-    const E* numbers = gather(row, from.number, begin, n, made);
-    for_vectors<E>(n, [&](int64_t i, int count, int)
-                          __attribute__((always_inline)) { store(to + i, scale * load_or_zeros(numbers + i, count)); });
-  });
-}
-KDFAST_LOCAL void read_numbers(Element type, const QkTokens& from, int64_t token, int64_t begin, int64_t n,
-                               double scale, double* to) {
-  if (type == Element::f64) {
-    const double* row = (const double*)from.data + token * from.token;
-    for (int64_t i = 0; i < n; ++i) to[i] = scale * row[(begin + i) * from.number];
-  } else {
-    alignas(64) float made[kBlock];
-    read_numbers(type, from, token, begin, n, 1.f, made);
-    for (int64_t i = 0; i < n; ++i) to[i] = scale * made[i];
+// A token's numbers times scale, and zeros up to whole vectors.
+template <class E, class Real>
+KDFAST_LOCAL void read_token(const E* token, int64_t number, int64_t size, Real scale, Real* to) {
+  if constexpr (sizeof(Real) == sizeof(float)) {
+    if (number == 1) {
+      return for_vectors<E>(size, [&](int64_t i, int count, int) __attribute__((always_inline)) {
+        store(to + i, scale * load_or_zeros(token + i, count));
+      });
+    }
   }
-  for (int64_t i = n; i < padded<double>(n); ++i) to[i] = 0;
+  for (int64_t i = 0; i < size; ++i) to[i] = scale * widened(token[i * number]);
+  clear(to + size, padded<Real>(size) - size);
 }
-
-// A token's numbers times scale, and zeros up to whole vectors; only zeros where the token does not count.
+// `n` tokens from `first` on to rows of a panel; only zeros where a token does not count.
 template <class Real>
-KDFAST_LOCAL void read_token(Element type, const QkTokens& from, const bool* counted, int64_t token, int64_t size,
-                             double scale, Real* to) {
-  if (counted && !counted[token]) return clear(to, padded<Real>(size));
-  for (int64_t at = 0; at < size; at += kBlock) {
-    read_numbers(type, from, token, at, size - at < kBlock ? size - at : kBlock, Real(scale), to + at);
+void read_tokens(Element type, const QkTokens& from, const bool* counted, int64_t first, int64_t n, int64_t size,
+                 double scale, Real* to, int64_t to_row) {
+  auto read_all = [&](auto element) __attribute__((always_inline)) {
+    for (int64_t t = first; t < first + n; ++t, to += to_row) {
+      if (counted && !counted[t]) {
+        clear(to, padded<Real>(size));
+      } else {
+        read_token((const decltype(element)*)from.data + t * from.token, from.number, size, Real(scale), to);
+      }
+    }
+  };
+  if constexpr (sizeof(Real) == sizeof(double)) {
+    if (type == Element::f64) return read_all(double{});
+  }
+  with_element(type, read_all);
+}
+// a - b, of whole vectors; a null: zeros.
+template <class Real>
+KDFAST_LOCAL void subtract(const Real* a, const Real* b, int64_t n, Real* to) {
+  for (int64_t i = 0; i < n; i += WideOf<Real>::count) {
+    Wide<Real> x{}, y;
+    if (a) memcpy(&x, a + i, sizeof x);
+    memcpy(&y, b + i, sizeof y);
+    x -= y;
+    memcpy(to + i, &x, sizeof x);
   }
 }
 
