@@ -104,16 +104,37 @@ struct SplitA {
 struct SplitB {
   uint32_t big[2], small[2];
 
+  KDFAST_DEVICE void set(int i, float number) {
+    const Split x(number);
+    big[i] = x.big, small[i] = x.small;
+  }
   template <class At>
   KDFAST_DEVICE void load(At at) {
     const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const Split x(at(g, q + i * 4));
-      big[i] = x.big, small[i] = x.small;
-    }
+    for (int i = 0; i < 2; ++i) set(i, at(g, q + i * 4));
   }
 };
+
+// The same of k = 16 from rows in shared memory that hold k side by side, `row` floats apart: 16 rows of a, 8 of b (its
+// columns). A 16-byte row of a matrix of load_matrices is four floats of one of them.
+KDFAST_DEVICE void load_rows(SplitA (&a)[2], const float* rows, int row) {
+  const int lane = threadIdx.x % 32, matrix = lane / 8;
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    uint32_t bits[4];
+    load_matrices(bits, rows + (matrix % 2 * 8 + lane % 8) * row + 8 * k + matrix / 2 * 4);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[k].set(i, as_float(bits[i]));
+  }
+}
+KDFAST_DEVICE void load_rows(SplitB (&b)[2], const float* rows, int row) {
+  const int lane = threadIdx.x % 32;
+  uint32_t bits[4];
+  load_matrices(bits, rows + lane % 8 * row + lane / 8 * 4);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) b[i / 2].set(i % 2, as_float(bits[i]));
+}
 
 // c += a b over k = 16, for all that float32 holds: the three products that matter, the small ones first.
 KDFAST_DEVICE void multiply_split(float (&c)[4], const SplitA (&a)[2], const SplitB (&b)[2]) {

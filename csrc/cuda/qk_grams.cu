@@ -319,10 +319,7 @@ class GramGradient {
 #pragma unroll 2
     for (int first = 0; first < 2 * columns; first += 16) {
       SplitA a[2];
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        a[k].load([&](int row, int i) { return tokens[row * Tokens32::kRow + first + 8 * k + i]; });
-      }
+      load_rows(a, tokens + first, Tokens32::kRow);
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
         SplitB b[2];

@@ -17,15 +17,11 @@ KDFAST_DEVICE void add_scores(Scores& c, const float* own, const float* met, int
 #pragma unroll 1
   for (int first = 0; first < depth; first += 16) {
     SplitA a[2];
-#pragma unroll
-    for (int k = 0; k < 2; ++k) a[k].load([&](int token, int i) { return own[token * row + first + 8 * k + i]; });
+    load_rows(a, own + first, row);
 #pragma unroll
     for (int n = 0; n < kMetColumns; ++n) {
       SplitB b[2];
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        b[k].load([&](int token, int i) { return met[(8 * n + token) * row + first + 8 * k + i]; });
-      }
+      load_rows(b, met + 8 * n * row + first, row);
       multiply_split(c[n], a, b);
     }
   }
@@ -66,7 +62,7 @@ KDFAST_DEVICE void add_scores(Scores& c, const T* own, const T* met, int depth) 
   const int lane = threadIdx.x % 32, matrix = lane / 8;
   const T* a_row = own + (matrix % 2 * 8 + lane % 8) * row + matrix / 2 * 8;
   const T* b_row = met + (matrix / 2 * 8 + lane % 8) * row + matrix % 2 * 8;
-#pragma unroll 1
+#pragma unroll 2
   for (int first = 0; first < depth; first += 16) {
     uint32_t a[4];
     load_matrices(a, a_row + first);

@@ -114,8 +114,13 @@ CASES: dict[str, tuple[str, Callable[[], Inputs]]] = {
     "first tokens": ("cls_distance", lambda: layers(2, 9, 96, dtype=F32)),
     "queries and keys, scores": ("qk_attention_mse", lambda: heads(50, 24, F32, key_mask=token_mask(2, 50))),
     "queries and keys, causal": ("qk_attention_mse", lambda: heads(130, 32, BF16, is_causal=True)),
+    "queries and keys, panels": ("qk_attention_mse", lambda: heads(70, 72, F32, is_causal=True)),
     "queries and keys, grams": ("qk_attention_mse", lambda: heads(401, 32, F32)),
+    "queries and keys, grams of one tile": ("qk_attention_mse", lambda: heads(1050, 64, BF16)),
+    "queries and keys, grams of tiles": ("qk_attention_mse", lambda: heads(250, 80, F32)),
     "relations": ("qk_relation_kl", lambda: heads(150, 32, F32, key_mask=token_mask(2, 150))),
+    "relations, 16 bits": ("qk_relation_kl", lambda: heads(150, 64, BF16, key_mask=token_mask(2, 150))),
+    "relations, panels": ("qk_relation_kl", lambda: heads(70, 72, F16)),
     "part of a matrix": ("selected_linear", part),
 }
 
