@@ -116,6 +116,32 @@ def test_rows_misaligned_differently_take_the_general_kernel_unless_small() -> N
     assert plan(1000, alike=False, aligned=False)["kernel"] == "any_layout"
 
 
+@pytest.mark.parametrize(
+    ("columns", "size", "cluster"),
+    [(2, 2, 1), (1000, 4, 1), (32000, 2, 1), (128256, 2, 4), (151936, 2, 8), (128256, 4, 8)],
+)
+def test_of_a_topk_teacher_only_the_student_is_kept(columns: int, size: int, cluster: int) -> None:
+    p = plan(columns, size=size, same_elements=False, topk=True)
+    assert (p["kernel"], p["cluster"], p["blocks"]) == ("on_chip", cluster, 8192 * cluster)
+    assert 3 * (p["shared"] + RESERVED) <= H100["shared_per_multiprocessor"]
+    bits = columns / 8 / cluster
+    assert 0 <= p["shared"] - exchange(p["threads"]) - columns * size / cluster - bits < 48
+    p = plan(columns, size=size, same_elements=False, topk=True, again=False)
+    assert p["kernel"] == "two_reads"
+    assert columns / 8 <= p["shared"] - exchange(p["threads"]) < columns / 8 + 12
+    assert plan(columns, size=size, same_elements=False, alike=False, topk=True)["kernel"] == "two_reads"
+
+
+def test_several_dtypes_are_widened_on_chip() -> None:
+    flags = {"same_elements": False, "alike": False, "aligned": False, "widened": True}
+    assert plan(128256, size=4, **flags)["cluster"] == 16
+    for columns in (2, 1000, 32000):
+        assert plan(columns, size=4, **flags)["kernel"] == "on_chip"
+        assert plan(columns, size=4, again=False, **flags)["kernel"] == "on_chip"
+        assert plan(columns, size=4, given=True, **flags)["kernel"] == "any_layout"
+    assert plan(128256, size=4, device=A100, **flags)["kernel"] == "any_layout"
+
+
 def test_small_rows_that_are_not_whole_vectors() -> None:
     assert plan(256, aligned=False)["kernel"] == "registers"
     assert plan(257, aligned=False)["kernel"] == "on_chip"
