@@ -31,6 +31,19 @@ CASES: dict[str, tuple[Any, str, str]] = {
     "self-distillation": (self_distillation.Recipe(**SHORT, generations=2), "generation_1", "student"),
     "dynabert": (dynabert.Recipe(**SHORT, widths=(0.5, 1.0), depths=(0.5, 1.0), sandwich=1), "student", "student"),
     "prune": (prune.Recipe(**SHORT, criterion="movement", score_rows=16, end=1.0, rounds=5), "masked", "student"),
+    # Its checkpoint is of the end of an epoch.
+    "prune softly": (
+        prune.Recipe(
+            **SHORT | {"train_rows": 32, "batch_size": 8, "epochs": 2}, criterion="l2", schedule="soft", score_rows=16
+        ),
+        "masked",
+        "student",
+    ),
+    "prune by a bound": (
+        prune.Recipe(**SHORT, schedule="play-and-prune", bound=1.0, score_rows=16, end=1.0, rounds=5),
+        "masked",
+        "student",
+    ),
     "multi-task": (multi_task.Recipe(**SHORT), "shared", "task_product_reviews/student"),
 }
 
