@@ -68,8 +68,8 @@ def pruned() -> str:
 
 
 def tables(name: str) -> list[tuple[str, str]]:
-    """Of a name's tables that benchmarks/recipes.py has left the newest of each device, the newest last: what it was measured
-    on, and the text."""
+    """Of a name's tables that benchmarks/recipes.py or benchmarks/pruning.py has left the newest of each device, the newest
+    last: what it was measured on, and the text."""
     found: dict[str, tuple[str, str, str]] = {}
     for path in RESULTS.glob(f"{name}-*.md"):
         facts = json.loads(path.with_suffix(".json").read_text())["environment"]
@@ -120,6 +120,7 @@ PAGES: dict[Path, Blocks] = {
         *FEW,
         ("pruned", pruned),
     ),
+    ROOT / "docs" / "pruning.md": (("pruning", partial(left, "pruning")),),
     OF_RECIPES / "fastbert.md": (("fastbert-speeds", partial(left, "fastbert-speeds")),),
     OF_RECIPES / "dynabert.md": (("dynabert-sizes", partial(left, "dynabert-sizes")),),
     **{

@@ -1,9 +1,9 @@
 // Products of two dense matrices on the CPU: one source, compiled once per processor variant.
 //
 // A panel of B, some columns of a part of the inner dimension, is packed to stay in the second-level cache, while rows
-// of A pass by, some at a time: where they lie, where a word is what is there, or packed too. A strip of the panel, a
-// tile wide and kDepth words deep, stays in the first-level cache for these rows. Whatever the matrix is a part of,
-// numbers next to it are never read. A number's sum has the same order whatever the threads and the other columns.
+// of A pass by, some at a time: where they lie, where a word is what is there, or packed too. Whatever the matrix is a
+// part of, numbers next to it are never read. A number's sum has the same order whatever the threads and the other
+// columns.
 #include "cpu/matmul_rows.h"
 
 #include "cpu/block_pack.h"
@@ -16,7 +16,9 @@ namespace {
 constexpr int64_t kCached = 640 << 10;  // bytes of a packed panel
 constexpr int64_t kMostWords = 768;     // of a panel's inner dimension
 constexpr int64_t kMostColumns = 512;   // of a panel: of more, the rows' sums would not stay beside it
-constexpr int64_t kDepth = 128;         // words that are summed before they join the rest
+// Words that are summed before they join the rest: roundings stay small. Sums of pairs of short numbers need no care.
+template <class P>
+constexpr int64_t kDepth = P::kNumbers == 1 ? 256 : kMostWords;
 template <class P>
 constexpr int64_t kRows = P::kAmx ? 64 : 48;  // of A that pass by at a time: whole tiles of any shape
 template <class P>
@@ -142,8 +144,8 @@ void multiply(const Product& p, const Strip<P>& s, int64_t m, int64_t some, int6
   t.w = s.panel, t.w_row = s.to_row;
   t.c = s.sums, t.c_row = s.sums_row, t.add = s.add, t.bias = s.bias;
   const int64_t words = words_of<P>(depth);
-  for (int64_t q = 0; q == 0 || q < words; q += kDepth, t.a += kDepth * t.a_word, t.w += kDepth * t.w_row) {
-    t.words = words - q < kDepth ? words - q : kDepth;
+  for (int64_t q = 0; q == 0 || q < words; q += kDepth<P>, t.a += kDepth<P> * t.a_word, t.w += kDepth<P> * t.w_row) {
+    t.words = words - q < kDepth<P> ? words - q : kDepth<P>;
     products(t, some, s.to_row);
     t.add = true, t.bias = nullptr;
   }

@@ -150,7 +150,6 @@ struct TopkColumns {
       if constexpr (Terms::kOfStudent) {
         if (!known && es > 0.f) state.moment_s = fmaf(es, Terms::of_student(x, -INFINITY), state.moment_s);
       }
-      if (labels) count_at_one(state, s, smooth);
     };
     each(
         [&](int column, uint4 raw) {
@@ -160,11 +159,15 @@ struct TopkColumns {
           const uint32_t known = Terms::kOfStudent ? bits_from(column) : 0u;
 #pragma unroll
           for (int e = 0; e < kWidth; ++e) count_student(s[e], known >> e & 1);
+          if (!labels) return;
+#pragma unroll
+          for (int e = 0; e < kWidth; ++e) count_at_one(state, s[e], smooth);
         },
         [&](int column) {
           const float s = share.student_at(column);
           raise(s, kNoMaximum);
           count_student(s, Terms::kOfStudent && (bits_from(column) & 1));
+          if (labels) count_at_one(state, s, smooth);
         });
     each_entry([&](int, float s, float t) {
       raise(s, t);

@@ -26,7 +26,7 @@ constexpr int kRowOf = 64 + 16 / int(sizeof(T));
 template <class T, int count>
 KDFAST_DEVICE void copy_tokens(const Tokens& of, T* to, int token, int column) {
   constexpr int width = 16 / sizeof(T), of_row = 64 / width;
-#pragma unroll 2
+#pragma unroll 1
   for (int i = threadIdx.x; i < count * of_row; i += kThreads) {
     const int row = i / of_row, first = column + i % of_row * width;
     T* place = to + row * kRowOf<T> + i % of_row * width;
@@ -241,8 +241,7 @@ class Relations {
 };
 
 template <class T, Look look>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 || look == Look::keys ? 3 : 4)
-    relations(const __grid_constant__ QkArgs args) {
+__global__ void __launch_bounds__(kThreads, 3) relations(const __grid_constant__ QkArgs args) {
   Relations<T, look>(args).run();
 }
 

@@ -22,9 +22,8 @@ from kdfast.objective.layer_maps import layer_map
 from kdfast.objective.of_branches import Branches
 from kdfast.objective.of_layers import CLS, Attention, Cosine, Embedding, Hidden, Relations
 from kdfast.objective.of_logits import Labels, Logits, Spans
-`Attention`, `Relations`, `Branches`, `SentenceMSE` and `MarginMSE`, each with a weight that is constant or follows a
-schedule.
-`DecoupledLogits` weigh the labelled class and the others apart, `TopLogits` leave out what the teacher finds unlikely.
+from kdfast.objective.of_parts import DecoupledLogits, TopLogits
+from kdfast.objective.of_sentences import MarginMSE, SentenceMSE
 from kdfast.objective.of_tasks import Tasks
 from kdfast.objective.schedules import ExponentialSchedule, LinearSchedule, StageSchedule
 from kdfast.objective.term import Term, token_mask

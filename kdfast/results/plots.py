@@ -266,7 +266,7 @@ def plot_pruned(path: Path, comparison: Comparison) -> None:
             across = [[scale * value for value in row.values[quantity]] for row in rows]
             up = [[factor * value for value in row.values[comparison.metric]] for row in rows]
             errors = {f"{of}err": [standard_error(v) or 0 for v in values] for of, values in (("x", across), ("y", up))}
-            style = {"color": "0.4", "linestyle": "--"} if criterion == "random" else {"color": f"C{i}"}
+            style: dict[str, Any] = {"color": "0.4", "linestyle": "--"} if criterion == "random" else {"color": f"C{i}"}
             style |= {"marker": "osD^vP*X<>"[i % 10], "markersize": 5, "linewidth": 1, "capsize": 2, "label": criterion}
             axes.errorbar([fmean(v) for v in across], [fmean(v) for v in up], **errors, **style)
         axes.set(xlabel=label)

@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <mutex>
+#include <thread>
 #include <utility>
 
 #include "fibers.h"
@@ -64,7 +66,8 @@ struct Allowed {
   bool large_cluster = false;
 };
 inline std::map<std::pair<const void*, int>, Allowed> allowed;
-inline int current_device = 0;
+inline thread_local int current_device = 0;
+inline std::mutex mutex;  // of all that is here: the runtime may be called by any thread, one at a time runs a kernel
 inline int room = kMostCluster;  // the largest cluster that the device has room for
 // Calls since they were last read: of the attribute of shared memory, and whether there is room.
 inline int shared_calls = 0, room_calls = 0;
@@ -90,6 +93,8 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  std::this_thread::yield();  // another may come between this and the launch
+  const std::lock_guard<std::mutex> lock(cuda_host::mutex);
   cuda_host::Allowed& of = cuda_host::allowed_of(kernel);
   if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
     of.large_cluster = value;
@@ -109,6 +114,7 @@ inline bool allows(const void* kernel, const cudaLaunchConfig_t* config) {
 }
 }  // namespace cuda_host
 inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, const cudaLaunchConfig_t* config) {
+  const std::lock_guard<std::mutex> lock(cuda_host::mutex);
   ++cuda_host::room_calls;
   if (!cuda_host::allows(kernel, config)) return cudaErrorInvalidValue;
   *clusters = int(config->attrs->val.clusterDim.x) <= cuda_host::room;
@@ -117,6 +123,7 @@ inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* ker
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
+  const std::lock_guard<std::mutex> lock(cuda_host::mutex);
   auto& machine = cuda_host::machine();
   const int cluster = config->numAttrs ? int(config->attrs->val.clusterDim.x) : 1;
   const unsigned blocks = config->gridDim.x, threads = config->blockDim.x;

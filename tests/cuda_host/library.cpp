@@ -2,9 +2,13 @@
 // canaries and start as NaN.
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
+#include <thread>
 #include <utility>
 
 #include "cuda/device.h"
+#include "cuda/divider.h"
+#include "cuda/launch.cuh"
 #include "cuda/runtime.h"
 
 namespace kdfast::cuda {
@@ -67,6 +71,39 @@ EXPORT void cuda_host_room(int largest_cluster) { cuda_host::room = largest_clus
 // The calls since they were last asked for.
 EXPORT int cuda_host_shared_calls() { return std::exchange(cuda_host::shared_calls, 0); }
 EXPORT int cuda_host_room_calls() { return std::exchange(cuda_host::room_calls, 0); }
+
+namespace kdfast::cuda {
+namespace {
+
+void last_byte(int shared, std::atomic<int>* runs) {
+  shared_memory()[shared - 1] = 1;
+  if (threadIdx.x == 0) ++*runs;
+}
+
+}  // namespace
+}  // namespace kdfast::cuda
+
+// Two threads launch a kernel at once, on a device that is new to both, with `first` and `second` bytes of shared
+// memory. Returns how often it ran.
+EXPORT int cuda_host_launch_by_two(int first, int second) {
+  using namespace kdfast::cuda;
+  ++device;
+  std::atomic<int> ready{0}, runs{0};
+  auto launch_of = [&](int shared) {
+    ++ready;
+    while (ready < 2) std::this_thread::yield();
+    try {
+      launch("by_two", last_byte, Target{device, nullptr}, Grid{1, 32, shared}, shared, &runs);
+    } catch (const std::runtime_error&) {  // it did not run
+    }
+  };
+  std::thread one(launch_of, first), two(launch_of, second);
+  one.join();
+  two.join();
+  return runs;
+}
+
+EXPORT unsigned cuda_host_divided(unsigned n, int64_t by) { return kdfast::cuda::Divider(by)(n); }
 
 // How many canary bytes around the outputs since the last call were overwritten.
 EXPORT int cuda_host_clobbered() {

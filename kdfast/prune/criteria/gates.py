@@ -53,13 +53,12 @@ class Gates(Tracker):
         raise NotImplementedError
 
     def before_step(self) -> None:
-        every = [x for values in self.parameters.values() for x in values]
-        for x in every:
-            x.grad = torch.zeros_like(x) if x.grad is None else x.grad
         if (ranks := count()) > 1:
-            add_up([x.grad for x in every])  # type: ignore[misc]
-            for x in every:
-                x.grad /= ranks  # type: ignore[operator]
+            every = [x for values in self.parameters.values() for x in values]
+            gradients = [torch.zeros_like(x) if x.grad is None else x.grad / ranks for x in every]
+            add_up(gradients)
+            for x, gradient in zip(every, gradients, strict=True):
+                x.grad = gradient
         penalty = sum(self.penalty(x) for values in self.parameters.values() for x in values)
         (self.weight * penalty).backward()  # type: ignore[union-attr]
         self.optimizer.step()

@@ -122,8 +122,8 @@ class Streams:
             rows += max(map(len, found))
             for total, x in zip(totals, found, strict=True):
                 total += x.sum(0, dtype=total.dtype)
-        rows = self.over_ranks(totals, rows)
-        return [total / rows for total in totals]
+        counted = self.over_ranks(totals, rows)
+        return [total / counted for total in totals]
 
     # ---- weights and gradients ----
     def gradients(self, by_row: bool = False) -> Iterator[OfParameter]:
