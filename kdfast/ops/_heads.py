@@ -15,7 +15,9 @@ from torch import Tensor
 from kdfast.ops import _checks, _products, _shards
 
 WIDENED = 16 << 20  # bytes of a weight that are widened at a time
-WORKSPACE = 32 << 20  # of the products on the CPU: a widened piece, or what the matrix library packs (22 MB were seen)
+# Of the products on the CPU: a widened piece, or what is packed: by the matrix library (22 MB were seen), or 1 MB by
+# each thread of our own.
+WORKSPACE = 32 << 20
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -51,9 +51,10 @@ def kl_div(student_logits: Tensor, teacher_logits: Tensor, **options: Unpack[Div
 
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape, device, reduction or range.
-        RuntimeError: a second derivative or forward mode is asked for. `torch.func.grad`, `vjp`, `jacrev` and
-        `vmap` work on all of kdfast's operators; they look at the logits once more in the backward, and `vmap` takes
-        its batch one by one.
+        RuntimeError: a second derivative or forward mode is asked for.
+
+    `torch.func.grad`, `vjp`, `jacrev` and `vmap` work on all of kdfast's operators; they look at the logits once more in
+    the backward, and `vmap` takes its batch one by one.
     """
     return _divergence.of("kl_div", student_logits, teacher_logits, options)
 

@@ -20,7 +20,7 @@ def selected_linear(
     rows: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> Tensor:
-    """y = x · weight[rows][:, columns]ᵀ + bias[rows]: a layer whose dead outputs and inputs are skipped (heads and
+    """`y = x · weight[rows][:, columns]ᵀ + bias[rows]`: a layer whose dead outputs and inputs are skipped (heads and
     neurons: Michel et al., 2019; Hou et al., 2020).
 
     Inputs and outputs are compact: x has the live columns alone, y the live rows alone. The live weights are packed
