@@ -383,6 +383,10 @@ def test_errors() -> None:
         GOLD()(student, teacher, without("teacher_ends"))
     with pytest.raises(Missing, match=r"^ULD: inputs: expected teacher_labels beside labels, got input_ids, "):
         ULD()(student, teacher, without("teacher_labels"))
+    for lacking in ("teacher_ends", "teacher_labels"):  # an evaluation counts before it leaves a term out
+        values, missing = Terms(it=GOLD(), ce=Labels("next_tokens")).possible(student, teacher, without(lacking))
+        assert (list(values), list(missing)) == (["ce"], ["it"])
+        assert GOLD().count(without(lacking)) == 3
     with pytest.raises(Missing, match=r"^ULD: teacher: expected one, or rows with a teacher_logits column"):
         Terms(it=ULD())(student, None, batch)
     with pytest.raises(

@@ -27,7 +27,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measurements that take no time."""
     monkeypatch.setitem(speeds.COPIED, "cpu", 2**20)
     monkeypatch.setattr(speeds, "SECONDS", 0.0)
-    monkeypatch.setattr(speeds, "LONG_ENOUGH", 0.0)
+    monkeypatch.setattr(speeds, "WIDEST", 256)
 
 
 # ---- the report ----
@@ -62,7 +62,7 @@ def test_stale_library_is_broken(
 def test_forced_variant(variant: str, status: int) -> None:
     environment = os.environ | {built.VARIANT: variant, "COLUMNS": "200"}
     program = (
-        "import sys; from kdfast.doctor import speeds; speeds.SECONDS = speeds.LONG_ENOUGH = 0.0; "
+        "import sys; from kdfast.doctor import speeds; speeds.SECONDS, speeds.WIDEST = 0.0, 256; "
         "sys.argv = ['kdfast', 'doctor', '--device', 'cpu']; from kdfast.cli import main; main.main()"
     )
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)

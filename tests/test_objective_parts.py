@@ -97,7 +97,7 @@ def test_decoupled_in_half_precision(dtype: torch.dtype) -> None:
     value = term(student, teacher, inputs)
     expected = by_hand(decoupled, student, teacher, inputs, 3.0, ROW_LABELS)
     assert value.dtype == torch.float32
-    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     got, exact = (torch.autograd.grad(x, student.logits)[0].double() for x in (value, expected))
     assert float((got - exact).norm()) < 1e-2 * float(exact.norm())
 

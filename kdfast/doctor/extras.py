@@ -7,11 +7,12 @@ from importlib import metadata
 
 from torch.torch_version import TorchVersion
 
-OF_DEVELOPMENT = ("test", "dev")
+OF_DEVELOPMENT = ("test", "docs", "dev")
 FOR = {
     "cli": "the command kdfast",
     "train": "recipes, DistillationTrainer, teacher caches, results",
     "prune": "criteria that cluster neurons",
+    "integrations": "kdfast.integrations, for TRL and sentence-transformers",
     "bench": "kdfast bench",
 }
 REQUIREMENT = re.compile(

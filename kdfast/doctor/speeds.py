@@ -11,7 +11,9 @@ from kdfast.bench import timing
 
 COPIED = {"cpu": 2**27, "cuda": 2**30}  # bytes: more than caches hold
 SECONDS = 0.25  # of each measurement
-LONG_ENOUGH, WIDEST = 20.0, 8192  # milliseconds of a product, or its width
+# Milliseconds of a product. Below the first, or a width of 1024, it says little, most of all on a machine that others use too.
+LONG_ENOUGH, TOO_LONG = 20.0, 500.0
+NARROWEST, WIDEST = 1024, 8192
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def _of_product(device: str, dtype: torch.dtype) -> float:
             return torch.mm(a, b, out=out)
 
         once = min(timing.interleaved({"product": call}, device, rounds=2)["product"])
-        if once > LONG_ENOUGH or width >= WIDEST:
+        if once > (LONG_ENOUGH if width >= NARROWEST else TOO_LONG) or width >= WIDEST:
             return 2e3 * width**3 / min(once, _fastest(call, device))
         width *= 2
 

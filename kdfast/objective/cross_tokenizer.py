@@ -81,11 +81,14 @@ class ULD(Term):
                 _checks.wrong_value(type(self).__name__, "shared", f"each of the {side}'s tokens once", got)
 
     def count(self, inputs: Inputs) -> Tensor:
-        """Pairs of tokens."""
+        """Pairs of tokens, or spans."""
         try:
-            own, its = (self._targets(inputs, teacher=teacher)[1] for teacher in (False, True))
+            return self._number(inputs)
         except Missing:  # told where the loss is asked for
             return super().count(inputs)
+
+    def _number(self, inputs: Inputs) -> Tensor:
+        own, its = (self._targets(inputs, teacher=teacher)[1] for teacher in (False, True))
         return torch.minimum(own.sum(-1), its.sum(-1)).sum()
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
@@ -189,15 +192,11 @@ class GOLD(ULD):
             self.refuse("merge", " or ".join(map(repr, MERGES)), merge)
         self.merge = merge
 
-    def count(self, inputs: Inputs) -> Tensor:
-        """Spans."""
-        pairs = super().count(inputs)
-        return pairs if any(name not in inputs for name in ENDS) else torch.tensor(self._spans(inputs)[0].spans)
+    def _number(self, inputs: Inputs) -> Tensor:
+        return torch.tensor(self._spans(inputs)[0].spans)
 
     def forward(self, student: Any, teacher: Any, inputs: Inputs) -> Tensor:
-        if lacking := [name for name in ENDS if name not in inputs]:
-            raise Missing(f"GOLD: inputs: expected rows with {', '.join(lacking)}, got {', '.join(inputs)}")
-        sides, spans = self._logits(student, teacher, inputs), self._spans(inputs)
+        spans, sides = self._spans(inputs), self._logits(student, teacher, inputs)
         both = []
         for i, (z, side) in enumerate(zip(sides, spans, strict=True)):
             rest = self._log_of_rest(z, side, inputs, teacher=bool(i))
@@ -213,6 +212,8 @@ class GOLD(ULD):
         return 2 * self._variation(s, t, options) - of_rest.sum() / max(len(of_rest), 1)
 
     def _spans(self, inputs: Inputs) -> tuple[_alignment.Side, _alignment.Side]:
+        if lacking := [name for name in ENDS if name not in inputs]:
+            raise Missing(f"GOLD: inputs: expected rows with {', '.join(lacking)}, got {', '.join(inputs)}")
         (tokens, own), (its_tokens, its) = (self._targets(inputs, teacher=teacher) for teacher in (False, True))
         for name, of in zip(ENDS, (tokens, its_tokens), strict=True):
             if inputs[name].shape != of.shape or inputs[name].dtype != torch.int64:
