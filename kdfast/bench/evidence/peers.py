@@ -20,7 +20,7 @@ MOST = 2 if DRY else 7  # cases
 
 def liger() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Its losses of log-probabilities, from logits, by the operator of kdfast's that is the same."""
-    from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss  # type: ignore[import-not-found]
+    from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss
 
     kl, js = LigerKLDIVLoss(reduction="batchmean"), LigerJSD(beta=0.5)
     return {
