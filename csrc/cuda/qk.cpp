@@ -18,7 +18,9 @@ using Tensors = std::vector<Tensor>;
 
 QkMemory memory_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 
-// By the multiply-adds of either (qk.cu). Gram matrices in float need the differences that equal head sizes allow.
+// 8.5 L d^2 multiply-adds for Gram matrices against 6 L^2 d for scores: fewer from L = 1.4 d on, and by the
+// instructions that docs/kernels.md counts, with the sums of splits and a matrix for every block, from about twice
+// that. Gram matrices in float need the differences that equal head sizes allow.
 QkForm form_of(const QkCall& call) {
   if (QkLoss(call.kind) == QkLoss::kl) return QkForm::scores_kl;
   const int64_t d = call.student_q[0].size(3);

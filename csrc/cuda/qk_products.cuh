@@ -56,7 +56,9 @@ KDFAST_DEVICE void add_products(Sums& sums, const Scores& scores, Met met, int s
   }
 }
 
-// The same of 16-bit numbers: exact products, and scores to 2^-17, or from 2^-14 on to 2^-22, as the sum of two.
+// The same of 16-bit numbers. Their products are exact; scores that are multiplied again are the sum of two numbers, to
+// 2^-17 (bfloat16) or 2^-22 (float16). Sums stay in the tensor cores: what these cut off is far less than what the
+// gradient's own rounding to 16 bits does.
 template <class T, int row>
 KDFAST_DEVICE void add_scores(Scores& c, const T* own, const T* met, int depth) {
   const int lane = threadIdx.x % 32, matrix = lane / 8;
