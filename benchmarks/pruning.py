@@ -137,7 +137,7 @@ def against_random(comparison: compare.Comparison, model: str) -> str | None:
     mean, error = (factor * (of or 0.0) for of in (fmean(apart[best]), compare.standard_error(apart[best])))
     return (
         f"{model}: the best criterion, {best}, beats random by {mean:.{digits}f} points of {heading.split()[0]} "
-        f"(standard error of the {len(chance)} differences {error:.{digits}f})."
+        f"(standard error of the {len(chance)} differences {error:.{digits}f}), chosen of {len(apart)} by the same rows."
     )
 
 

@@ -55,7 +55,7 @@ def test_the_best_against_chance(tmp_path: Path) -> None:
     # 4, 2 and 6 points: 4 with a standard deviation of 2, over the root of 3.
     assert told == (
         "0.5 left: the best criterion, taylor, beats random by 4.0 points of accuracy "
-        "(standard error of the 3 differences 1.2)."
+        "(standard error of the 3 differences 1.2), chosen of 2 by the same rows."
     )
     assert benchmark.against_random(comparison, "0.25 left") is None
 
