@@ -204,6 +204,31 @@ def test_zero_vectors() -> None:
     assert torch.autograd.grad(loss, student)[0].abs().max() < 1e-5  # its length does not change
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("cpu_variant")
+def test_rows_side_by_side_are_as_rows_apart(dtype: torch.dtype) -> None:
+    """Rows without a gap are taken together where they count: runs of either kind, shorter and longer than 8 rows, of
+    an odd width, over the end of a sequence."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(3, 40, dtype=torch.bool)
+    mask[0, 3:25] = mask[0, 38:] = mask[1, :9] = mask[2, 5:6] = False
+    student, teacher = (torch.randn(3, 40, 37, generator=generator).to(dtype) for _ in range(2))
+    exact = student.double().requires_grad_()
+    expected = (exact - teacher.double())[mask].square().mean()
+    reference = torch.autograd.grad(expected, exact)[0]
+    dead = student.masked_fill(~mask[..., None], torch.nan)
+    apart = torch.nn.functional.pad(dead, (0, 1))[..., :-1]
+    assert dead.is_contiguous()
+    assert not apart.is_contiguous()
+    for x in (dead, apart):
+        (leaf,) = with_gradient([x])
+        loss = kdfast.hidden_mse(leaf, teacher, mask=mask)
+        agree(loss, expected.detach(), 1e-6)
+        gradient = torch.autograd.grad(loss, leaf)[0]
+        agree(gradient, reference, 2**-8 if dtype == torch.bfloat16 else 1e-6)
+        assert not gradient[~mask].any()
+
+
 def test_masked_numbers_are_not_read() -> None:
     mask = torch.tensor([[True, True, False, True, False]])
     scores = torch.randn(1, 2, 5, 5)

@@ -38,7 +38,7 @@ struct CosineDistance {
       const double dot = v.ss + v.sd;
       // norms^2 - dot^2: what both have is taken out before
       const double gap = v.ss * v.dd - v.sd * v.sd + eps * (v.ss + v.tt + eps);
-      return {gap / (norms + dot) / norms, (v.sd - eps) / (a * norms), 1 / norms, true};
+      return {gap / ((norms + dot) * norms), (v.sd - eps) / (a * norms), 1 / norms, true};
     }
     return {1 - v.st / norms, v.st / (a * norms), -1 / norms, false};
   }
