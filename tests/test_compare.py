@@ -230,3 +230,12 @@ def test_what_cannot_be_compared(
         ((), "Missing argument"),
     ):
         assert expected in refused(monkeypatch, capsys, "compare", *given)
+
+
+def test_runs_of_before_a_setting_came(tmp_path: Path) -> None:
+    made = [classifier_run(tmp_path / f"run-{seed}", hinton.Recipe(seed=seed), student=_row(0.8)) for seed in (0, 1)]
+    stored = json.loads((made[0] / "metrics.json").read_text())
+    assert stored["settings"].pop("baseline_epochs") is None
+    (made[0] / "metrics.json").write_text(json.dumps(stored))
+    (row,) = compare(made).rows
+    assert len(row.runs) == 2

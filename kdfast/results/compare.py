@@ -277,8 +277,10 @@ def _kind(run: Run) -> str:
 
 
 def _but_for_the_seed(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Settings without the seed; models of other runs are those runs' settings without the seed."""
-    described = {name: located(name, value, folder) for name, value in settings.items() if name != "seed"}
+    """Settings without the seed; models of other runs are those runs' settings without the seed. What is None says
+    nothing, as where an earlier version had no such setting."""
+    told = {name: value for name, value in settings.items() if name != "seed" and value is not None}
+    described = {name: located(name, value, folder) for name, value in told.items()}
     for name in MODELS:
         if isinstance(source := settings.get(name), str):
             place = Path(located(name, source, folder))
