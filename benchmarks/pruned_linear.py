@@ -143,7 +143,7 @@ def agree(ways: dict[str, Way], parts: Callable[[list[Tensor]], list[Tensor]]) -
     for name, way in ways.items():
         for ours, theirs in zip(parts(way.gradients()), exact, strict=True):
             error = float((ours - theirs).norm() / theirs.norm())
-            if not error < 3 * torch.finfo(way.x.dtype).eps:
+            if not error < 8 * torch.finfo(way.x.dtype).eps:  # sums in another order, through three layers
                 raise AssertionError(f"{name}: a gradient differs by {error:.1e}: not worth timing")
 
 
