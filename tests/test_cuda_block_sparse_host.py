@@ -43,9 +43,7 @@ def check(case: Case, layout: BlockLayout, rows: int, dtype: torch.dtype, offset
     ops = case.ops
     y = ops.block_sparse_product(x, values, *layout.rows, bias, True)
     assert_close(y, x.double() @ weight.T + bias.double(), dtype)
-    assert_close(
-        ops.block_sparse_product(x, values, *layout.rows, None, True), x.double() @ weight.T, dtype
-    )
+    assert_close(ops.block_sparse_product(x, values, *layout.rows, None, True), x.double() @ weight.T, dtype)
     assert_close(ops.block_sparse_product(grad, values, *layout.columns, None, False), grad.double() @ weight, dtype)
     exact = layout.values_of(grad.double().T @ x.double())
     of_values = ops.block_sparse_gradient(grad, x, *layout.rows, *layout.block, True)

@@ -41,14 +41,14 @@ Tensor product(Tensor x, Tensor values, Tensor begin, Tensor index, Tensor place
   const int64_t outer = begin.size(0) - 1, rows = x.size(0);
   const Tensor y = new_output(x, {rows, outer * width}, x.scalar_type());
   const Tensor left = in_vectors(x), right = in_vectors(values);
-  const BlockPlan plan = plan_blocks({rows, outer, outer * (x.size(1) / depth), index.size(0), width, depth,
-                                      int(x.element_size()), turned});
-  launch_block_product(op, target_of(op, x),
-                       {element_of(x.scalar_type()), left.const_data_ptr(), right.const_data_ptr(),
-                        bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), numbers_of(begin),
-                        numbers_of(index), numbers_of(place), rows, outer, left.stride(0), 0, width, depth, turned,
-                        false},
-                       plan);
+  const BlockPlan plan = plan_blocks(
+      {rows, outer, outer * (x.size(1) / depth), index.size(0), width, depth, int(x.element_size()), turned});
+  launch_block_product(
+      op, target_of(op, x),
+      {element_of(x.scalar_type()), left.const_data_ptr(), right.const_data_ptr(),
+       bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), numbers_of(begin), numbers_of(index),
+       numbers_of(place), rows, outer, left.stride(0), 0, width, depth, turned, false},
+      plan);
   return y;
 }
 

@@ -4,7 +4,6 @@
 // A step is 32 numbers of the sums. Both panels of a step come by copies of 16 bytes while those of the step before are
 // multiplied. 16-bit sums stay in the tensor cores, in float32; float32 numbers are three products of tf32 (mma.cuh).
 #include "cuda/block_sparse.h"
-
 #include "cuda/launch.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/vector.cuh"
@@ -47,10 +46,11 @@ KDFAST_DEVICE void copy_wide(T* panel, const T* from, int64_t step, int width, i
 }
 
 // ---- products ----
-// c += a b over a step. `kDeepA`: a is [rows, step], else [step, rows]; `kDeepB`: b is [columns, step]. Rows and columns
-// from the warp's first on; of row tiles the first `tiles` count.
+// c += a b over a step. `kDeepA`: a is [rows, step], else [step, rows]; `kDeepB`: b is [columns, step]. Rows and
+// columns from the warp's first on; of row tiles the first `tiles` count.
 template <bool kDeepA, bool kDeepB, int kM, int kN, class T>
-KDFAST_DEVICE void multiply(float (&c)[kM][kN][4], const T* a_panel, int a_row, const T* b_panel, int b_row, int tiles) {
+KDFAST_DEVICE void multiply(float (&c)[kM][kN][4], const T* a_panel, int a_row, const T* b_panel, int b_row,
+                            int tiles) {
   const int lane = threadIdx.x % 32, matrix = lane / 8, line = lane % 8;
   uint32_t a[kM][2][4];
 #pragma unroll

@@ -14,12 +14,12 @@ namespace kdfast::cuda {
 constexpr int kBlockThreads = 256, kBlockTile = 128, kBlockStep = 32, kBlockStages = 2;
 
 struct BlockCase {
-  int64_t rows, outer;      // of x; block rows of the result
-  int64_t all, live;        // blocks of the weight
-  int width, depth;         // of a block, along the result and along the sums; of a gradient its rows and columns
+  int64_t rows, outer;  // of x; block rows of the result
+  int64_t all, live;    // blocks of the weight
+  int width, depth;     // of a block, along the result and along the sums; of a gradient its rows and columns
   int element_size;
-  bool turned;              // blocks are [width, depth]
-  bool of_weight = false;   // the gradient of the blocks: sums are over rows
+  bool turned;             // blocks are [width, depth]
+  bool of_weight = false;  // the gradient of the blocks: sums are over rows
 };
 
 struct BlockPlan {
