@@ -11,15 +11,13 @@
 namespace kdfast::cuda {
 namespace {
 
-constexpr int kSize16 = 16;
-
 // ---- panels ----
 // Rows of a step: 32 numbers of each side by side. Those from `live` on are zeros.
 template <class T>
 KDFAST_DEVICE void copy_deep(T* panel, const T* from, int64_t step, int rows, int live) {
-  constexpr int kVectors = kBlockStep * int(sizeof(T)) / kSize16, kCount = Vector<T>::count;
+  constexpr int kVectors = kBlockStep * int(sizeof(T)) / 16, kCount = Vector<T>::count;
   const int vector = threadIdx.x % kVectors * kCount;
-#pragma unroll 4
+#pragma unroll 2
   for (int row = threadIdx.x / kVectors; row < rows; row += kBlockThreads / kVectors) {
     T* to = panel + row * deep_row(sizeof(T)) + vector;
     if (row < live) {
@@ -34,7 +32,7 @@ template <class T>
 KDFAST_DEVICE void copy_wide(T* panel, const T* from, int64_t step, int width, int64_t live) {
   constexpr int kLanes = kBlockThreads / kBlockStep;
   const int row = threadIdx.x / kLanes;
-#pragma unroll 4
+#pragma unroll 2
   for (int at = threadIdx.x % kLanes * Vector<T>::count; at < width; at += kLanes * Vector<T>::count) {
     T* to = panel + row * wide_row(width) + at;
     if (row < live) {
@@ -170,8 +168,7 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(T) == 2 ? 2 : 1)
   const int live = int(min(int64_t(kBlockTile), args.rows - first));
   auto* panels = (T*)shared_memory();
   const T* x = (const T*)args.left + first * args.left_step;
-  int64_t block = args.begin[outer];
-  const int64_t end = args.begin[outer + 1];
+  int block = int(args.begin[outer]);
   int depth = 0;  // of `block`, of the next step to copy
   auto copy = [&](int stage) {
     T* panel = panels + stage * kPanel;
@@ -187,12 +184,12 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(T) == 2 ? 2 : 1)
   };
   const int warp = threadIdx.x / 32, row = warp / 2 * 32, column = warp % 2 * (kWidth / 2);
   float c[2][kN][4] = {};
-  const int64_t steps = (end - block) * (args.depth / kBlockStep);
+  const int steps = (int(args.begin[outer + 1]) - block) * (args.depth / kBlockStep);
   if (steps > 0) copy(0);
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int step = 0; step < steps; ++step) {
     copies_arrived();
     __syncthreads();  // this step's panels are whole, and the other ones are multiplied
-    if (step + 1 < steps) copy(int(step + 1) % kBlockStages);
+    if (step + 1 < steps) copy((step + 1) % kBlockStages);
     const T* panel = panels + step % kBlockStages * kPanel;
     const T* right = panel + kLeft + (kTurned ? column * kDeep : column);
     multiply<true, kTurned>(c, panel + row * kDeep, kDeep, right, kTurned ? kDeep : kWide, 2);
