@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 OPS = (
     *("divergence", "divergence_backward", "divergence_into", "divergence_referred", "scale_"),
     *("layer_distance", "layer_distance_backward", "qk_distance", "qk_distance_backward"),
-    *("pack_part", "unpack_part_"),
+    *("pack_part", "unpack_part_", "block_sparse_product", "block_sparse_gradient"),
 )
 NONE, MEAN, SUM, BATCHMEAN = "none", "mean", "sum", "batchmean"
 IGNORED = -100

@@ -6,6 +6,7 @@
 
 #include "common/divergence_facts.h"
 #include "common/divergence_schema.h"
+#include "cuda/block_sparse.h"
 #include "cuda/plan.h"
 #include "host/build_info.h"
 
@@ -30,6 +31,25 @@ py::dict plan_of(const kdfast::cuda::RowCase& c, const kdfast::cuda::DeviceLimit
   return d;
 }
 
+void define_blocks(py::module_& m) {
+  m.def(
+      "cuda_block_plan",
+      [](int64_t rows, int64_t outer, int64_t all, int64_t live, int width, int depth, int element_size, bool turned,
+         bool of_weight) {
+        const kdfast::cuda::BlockPlan plan =
+            kdfast::cuda::plan_blocks({rows, outer, all, live, width, depth, element_size, turned, of_weight});
+        return py::dict(py::arg("threads") = plan.threads, py::arg("tile_rows") = plan.tile_rows,
+                        py::arg("stages") = plan.stages, py::arg("shared") = plan.shared,
+                        py::arg("blocks") = plan.blocks, py::arg("dense") = plan.dense);
+      },
+      py::kw_only(), py::arg("rows"), py::arg("outer"), py::arg("all"), py::arg("live"), py::arg("width"),
+      py::arg("depth"), py::arg("element_size"), py::arg("turned") = false, py::arg("of_weight") = false,
+      "The shape of a block-sparse product on a GPU (csrc/cuda/block_sparse.h).");
+  m.attr("cuda_block_rows") = kdfast::cuda::kLeastBlockRows;  // fewer are multiplied by a dense weight
+  m.def("cuda_block_density", &kdfast::cuda::most_block_density, py::arg("element_size"), py::arg("narrowest"),
+        "The share of live blocks beyond which dense products win on a GPU.");
+}
+
 void define_cuda(py::module_& m) {
   const kdfast::CudaBuild* build = kdfast::cuda_build();
   m.attr("cuda") =
@@ -48,6 +68,7 @@ void define_cuda(py::module_& m) {
       py::arg("widened") = false, py::arg("multiprocessors"), py::arg("shared_per_block"),
       py::arg("shared_per_multiprocessor"), py::arg("max_cluster"), py::arg("room") = 16,
       "The kernel and shape that a row operator would take on such a device (csrc/cuda/plan.h).");
+  define_blocks(m);
   if (!build) return;
   m.def(
       "cuda_kernels",

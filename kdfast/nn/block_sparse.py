@@ -117,7 +117,7 @@ class BlockSparseLinear(nn.Module):
     def expected_speed(self) -> float:
         """How many times as fast as `nn.Linear` a step, forward and backward, of 512 rows and more may be expected to be
         on a CPU in float32: 1 / (1.05 · density + 0.06), which fits measurements with blocks of 64 on an Intel processor
-        (on one of AMD's it is about twice that). On a GPU there is no kernel yet: no faster than dense."""
+        (on one of AMD's it is about twice that). It says nothing of a GPU."""
         return 1 / (_PER_BLOCK * self.layout.density + _FIXED)
 
     def forward(self, x: Tensor) -> Tensor:

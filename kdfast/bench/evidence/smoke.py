@@ -15,6 +15,7 @@ from torch import Tensor
 from kdfast.bench.evidence.record import DEVICE, DRY, Record
 from kdfast.bench.registry import OPERATORS
 from kdfast.bench.registry.operator import Side, apply, cast, mapped, tensors
+from kdfast.ops._block_layout import BlockLayout
 from kdfast.ops.divergence import kl_div
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -82,6 +83,14 @@ def part() -> Inputs:
     return (x, weight), (), {"rows": rows, "columns": columns}
 
 
+def blocks(dtype: torch.dtype) -> Inputs:
+    """Two tiles of rows, a quarter of the blocks, an empty block row; as many as a GPU's own kernels are taken for."""
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[0, 3] = mask[2, 0] = mask[2, 1] = mask[3, 3] = True
+    x, values = randn(161, 256, seed=0, dtype=dtype, size=1), randn(4, 128, 64, seed=1, dtype=dtype, size=0.1)
+    return (x, values), (), {"layout": BlockLayout(mask, (128, 64)).to(DEVICE)}
+
+
 @contextlib.contextmanager
 def without_clusters() -> Iterator[None]:
     os.environ["KDFAST_CUDA_NO_CLUSTERS"] = "1"
@@ -122,6 +131,8 @@ CASES: dict[str, tuple[str, Callable[[], Inputs]]] = {
     "relations, 16 bits": ("qk_relation_kl", lambda: heads(150, 64, BF16, key_mask=token_mask(2, 150))),
     "relations, panels": ("qk_relation_kl", lambda: heads(70, 72, F16)),
     "part of a matrix": ("selected_linear", part),
+    "blocks of a matrix": ("block_sparse_linear", lambda: blocks(BF16)),
+    "blocks of a matrix, float32": ("block_sparse_linear", lambda: blocks(F32)),
 }
 
 
