@@ -89,7 +89,7 @@ def rows_of(*beginnings: str) -> str:
     known = ("model", "---", "teacher", "hinton", *beginnings)
     measured, text = [("", ""), *tables("recipes")][-1]
     lines = [line for line in text.splitlines() if not line.startswith("|") or line[2:].startswith(known)]
-    if not any(line[2:].startswith(beginnings[0]) for line in lines):
+    if not any(line[2:].startswith(beginnings) for line in lines):
         return "Not measured yet."
     return measured + "\n".join(lines)
 
