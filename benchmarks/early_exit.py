@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import BertConfig, BertForSequenceClassification
 
-from kdfast.bench import harness
+from kdfast.bench import harness, timing
 from kdfast.early_exit import EarlyExit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,10 +62,10 @@ def measure(size: str, rows: int, length: int, rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(-3, rounds):
         for name, call in calls.items():
-            harness.synchronize(DEVICE)
+            timing.synchronize(DEVICE)
             start = time.perf_counter()
             call()
-            harness.synchronize(DEVICE)
+            timing.synchronize(DEVICE)
             if turn >= 0:
                 times[name].append(1e3 * (time.perf_counter() - start))
     # Of neighbours in time, which a busy machine slows alike.

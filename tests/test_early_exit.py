@@ -311,3 +311,14 @@ def test_refused_calls() -> None:
         with pytest.raises(error, match=expected):
             model(**{**inputs, "speed": 0.5, **more})
     assert model(**inputs, labels=torch.zeros(ROWS).long(), speed=0.5).logits.shape == (ROWS, CLASSES)
+
+
+def test_benchmark_of_what_branches_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import early_exit as benchmark
+
+    monkeypatch.setitem(benchmark.SIZES, "tiny", {"hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 32})
+    found = benchmark.measure("tiny", 2, 8, 2)
+    assert set(found["ways"]) == {"plain", "speed 0", "every branch"}
+    assert found["ways"]["plain"]["ms"] > 0
+    assert found["flops"][1] > found["flops"][0] > 0
