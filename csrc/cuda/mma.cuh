@@ -87,13 +87,16 @@ struct Split {
 };
 
 // The lane's numbers of the operands of k = 8, from `at(row or column, k)`.
-struct SplitA {
-  uint32_t big[4], small[4];
+template <int kCount>
+struct SplitNumbers {
+  uint32_t big[kCount], small[kCount];
 
   KDFAST_DEVICE void set(int i, float number) {
     const Split x(number);
     big[i] = x.big, small[i] = x.small;
   }
+};
+struct SplitA : SplitNumbers<4> {
   template <class At>
   KDFAST_DEVICE void load(At at) {
     const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
@@ -101,13 +104,7 @@ struct SplitA {
     for (int i = 0; i < 4; ++i) set(i, at(g + i % 2 * 8, q + i / 2 * 4));
   }
 };
-struct SplitB {
-  uint32_t big[2], small[2];
-
-  KDFAST_DEVICE void set(int i, float number) {
-    const Split x(number);
-    big[i] = x.big, small[i] = x.small;
-  }
+struct SplitB : SplitNumbers<2> {
   template <class At>
   KDFAST_DEVICE void load(At at) {
     const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;

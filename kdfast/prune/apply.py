@@ -182,13 +182,8 @@ class _Place:
         adapter, self._found = layer.adapter, layer.module
         # a layer may be compiled by itself, and its wrapper's forward is no method that another class would replace
         self.layer = replace(layer, module=getattr(layer.module, "_orig_mod", layer.module))
-        of_heads = (*adapter.qkv, adapter.output) if layer.heads else ()
-        of_neurons = (*adapter.expand, adapter.contract) if layer.neurons else ()
         takes = (adapter.output, adapter.contract)
-        self._maps = [
-            [(name, attrgetter(name), name in takes) for name in dict.fromkeys(names)]
-            for names in (of_heads, of_neurons)
-        ]
+        self._maps = [[(name, attrgetter(name), name in takes) for name in names] for names in layer.maps]
         self._find = attrgetter(layer.name)
 
     def is_in(self, model: nn.Module) -> bool:

@@ -49,22 +49,15 @@ def keep_blocks(model: nn.Module, live: Mapping[str, Tensor]) -> None:
     layers = layers_of(inner, OP, of_blocks=True)
     if any(isinstance(module, Masked) for module in inner.modules()):
         _checks.wrong_type(OP, "model", "one without masks (kdfast.prune.compact first, or remove)", "a masked one")
-    maps = {f"{layer.name}.{name}": found for layer in layers for name, found in _linear_maps(layer).items()}
+    names = [f"{layer.name}.{name}" for layer in layers for of in layer.maps for name in of]
     made = {}
     for name, mask in live.items():
-        if name not in maps:
-            _checks.wrong_value(OP, "live", f"names of linear maps, as {next(iter(maps))}", repr(name))
-        made[name] = _of_blocks(name, maps[name], mask)
+        if name not in names:
+            _checks.wrong_value(OP, "live", f"names of linear maps, as {next(iter(names), 'none is left')}", repr(name))
+        made[name] = _of_blocks(name, inner.get_submodule(name), mask)
     for name, linear in made.items():
         inner.set_submodule(name, linear)
     disk.settle(OP, inner)
-
-
-def _linear_maps(layer: Layer) -> dict[str, nn.Module]:
-    adapter = layer.adapter
-    names = dict.fromkeys((*adapter.qkv, adapter.output, *adapter.expand, adapter.contract))
-    modules = dict(layer.module.named_modules())
-    return {name: modules[name] for name in names if name in modules}
 
 
 def _of_blocks(name: str, linear: nn.Module, mask: Tensor) -> BlockSparseLinear:
@@ -86,7 +79,7 @@ def live_weights(layers: Sequence[Layer]) -> Live:
     return {
         f"{layer.name}.{name}": (linear.layout.dense(torch.ones_like(linear.values)) > 0, linear.layout.block)
         for layer in layers
-        for name, linear in maps_of_blocks(layer.module, layer.adapter).items()
+        for name, linear in maps_of_blocks(layer).items()
     }
 
 

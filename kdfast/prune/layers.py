@@ -179,6 +179,14 @@ class Layer:
     def attention(self) -> nn.Module:
         return self.module.get_submodule(self.adapter.attention)
 
+    @property
+    def maps(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of its linear maps, each once: of the heads and of the neurons, none where none is left."""
+        of_heads, of_neurons = (*self.adapter.qkv, self.adapter.output), (*self.adapter.expand, self.adapter.contract)
+        return tuple(dict.fromkeys(of_heads if self.heads else ())), tuple(
+            dict.fromkeys(of_neurons if self.neurons else ())
+        )
+
 
 @dataclass(frozen=True)
 class Part:
@@ -226,23 +234,23 @@ def layers_of(model: nn.Module, op: str = "kdfast.prune", *, of_blocks: bool = F
         ]
     else:
         names = [f"{path}{i}" for i in range(len(inner.get_submodule(path.removesuffix("."))))]
-    for name in () if of_blocks else names:
-        _refuse_blocks(op, name, inner.get_submodule(name), adapter)
-    return [_layer(name, inner.get_submodule(name), adapter) for name in names]
+    layers = [_layer(name, inner.get_submodule(name), adapter) for name in names]
+    for layer in () if of_blocks else layers:
+        _refuse_blocks(op, layer)
+    return layers
 
 
-def _refuse_blocks(op: str, place: str, module: nn.Module, adapter: Adapter) -> None:
+def _refuse_blocks(op: str, layer: Layer) -> None:
     """Heads and neurons are whole rows and columns, which a map of blocks has not."""
-    for name in maps_of_blocks(module, adapter):
+    for name in maps_of_blocks(layer):
         expected = "linear maps with all their weights (BlockSparseLinear.to_linear makes one)"
-        _checks.wrong_type(op, "model", expected, f"BlockSparseLinear at {place}.{name}")
+        _checks.wrong_type(op, "model", expected, f"BlockSparseLinear at {layer.name}.{name}")
 
 
-def maps_of_blocks(module: nn.Module, adapter: Adapter) -> dict[str, BlockSparseLinear]:
+def maps_of_blocks(layer: Layer) -> dict[str, BlockSparseLinear]:
     """A layer's linear maps of blocks, by name below it."""
-    maps = (*adapter.qkv, adapter.output, *adapter.expand, adapter.contract)
-    found = {name: part for name, part in module.named_modules() if name in maps}
-    return {name: part for name, part in found.items() if isinstance(part, BlockSparseLinear)}
+    found = ((name, layer.module.get_submodule(name)) for names in layer.maps for name in names)
+    return {name: part for name, part in found if isinstance(part, BlockSparseLinear)}
 
 
 def _layer(name: str, module: nn.Module, adapter: Adapter) -> Layer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,10 +95,8 @@ def linear_maps(op: str, layer: Layer) -> dict[str, Any]:
     Raises:
         TypeError: one is more than weight and bias.
     """
-    adapter, found = layer.adapter, dict[str, Any]()
-    of_heads = (*adapter.qkv, adapter.output) if layer.heads else ()
-    of_neurons = (*adapter.expand, adapter.contract) if layer.neurons else ()
-    for name in dict.fromkeys((*of_heads, *of_neurons)):
+    found = dict[str, Any]()
+    for name in itertools.chain(*layer.maps):
         found[name] = layer.module.get_submodule(name)
         of = type(found[name])
         if of.forward not in (nn.Linear.forward, Conv1D.forward) and not issubclass(of, RepeatedHeads | Masked):

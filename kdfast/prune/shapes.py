@@ -44,7 +44,7 @@ def shape_of(layer: Layer) -> Shape:
     """The shape of a layer as it is."""
     module, adapter = layer.module, layer.adapter
     key = module.get_submodule(adapter.qkv[1]) if layer.heads else None
-    blocks = {name: [*x.layout.block, x.layout.count] for name, x in maps_of_blocks(module, adapter).items()}
+    blocks = {name: [*x.layout.block, x.layout.count] for name, x in maps_of_blocks(layer).items()}
     made = [name for name, _ in adapter.made_later if not isinstance(module.get_submodule(name), nn.Identity)]
     return Shape(
         layer.heads,
