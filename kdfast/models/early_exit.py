@@ -341,7 +341,9 @@ def _ordered(
     rows: int, left: list[tuple[Tensor, Tensor, Tensor, int]], logits: Tensor, alive: Tensor | None, depth: int
 ) -> EarlyExitOutput:
     """The answers of rows that left, and of those that reached the last layer, in the batch's order."""
-    alive = torch.arange(rows, device=logits.device) if alive is None else alive
+    if alive is None:
+        at = torch.full((rows,), depth, device=logits.device)
+        return EarlyExitOutput(logits, at, uncertainty(logits))
     parts = [*left, (alive, logits, uncertainty(logits), depth)]
     order = torch.cat([numbers for numbers, *_ in parts]).argsort()
     at = torch.cat([torch.full_like(numbers, layer) for numbers, _, _, layer in parts])

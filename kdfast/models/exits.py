@@ -133,11 +133,10 @@ class Exits(Pass):
         logits = self.branches(self.number, hidden, mask)
         unsure = uncertainty(logits)
         leaves = unsure < self.speed if self.strict else unsure <= self.speed
-        stay = (~leaves).nonzero().flatten()  # on a GPU this waits for the device: how many rows go on is a shape
-        if len(stay) == len(leaves):
+        if not leaves.any():  # on a GPU this waits for the device: how many rows go on is a shape
             return hidden
         alive = torch.arange(self.rows, device=hidden.device) if self.alive is None else self.alive
-        go = leaves.nonzero().flatten()
+        go, stay = leaves.nonzero().flatten(), (~leaves).nonzero().flatten()
         self.left.append((alive[go], logits[go], unsure[go], self.number))
         self.alive = alive[stay]
         self._compacted.clear()

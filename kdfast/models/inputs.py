@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,7 +64,13 @@ def _open(parameters: Mapping[str, inspect.Parameter]) -> bool:
 
 def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     """The arguments of a model's forward."""
-    return inspect.signature(unwrapped(model).forward).parameters
+    forward = unwrapped(model).forward
+    return _parameters(forward.__func__, bound=True) if inspect.ismethod(forward) else _parameters(forward)
+
+
+@lru_cache(64)  # 0.1 ms anew: as much as a layer of a small encoder takes for one row
+def _parameters(function: Callable[..., Any], bound: bool = False) -> Mapping[str, inspect.Parameter]:
+    return dict([*inspect.signature(function).parameters.items()][bound:])
 
 
 def unwrapped(model: nn.Module) -> Any:
