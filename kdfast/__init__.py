@@ -35,7 +35,7 @@ from kdfast.ops.attention import attention_kl, attention_mse  # noqa: E402
 from kdfast.ops.block_sparse import block_sparse_linear  # noqa: E402
 from kdfast.ops.hidden import cls_distance, cosine_distance, hidden_mse  # noqa: E402
 from kdfast.ops.qk import qk_attention_mse, qk_relation_kl  # noqa: E402
-from kdfast.ops.kd_loss import KDLossComponents, kd_loss  # noqa: E402
+from kdfast.ops.kd_loss import KDLossComponents, KDLossEntropy, kd_loss  # noqa: E402
 from kdfast.ops.linear import linear_kd_loss, linear_topk_kd_loss  # noqa: E402
 from kdfast.ops.prefix import prefix_linear  # noqa: E402
 from kdfast.ops.selected import selected_linear  # noqa: E402
@@ -51,6 +51,7 @@ __all__ = [
     "BlockLayout",
     "DistillationTrainer",
     "KDLossComponents",
+    "KDLossEntropy",
     "__version__",
     "attention_kl",
     "attention_mse",

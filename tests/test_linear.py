@@ -315,7 +315,13 @@ def test_topk_of_everything_is_kl_div() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"reduction": "none", "mask": True}, {"student_softcap": 5.0, "return_components": True}]
+    "settings",
+    [
+        {},
+        {"reduction": "none", "mask": True},
+        {"student_softcap": 5.0, "return_components": True},
+        {"return_entropy": True},
+    ],
 )
 def test_compiles_without_graph_breaks(settings: dict[str, Any]) -> None:
     h, w, th, tw, labels = inputs()

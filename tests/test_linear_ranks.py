@@ -70,15 +70,19 @@ def check_vocabulary(rank: int, ranks: int) -> None:
             def loss_of(begin: int, end: int, **more: Any) -> tuple[Tensor, list[Tensor]]:
                 weight = w[begin:end].detach().requires_grad_()  # noqa: B023
                 of_teacher = (th, tw[begin:end]) if k is None else tuple(known)  # noqa: B023
-                loss = function(h, weight, *of_teacher, **given, **more)  # noqa: B023
-                return loss.detach(), gradients(loss, h, weight)  # noqa: B023
+                of = function(h, weight, *of_teacher, **given, return_entropy=True, **more)  # noqa: B023
+                return of.loss.detach(), [*gradients(of.loss, h, weight), of.entropy]  # noqa: B023
 
-            loss, (of_hidden, of_weight) = loss_of(0, VOCABULARY)
+            loss, (of_hidden, of_weight, entropy) = loss_of(0, VOCABULARY)
             assert of_hidden.any()
+            assert entropy.any()
             for begin, end, more in splits:
                 what = f"{dtype} {settings} rank {rank} of {ranks}, rows {begin} to {end}"
-                got, (ours_hidden, ours_weight) = loss_of(begin, end, **more, process_group=dist.group.WORLD)
+                got, (ours_hidden, ours_weight, of_student) = loss_of(
+                    begin, end, **more, process_group=dist.group.WORLD
+                )
                 close(got, loss, torch.float64 if dtype == torch.float64 else torch.float32, what)
+                close(of_student, entropy, torch.float64 if dtype == torch.float64 else torch.float32, what)
                 close(ours_hidden, of_hidden, dtype, what)
                 close(ours_weight, of_weight[begin:end], dtype, what)
 

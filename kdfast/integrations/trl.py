@@ -5,7 +5,6 @@ Of trl 1.16: `DistillationTrainer` and `trl.experimental.gkd.GKDTrainer`.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -31,9 +30,8 @@ def use_kdfast(trainer: Trainer) -> Trainer:
 
     The generalised Jensen-Shannon divergence of TRL is `kdfast.js_div`, with the same beta. In `DistillationTrainer`
     `kdfast.linear_kd_loss` takes the place of a chunked loss of eight matrix products (six for beta 0 and 1), which
-    projects again for the mixture and in the backward: here it is four, and one without gradient for the metric
-    `entropy`, the student's. `GKDTrainer` makes all logits, several times; here none, but in evaluations that ask for
-    predictions. Scales of logits (Cohere, Granite) multiply the hidden states, soft-caps are the operator's own.
+    projects again for the mixture and in the backward: here it is four, and the metric `entropy`, the student's, is of
+    the same. `GKDTrainer` makes all logits, several times; here none, but in evaluations that ask for predictions.
     Everything else (sampling, teachers, what is logged and saved) is TRL's.
 
     Returns:
@@ -90,38 +88,35 @@ def _of_hidden(
     """TRL's `_chunked_divergence_loss`: the loss, the sum of the student's entropies and the number of tokens."""
     from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-    student = student_hidden_states, student_lm_head_weight, student_lm_head_bias, student_logit_scale
-    teacher = teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias, teacher_logit_scale
+    student = student_hidden_states, student_lm_head_weight, student_lm_head_bias
+    teacher = teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias
     # DeepSpeed's ZeRO-3 has the weights' shards; gradients are made in the forward, which alone needs the whole.
-    with maybe_gather_lm_head_ctx(*student[1:3]), maybe_gather_lm_head_ctx(*teacher[1:3]):
+    with maybe_gather_lm_head_ctx(*student[1:]), maybe_gather_lm_head_ctx(*teacher[1:]):
         (hidden, weight, bias), (t_hidden, t_weight, t_bias) = _head(*student), _head(*teacher)
         counted = completion_mask != 0
-        shared: dict[str, Any] = {"alpha": 1.0, "temperature": temperature, "mask": counted}
-        shared |= {"student_bias": bias, "student_softcap": student_final_logit_softcapping}
-        loss = linear_kd_loss(
+        of = linear_kd_loss(
             *(hidden, weight, t_hidden, t_weight),
+            student_bias=bias,
             teacher_bias=t_bias,
+            student_softcap=student_final_logit_softcapping,
             teacher_softcap=teacher_final_logit_softcapping,
+            student_logit_scale=student_logit_scale,
+            teacher_logit_scale=teacher_logit_scale,
+            alpha=1.0,
             divergence="js_div",
             beta=beta,
+            temperature=temperature,
+            mask=counted,
             num_items=num_items_in_batch,
-            **shared,
+            return_entropy=True,
         )
-        with torch.no_grad():  # H(s) = log V − KL(s ‖ uniform)
-            uniform = hidden.new_zeros(()).expand(*counted.shape, len(weight))
-            from_uniform = linear_kd_loss(
-                hidden, weight, teacher_logits=uniform, divergence="reverse_kl_div", reduction="sum", **shared
-            )
-    tokens = counted.sum()
-    return loss / temperature**2, tokens * math.log(len(weight)) - from_uniform / temperature**2, tokens
+    return of.loss / temperature**2, of.entropy.sum(), counted.sum()
 
 
-def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states and output embeddings in one dtype, whole, with the scale of the logits in them."""
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states and output embeddings in one dtype, whole."""
     whole = (None if x is None else x.full_tensor() if hasattr(x, "full_tensor") else x for x in (weight, bias))
     weight, bias = (None if x is None else x.to(hidden.dtype) for x in whole)  # type: ignore[assignment]
-    if scale != 1:
-        hidden, bias = hidden * scale, None if bias is None else bias * scale
     return hidden, weight, bias
 
 

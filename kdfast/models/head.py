@@ -54,7 +54,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, weight)
         made = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
-        Head(x, weight, None, 0.0).logits(slice(0, x.shape[0]), made, Widening(torch.float32))
+        Head(x, weight, None).logits(slice(0, x.shape[0]), made, Widening(torch.float32))
         return made
 
     @staticmethod
@@ -62,7 +62,7 @@ class _Product(torch.autograd.Function):
         refuse_double_backward("LastHidden.make_logits")
         x, weight = ctx.saved_tensors
         wanted = [*ctx.needs_input_grad, False]
-        gradients = Gradients(Head(x, weight, None, 0.0), Widening(torch.float32), 0, wanted, slabs=1, sharded=False)
+        gradients = Gradients(Head(x, weight, None), Widening(torch.float32), 0, wanted, slabs=1, sharded=False)
         gradients.add(slice(0, x.shape[0]), gradient.to(x.dtype) if on_gpu(x) else gradient)
         found = gradients.hidden.to(x.dtype), gradients.weight.to(x.dtype)
         return found[0] if wanted[0] else None, found[1] if wanted[1] else None

@@ -60,7 +60,7 @@ def _part(op: str, side: str, head: Head, like: DTensor) -> Head:
     bias: Any = head.bias
     if bias is not None:
         bias = _split(op, f"{side}_bias", bias)[0].to_local()
-    return Head(hidden.to_local(), weight.to_local(), bias, head.softcap)
+    return head._replace(hidden=hidden.to_local(), weight=weight.to_local(), bias=bias)
 
 
 def _whole(head: Head) -> Head:

@@ -53,23 +53,24 @@ class Widening:
 
 
 class Head(NamedTuple):
-    """hidden [N, H] · weight [V, H]ᵀ + bias [V], soft-capped: cap · tanh(z / cap); a cap of 0 is none."""
+    """scale · (hidden [N, H] · weight [V, H]ᵀ + bias [V]), soft-capped: cap · tanh(z / cap); a cap of 0 is none."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    softcap: float
+    softcap: float = 0.0
+    scale: float = 1.0
 
     def flat(self) -> Head:
         return self._replace(hidden=self.hidden.reshape(-1, self.hidden.shape[-1]))
 
     def detached(self) -> Head:
         bias = None if self.bias is None else self.bias.detach()
-        return Head(self.hidden.detach(), self.weight.detach(), bias, self.softcap)
+        return self._replace(hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
 
     def double(self) -> Head:
         bias = None if self.bias is None else self.bias.double()
-        return Head(self.hidden.double(), self.weight.double(), bias, self.softcap)
+        return self._replace(hidden=self.hidden.double(), weight=self.weight.double(), bias=bias)
 
     def first(self, columns: int) -> Head:
         """Without padded columns of the vocabulary."""
@@ -94,6 +95,8 @@ class Head(NamedTuple):
                 torch.mm(hidden, piece.t(), out=out[:, columns])
         if self.bias is not None:
             out += self.bias
+        if self.scale != 1:
+            out.mul_(self.scale)
         if self.softcap:
             out.div_(self.softcap).tanh_().mul_(self.softcap)
 
@@ -169,7 +172,13 @@ class Gradients:
 
 
 def checked(
-    op: str, side: str, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, softcap: float | None
+    op: str,
+    side: str,
+    hidden: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
 ) -> Head:
     """Checked; under autocast in its dtype."""
     for argument, x, dims in (("hidden", hidden, 1), ("weight", weight, 2), ("bias", bias, 1)):
@@ -193,6 +202,10 @@ def checked(
         _checks.wrong_type(op, f"{side}_softcap", "a number or None", _checks.kind(softcap))
     if softcap is not None and not 0 < softcap < float("inf"):
         _checks.wrong_value(op, f"{side}_softcap", "a finite number > 0, or None", softcap)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        _checks.wrong_type(op, f"{side}_logit_scale", "a number", _checks.kind(scale))
+    if not 0 < scale < float("inf"):
+        _checks.wrong_value(op, f"{side}_logit_scale", "a finite number > 0", scale)
     if hidden.dtype != torch.float64 and _checks.is_autocast(hidden):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -204,4 +217,4 @@ def checked(
             _checks.wrong_type(op, f"{side}_{argument}", f"the hidden states' dtype {hidden.dtype}", x.dtype)
         if x is not None and x.device != hidden.device:
             _checks.wrong_value(op, f"{side}_{argument}", f"the hidden states' device {hidden.device}", x.device)
-    return Head(hidden, weight, bias, 0.0 if softcap is None else float(softcap))
+    return Head(hidden, weight, bias, 0.0 if softcap is None else float(softcap), float(scale))

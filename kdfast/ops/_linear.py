@@ -6,6 +6,7 @@ a slab of chunks, the gradients of hidden states and weight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from kdfast import _C
 from kdfast.ops import _call, _checks, _chunks, _divergence, _heads, _transforms
-from kdfast.ops._call import ARGUMENTS, KNOWN_EVERYTHING, KNOWN_NOTHING, SAVE_NOTHING, Call
+from kdfast.ops._call import ARGUMENTS, KNOWN_EVERYTHING, KNOWN_NOTHING, SAVE_NOTHING, Call, RowValues
 from kdfast.ops._heads import WORKSPACE, Gradients, Head, Widening
 
 if TYPE_CHECKING:
@@ -32,22 +33,29 @@ class Inputs(NamedTuple):
     given: Tensor | None
     group: str | None
     budget: int
+    entropy: bool  # whether the student's is asked for
     call: Call
 
     def flat(self) -> tuple[Any, ...]:
         """In the order of the schema, after `wanted`."""
-        teacher = (None, None, None, 0.0) if self.teacher is None else self.teacher
-        return self.op, *self.student, *teacher, self.given, self.group, self.budget, *self.call.flat()
+        teacher = (None, None, None, 0.0, 1.0) if self.teacher is None else self.teacher
+        return self.op, *self.student, *teacher, *self[3:-1], *self.call.flat()
 
     @classmethod
     def of(cls, flat: Sequence[Any]) -> Inputs:
-        op, s_hidden, s_weight, s_bias, s_cap, t_hidden, t_weight, t_bias, t_cap, given, group, budget, *call = flat
-        teacher = None if t_hidden is None else Head(t_hidden, t_weight, t_bias, t_cap)
-        return cls(op, Head(s_hidden, s_weight, s_bias, s_cap), teacher, given, group, budget, Call.of(call))
+        size = len(Head._fields)
+        op, student, teacher, rest = flat[0], flat[1 : 1 + size], flat[1 + size : 1 + 2 * size], flat[1 + 2 * size :]
+        given, group, budget, entropy, *call = rest
+        of_teacher = None if teacher[0] is None else Head(*teacher)
+        return cls(op, Head(*student), of_teacher, given, group, budget, entropy, Call.of(call))
 
 
 OF_STUDENT = slice(1, 4)  # hidden states, weight and bias of flat inputs: `wanted` says whose gradients are
-FLAT = 2 + 2 * len(Head._fields) + 2 + ARGUMENTS
+FLAT = 1 + 2 * len(Head._fields) + 4 + ARGUMENTS
+
+
+Results = tuple[Tensor, Tensor, Tensor, list[Tensor]]  # loss, components, entropies [N] or empty, gradients
+REVERSE_KL = _divergence.ALL_KINDS.index("reverse_kl_div")
 
 
 class Slab(NamedTuple):
@@ -81,7 +89,11 @@ class Loop:
 
     def __init__(self, inputs: Inputs, places: Tensor | None, group: ProcessGroup | None, wanted: list[bool]) -> None:
         self.op, self.student, self.teacher, self.given = inputs.op, inputs.student, inputs.teacher, inputs.given
-        self.call, self.places, self.group, self.wanted = inputs.call, places, group, wanted
+        self.places, self.group, self.wanted, self.entropies = places, group, wanted, inputs.entropy
+        # Gradients of the products are as many times those of the logits; what is returned is divided by it.
+        self.factor = inputs.student.scale if any(wanted) else 1.0
+        numbers = inputs.call.numbers
+        self.call = inputs.call._replace(numbers=numbers._replace(scale=numbers.scale * self.factor))
         self.columns = inputs.call.numbers.columns
         weight = inputs.student.weight
         dtype, self.on_gpu, self.gradient = weight.dtype, _heads.on_gpu(weight), any(wanted)
@@ -118,8 +130,9 @@ class Loop:
         several = self.on_gpu and self.wanted[1]
         return _chunks.plan(self.student.hidden.shape[0], fits, tail, self.on_gpu, several)
 
-    def run(self, budget: int, padding: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Loss and components, of every row in turn or of all; and the gradients, `padding` rows of weight more."""
+    def run(self, budget: int, padding: int) -> Results:
+        """Loss and components, of every row in turn or of all; the entropies of the rows; and the gradients, `padding`
+        rows of weight more."""
         plan = self.plan(budget) if self.student.hidden.shape[0] else _chunks.Plan([], 0)
         memory = self.student.weight.new_empty(plan.memory, self.width, dtype=self.dtype)
         sharded = self.group is not None
@@ -132,8 +145,8 @@ class Loop:
                 gradients.add(slab.rows, slab.gradients(slab.rows)[:, : self.columns])
         return *self.reduced(results), self.finished(gradients)
 
-    def chunk(self, rows: slice, slab: Slab) -> tuple[Tensor, Tensor]:
-        """Loss and components of some of the slab's rows; their gradients go into its memory."""
+    def chunk(self, rows: slice, slab: Slab) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, components and entropies of some of the slab's rows; their gradients go into its memory."""
         s = slab.student_logits(rows)
         self.student.logits(rows, s[:, : self.columns], self.widening)
         if self.teacher is not None:
@@ -146,23 +159,34 @@ class Loop:
             if self.copied:
                 t[:, : self.columns] = given[:, : self.columns]
         call = self.call._replace(rows=self.call.rows.map(lambda x: x[rows]))
+        entropies = self.entropy(s, call) if self.entropies else s.new_empty(0)
         state = None if self.group is None else _divergence.state_of(self.group, s, t, call)
         known = KNOWN_NOTHING if state is None else KNOWN_EVERYTHING
         if not self.gradient:
             loss, components, _ = _call.divergence(s, t, call, state, known, SAVE_NOTHING)
-            return loss, components
+            return loss, components, entropies
         g = slab.gradients(rows)
         loss, components = _call.divergence_into(g, s, t, call, state, known)
         if self.student.softcap:
             self.student.through_softcap(s, g)
-        return loss, components
+        return loss, components, entropies
 
-    def reduced(self, results: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def entropy(self, s: Tensor, call: Call) -> Tensor:
+        """Of each row's softmax(z / T): log V − KL(s ‖ uniform), from logits that are there anyway."""
+        rows = RowValues(None, None, call.rows.row_temperature, None, None)
+        numbers = call.numbers._replace(kind=REVERSE_KL, mixing=0.0, scale=1.0, per_row=True, distillation=False)
+        call, uniform = Call(rows, None, numbers), s.new_zeros(()).expand_as(s)
+        state = None if self.group is None else _divergence.state_of(self.group, s, uniform, call)
+        known = KNOWN_NOTHING if state is None else KNOWN_EVERYTHING
+        return math.log(max(numbers.vocabulary, 1)) - _call.divergence(s, uniform, call, state, known, SAVE_NOTHING)[0]
+
+    def reduced(self, results: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         if not results:
             loss, components = _divergence.new_results(self.student.weight, (0,), self.call.numbers)
-            return loss.zero_(), components.zero_()
+            return loss.zero_(), components.zero_(), loss.new_empty(0)
         together = torch.cat if self.call.numbers.per_row else lambda parts: torch.stack(parts).sum(0)
-        return together([loss for loss, _ in results]), together([parts for _, parts in results])
+        loss, components = (together([of[i] for of in results]) / self.factor for i in (0, 1))
+        return loss, components, torch.cat([of[2] for of in results])
 
     def finished(self, gradients: Gradients) -> list[Tensor]:
         if self.group is not None and self.wanted[0]:
@@ -189,7 +213,7 @@ def _in_groups_of_four(x: Tensor, places: Tensor | None) -> bool:
     return x.data_ptr() % (4 * x.element_size()) == 0 and all(step % 4 == 0 for step in x.stride()[:-1])
 
 
-def linear_divergence(wanted: list[bool], *flat: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+def linear_divergence(wanted: list[bool], *flat: Any) -> Results:
     """The raw operator. Rows that do not count are dropped before any product; but not in a CUDA graph, where their
     number cannot be asked for: there they are calculated and do not count."""
     inputs, places = Inputs.of(flat), None
@@ -203,12 +227,16 @@ def linear_divergence(wanted: list[bool], *flat: Any) -> tuple[Tensor, Tensor, l
     inputs = inputs._replace(student=inputs.student.first(columns), teacher=teacher)
     loop = Loop(inputs, places, None if inputs.group is None else _group_named(inputs.group), wanted)
     with torch.autocast(inputs.student.hidden.device.type, enabled=False):  # would round the products
-        loss, components, gradients = loop.run(inputs.budget, padded - inputs.student.weight.shape[0])
+        loss, components, entropies, gradients = loop.run(inputs.budget, padded - inputs.student.weight.shape[0])
     if places is not None and inputs.call.numbers.per_row:
         loss, components = (_spread(x, places, rows) for x in (loss, components))
     if places is not None and wanted[0]:
         gradients[0] = _spread(gradients[0], places, rows)
-    return loss, components, gradients
+    if inputs.entropy and places is not None:
+        entropies = _spread(entropies, places, rows)
+    elif inputs.entropy and inputs.call.rows.mask is not None:
+        entropies = entropies.where(inputs.call.rows.mask, 0)
+    return loss, components, entropies, gradients
 
 
 def _at(inputs: Inputs, places: Tensor | None) -> Inputs:
@@ -236,25 +264,26 @@ def _spread(x: Tensor, places: Tensor, rows: int) -> Tensor:
 torch.library.define(
     "kdfast::linear_divergence",
     "(bool[3] wanted, str op, Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
-    "float student_softcap, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
-    f"float teacher_softcap, Tensor? given, str? group, int budget, {_C.divergence_arguments}) "
-    "-> (Tensor loss, Tensor components, Tensor[] gradients)",
+    "float student_softcap, float student_scale, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
+    f"float teacher_softcap, float teacher_scale, Tensor? given, str? group, int budget, bool entropy, "
+    f"{_C.divergence_arguments}) -> (Tensor loss, Tensor components, Tensor entropies, Tensor[] gradients)",
 )
 torch.library.impl("kdfast::linear_divergence", ("cpu", "cuda"), linear_divergence)
 
 
 @torch.library.register_fake("kdfast::linear_divergence")
-def _(wanted: list[bool], *flat: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _(wanted: list[bool], *flat: Any) -> Results:
     inputs = Inputs.of(flat)
     hidden, weight = inputs.student.hidden, inputs.student.weight
     loss, components = _divergence.new_results(hidden, hidden.shape[:1], inputs.call.numbers)
     dtype = _heads.gradient_dtype(weight)
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     gradients = [hidden.new_empty(s if w else (0,), dtype=dtype) for s, w in zip(shapes, wanted, strict=True)]
-    return loss, components, gradients
+    entropies = hidden.new_empty(hidden.shape[:1] if inputs.entropy else (0,), dtype=_checks.loss_dtype(hidden))
+    return loss, components, entropies, gradients
 
 
-def called(inputs: Inputs, wanted: list[bool]) -> tuple[Tensor, Tensor, list[Tensor]]:
+def called(inputs: Inputs, wanted: list[bool]) -> Results:
     return torch.ops.kdfast.linear_divergence(wanted, *inputs.flat())  # type: ignore[no-any-return]
 
 
@@ -264,7 +293,7 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *flat: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
         inputs = Inputs.of(flat)
         numbers, weight = inputs.call.numbers, inputs.student.weight
         needed = zip(flat[OF_STUDENT], ctx.needs_input_grad[OF_STUDENT], strict=True)
@@ -272,21 +301,21 @@ class _Linear(torch.autograd.Function):
         if ctx.per_row:
             ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in flat))
             ctx.others = [None if isinstance(x, Tensor) else x for x in flat]
-            loss, components, _ = called(inputs, [False] * 3)
+            loss, components, entropies, _ = called(inputs, [False] * 3)
         else:
             # float16 gradients are made about the number of rows larger: divided by it they would underflow.
             rows = inputs.student.hidden.shape[0]
             ctx.power = 2 ** rows.bit_length() if weight.dtype == torch.float16 else 1
             larger = inputs.call._replace(numbers=numbers._replace(scale=numbers.scale * ctx.power))
-            loss, components, gradients = called(inputs._replace(call=larger), ctx.wanted)
+            loss, components, entropies, gradients = called(inputs._replace(call=larger), ctx.wanted)
             loss, components = loss / ctx.power, components / ctx.power
             ctx.save_for_backward(*gradients)
             ctx.dtype = weight.dtype
-        ctx.mark_non_differentiable(components)
-        return loss, components
+        ctx.mark_non_differentiable(components, entropies)
+        return loss, components, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         _divergence.refuse_double_backward(ctx.op)
         saved = ctx.saved_tensors
         if ctx.per_row:
@@ -295,19 +324,18 @@ class _Linear(torch.autograd.Function):
             rows, numbers = inputs.call.rows, inputs.call.numbers._replace(per_row=False)
             factors = grad_loss if rows.weight is None else grad_loss * rows.weight
             call = inputs.call._replace(rows=rows._replace(weight=factors), numbers=numbers)
-            gradients, dtype = called(inputs._replace(call=call), ctx.wanted)[2], inputs.student.weight.dtype
+            gradients = called(inputs._replace(call=call, entropy=False), ctx.wanted)[3]
+            dtype = inputs.student.weight.dtype
         else:
             gradients, dtype = list(_divergence.scaled(saved, grad_loss / ctx.power)), ctx.dtype
         for_inputs = (g.to(dtype) if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True))
         return None, *for_inputs, *(None,) * (FLAT - 4)
 
 
-def run(
-    op: str, student: Head, teacher: Head | None, given: Tensor | None, group: str | None, budget: int, call: Call
-) -> tuple[Tensor, Tensor]:
-    """Loss and components of checked arguments; for `none` of flat rows."""
-    s, t = student.flat(), None if teacher is None else teacher.flat().detached()
-    inputs = Inputs(op, s, t, given, group, budget, call)
+def run(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, components and entropies of checked arguments, for `none` of flat rows; entropies always."""
+    s, t = inputs.student.flat(), None if inputs.teacher is None else inputs.teacher.flat().detached()
+    inputs = inputs._replace(student=s, teacher=t)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in s[:3]):
         return _Linear.apply(*inputs.flat())  # type: ignore[no-any-return]
-    return called(inputs, [False] * 3)[:2]
+    return called(inputs, [False] * 3)[:3]

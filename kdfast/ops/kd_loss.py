@@ -24,6 +24,16 @@ class KDLossComponents(NamedTuple):
     cross_entropy: Tensor
 
 
+class KDLossEntropy(NamedTuple):
+    """What `linear_kd_loss(..., return_entropy=True)` returns: `KDLossComponents`, and of every row H = −Σ p log p of
+    p = softmax(z_student / T), `[...]`, in nats, float32 (float64), without gradient; 0 where a row does not count."""
+
+    loss: Tensor
+    divergence: Tensor
+    cross_entropy: Tensor
+    entropy: Tensor
+
+
 @overload
 def kd_loss(
     student_logits: Tensor,

@@ -12,7 +12,7 @@ from kdfast.ops._divergence import Labels
 from kdfast.ops._heads import Head
 from kdfast.ops._options import Distillation, KDOptions, LabelOptions, Options, WithLabels, takes
 from kdfast.ops._transforms import transformable
-from kdfast.ops.kd_loss import KDLossComponents, hard_part, soft_part
+from kdfast.ops.kd_loss import KDLossComponents, KDLossEntropy, hard_part, soft_part
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -31,8 +31,11 @@ def linear_kd_loss(
     teacher_logits: Tensor | None = ...,
     student_softcap: float | None = ...,
     teacher_softcap: float | None = ...,
+    student_logit_scale: float = ...,
+    teacher_logit_scale: float = ...,
     memory_budget: int | str = ...,
     return_components: Literal[False] = ...,
+    return_entropy: Literal[False] = ...,
     **options: Unpack[KDOptions],
 ) -> Tensor: ...
 @overload
@@ -48,10 +51,33 @@ def linear_kd_loss(
     teacher_logits: Tensor | None = ...,
     student_softcap: float | None = ...,
     teacher_softcap: float | None = ...,
+    student_logit_scale: float = ...,
+    teacher_logit_scale: float = ...,
     memory_budget: int | str = ...,
     return_components: Literal[True],
+    return_entropy: Literal[False] = ...,
     **options: Unpack[KDOptions],
 ) -> KDLossComponents: ...
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None = ...,
+    teacher_weight: Tensor | None = ...,
+    labels: Tensor | None = ...,
+    *,
+    student_bias: Tensor | None = ...,
+    teacher_bias: Tensor | None = ...,
+    teacher_logits: Tensor | None = ...,
+    student_softcap: float | None = ...,
+    teacher_softcap: float | None = ...,
+    student_logit_scale: float = ...,
+    teacher_logit_scale: float = ...,
+    memory_budget: int | str = ...,
+    return_components: Literal[False] = ...,
+    return_entropy: Literal[True],
+    **options: Unpack[KDOptions],
+) -> KDLossEntropy: ...
 @takes(Distillation)
 @transformable
 def linear_kd_loss(
@@ -66,11 +92,14 @@ def linear_kd_loss(
     teacher_logits: Tensor | None = None,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
     memory_budget: int | str = "auto",
     return_components: bool = False,
+    return_entropy: bool = False,
     **options: Unpack[KDOptions],
-) -> Tensor | KDLossComponents:
-    r"""`kd_loss` of logits that are never made: z = cap · tanh((hidden · weightᵀ + bias) / cap) on both sides.
+) -> Tensor | KDLossComponents | KDLossEntropy:
+    r"""`kd_loss` of logits that are never made: z = cap · tanh(scale · (hidden · weightᵀ + bias) / cap) on both sides.
 
     alpha · Σ w·T²·D / N_D + (1 − alpha) · Σ w·CE / N_CE, as in `kd_loss`, whose defaults these are. **T² is included.**
     The logits of N tokens over a vocabulary V are N·V float32 numbers per model, and as many again for their gradients;
@@ -87,12 +116,15 @@ def linear_kd_loss(
         labels: `[...]`, int64, or None with alpha = 1. Rows whose label is `ignore_index`, prompts and padding, are
             dropped; where a mask is given it decides instead, as in `kd_loss`.
         student_bias, teacher_bias: `[V]`.
-        teacher_logits: `[..., V]`, instead of hidden states and weight (before no soft-cap: as they are).
+        teacher_logits: `[..., V]`, instead of hidden states and weight (as they are: no scale, no soft-cap).
         student_softcap, teacher_softcap: cap of z (Gemma: `config.final_logit_softcapping`); None: none.
+        student_logit_scale, teacher_logit_scale: scale of z (Cohere: `config.logit_scale`; Granite:
+            1 / `config.logits_scaling`), applied in float32.
         memory_budget: bytes for logits and their gradients, or `"auto"`: a tenth of the device's memory, and no more
             than helps. Not in it are the gradients of hidden states, weight and bias, nor the float32 sum of a 16-bit
             weight's gradient, which is there where the budget holds fewer rows than there are (at most 512 on
             the CPU, 8,192 on the GPU). The results for all budgets are the same to a rounding of the output.
+        return_entropy: the student's entropy too, from the logits that are there anyway: no product more.
         divergence, beta, skew, alpha, temperature, label_smoothing, ignore_index, return_components: as in `kd_loss`.
         mask: as in `kd_loss`. weight, temperature, reduction, num_items: as in `kl_div`, over the leading dimensions.
         vocab_size: the first `vocab_size` rows of both weights count; the gradient of others is 0.
@@ -101,7 +133,7 @@ def linear_kd_loss(
             states is summed over the ranks here. Two small all-reduces per chunk (three for mixtures), one at the end.
 
     Returns:
-        As `kd_loss`.
+        As `kd_loss`; with return_entropy a `KDLossEntropy`, whatever return_components says.
 
     Raises:
         TypeError: a wrong dtype or type. ValueError: a wrong shape, device, reduction or range, or
@@ -111,17 +143,23 @@ def linear_kd_loss(
     of = Distillation.of(op, options)
     kind, mixing = soft_part(op, of)
     hard = hard_part(op, labels, of)
-    student = _heads.checked(op, "student", student_hidden, student_weight, student_bias, student_softcap)
+    student = _heads.checked(
+        op, "student", student_hidden, student_weight, student_bias, student_softcap, student_logit_scale
+    )
     teacher = None
     if teacher_logits is None:
         if teacher_hidden is None or teacher_weight is None:
             got = "neither" if teacher_hidden is None and teacher_weight is None else "one of the two"
             _checks.wrong_value(op, "teacher_hidden", "teacher_hidden and teacher_weight, or teacher_logits", got)
-        teacher = _heads.checked(op, "teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)
-    elif any(x is not None for x in (teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)):
+        teacher = _heads.checked(
+            op, "teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale
+        )
+    elif teacher_logit_scale != 1 or any(
+        x is not None for x in (teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)
+    ):
         _checks.wrong_value(op, "teacher_logits", "no other argument of the teacher beside it", "some")
-    loss, components = _run(op, kind, student, teacher, teacher_logits, None, of, mixing, hard, memory_budget)
-    return KDLossComponents(loss, *components.unbind(-1)) if return_components else loss
+    of_call = op, kind, student, teacher, teacher_logits, None, of, mixing, hard, memory_budget, return_entropy
+    return _returned(*_run(*of_call), return_components, return_entropy)
 
 
 @overload
@@ -134,9 +172,11 @@ def linear_topk_kd_loss(
     *,
     student_bias: Tensor | None = ...,
     student_softcap: float | None = ...,
+    student_logit_scale: float = ...,
     tail: str = ...,
     memory_budget: int | str = ...,
     return_components: Literal[False] = ...,
+    return_entropy: Literal[False] = ...,
     **options: Unpack[LabelOptions],
 ) -> Tensor: ...
 @overload
@@ -149,11 +189,30 @@ def linear_topk_kd_loss(
     *,
     student_bias: Tensor | None = ...,
     student_softcap: float | None = ...,
+    student_logit_scale: float = ...,
     tail: str = ...,
     memory_budget: int | str = ...,
     return_components: Literal[True],
+    return_entropy: Literal[False] = ...,
     **options: Unpack[LabelOptions],
 ) -> KDLossComponents: ...
+@overload
+def linear_topk_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_topk_logprobs: Tensor,
+    teacher_topk_indices: Tensor,
+    labels: Tensor | None = ...,
+    *,
+    student_bias: Tensor | None = ...,
+    student_softcap: float | None = ...,
+    student_logit_scale: float = ...,
+    tail: str = ...,
+    memory_budget: int | str = ...,
+    return_components: Literal[False] = ...,
+    return_entropy: Literal[True],
+    **options: Unpack[LabelOptions],
+) -> KDLossEntropy: ...
 @takes(WithLabels)
 @transformable
 def linear_topk_kd_loss(
@@ -165,11 +224,13 @@ def linear_topk_kd_loss(
     *,
     student_bias: Tensor | None = None,
     student_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
     tail: str = "bucket",
     memory_budget: int | str = "auto",
     return_components: bool = False,
+    return_entropy: bool = False,
     **options: Unpack[LabelOptions],
-) -> Tensor | KDLossComponents:
+) -> Tensor | KDLossComponents | KDLossEntropy:
     """`linear_kd_loss` with `topk_kl_div` as its divergence: the student's logits are never made, the teacher's are the
     top-k that `kdfast.teacher_cache` has stored.
 
@@ -182,10 +243,19 @@ def linear_topk_kd_loss(
     _divergence.check_tail(op, tail)
     of = WithLabels.of(op, options)
     hard = hard_part(op, labels, of)
-    student = _heads.checked(op, "student", student_hidden, student_weight, student_bias, student_softcap)
+    student = _heads.checked(
+        op, "student", student_hidden, student_weight, student_bias, student_softcap, student_logit_scale
+    )
     given, indices = teacher_topk_logprobs, teacher_topk_indices
-    loss, components = _run(op, f"topk_{tail}", student, None, given, indices, of, 0.0, hard, memory_budget)
-    return KDLossComponents(loss, *components.unbind(-1)) if return_components else loss
+    of_call = op, f"topk_{tail}", student, None, given, indices, of, 0.0, hard, memory_budget, return_entropy
+    return _returned(*_run(*of_call), return_components, return_entropy)
+
+
+def _returned(
+    loss: Tensor, components: Tensor, entropies: Tensor, return_components: bool, return_entropy: bool
+) -> Tensor | KDLossComponents | KDLossEntropy:
+    parts = KDLossComponents(loss, *components.unbind(-1))
+    return KDLossEntropy(*parts, entropies) if return_entropy else parts if return_components else loss
 
 
 def _run(
@@ -199,7 +269,8 @@ def _run(
     mixing: float,
     labels: Labels,
     memory_budget: int | str,
-) -> tuple[Tensor, Tensor]:
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The checked call over flat rows, and its results in the leading dimensions."""
     options, (student, teacher, given) = _dtensors.local(op, options, student, teacher, given)
     leading, of_teacher = student.hidden.shape[:-1], teacher or student
@@ -228,12 +299,13 @@ def _run(
     if given is not None:
         given = given.detach()
     group = None if shard.group is None else shard.group.group_name
-    loss, components = _linear.run(op, student, teacher, given, group, budget, call)
+    loss, components, entropies = _linear.run(_linear.Inputs(op, student, teacher, given, group, budget, entropy, call))
     if topk is not None:
         _checks.check_topk_repeats(op, loss, *topk)
+    entropies = entropies.view(leading) if entropy else entropies
     if options.reduction == "none":
-        return loss.view(leading), components.view(*leading, 2)
-    return loss, components
+        return loss.view(leading), components.view(*leading, 2), entropies
+    return loss, components, entropies
 
 
 def _check_pair(op: str, student: Head, teacher: Head, options: Options) -> None:

@@ -46,12 +46,13 @@ def _topk_rows(z: Tensor, log_t: Tensor, indices: Tensor, tail: str) -> Tensor:
     return rows + rest * ratio
 
 
-def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float = 1.0) -> Tensor:
     """In float32, whatever the inputs are."""
     real = _checks.loss_dtype(hidden)
     z = hidden.to(real) @ weight.to(real).T
     if bias is not None:
         z = z + bias.to(real)
+    z = z * scale
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
@@ -67,15 +68,17 @@ def linear_kd_loss(
     teacher_logits: Tensor | None = None,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
     memory_budget: int | str = "auto",
     **kwargs: Any,
 ) -> Tensor:
     """`kdfast.linear_kd_loss`."""
-    s = logits(student_hidden, student_weight, student_bias, student_softcap)
+    s = logits(student_hidden, student_weight, student_bias, student_softcap, student_logit_scale)
     if teacher_logits is None:
         assert teacher_hidden is not None
         assert teacher_weight is not None
-        teacher_logits = logits(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)
+        teacher_logits = logits(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
     return reference.kd_loss(s, teacher_logits, labels, **kwargs)
 
 
@@ -88,13 +91,14 @@ def linear_topk_kd_loss(
     *,
     student_bias: Tensor | None = None,
     student_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
     tail: str = "bucket",
     memory_budget: int | str = "auto",
     temperature: float | Tensor = 2.0,
     **kwargs: Any,
 ) -> Tensor:
     """`kdfast.linear_topk_kd_loss`."""
-    z = logits(student_hidden, student_weight, student_bias, student_softcap)
+    z = logits(student_hidden, student_weight, student_bias, student_softcap, student_logit_scale)
     s, log_t, temperature = reference.prepared(z, teacher_topk_logprobs, temperature, None)
     columns = kwargs.pop("vocab_size", None)
     soft_rows = _topk_rows(s[..., :columns] / temperature[..., None], log_t, teacher_topk_indices, tail)

@@ -89,6 +89,7 @@ def _samples() -> tuple[Sample, ...]:
         _sample("padded", "rows of the weight that do not count", make, 480, leading, vocab_size=480, **few),
         _sample("bias", "a bias", make, **of, **few, student_bias=lambda g: torch.randn(500, generator=g).double()),
         _sample("softcap", "a soft-cap", make, **of, **few, student_softcap=5.0),
+        _sample("scale", "a scale", make, **of, **few, student_logit_scale=0.3, student_softcap=5.0),
         _sample("smoothed", "label smoothing", make, **of, alpha=0.2, label_smoothing=0.1),
     )
 
@@ -100,6 +101,7 @@ _KD_SAMPLES = (
     _sample("mse", "no distributions", *_SMALL, divergence="logit_mse"),
     _sample("unlabelled", "the divergence alone", *_SMALL, alpha=1.0),
     _sample("softcaps", "a soft-cap of both", *_SMALL, student_softcap=4.0, teacher_softcap=3.0),
+    _sample("scales", "scales of both", *_SMALL, student_logit_scale=1.7, teacher_logit_scale=0.6),
 )
 
 
