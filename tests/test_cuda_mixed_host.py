@@ -40,7 +40,7 @@ def kernel(columns: int, device: Device) -> tuple[str, int]:
         (1501, Device(), ("on_chip", 1)),
         (1501, TINY, ("on_chip", 4)),
         (5001, TINY, ("on_chip", 16)),
-        (1501, AMPERE, ("any_layout", 1)),
+        (1501, AMPERE, ("two_reads", 1)),
     ],
 )
 def test_widened_on_the_way(

@@ -137,9 +137,10 @@ def test_several_dtypes_are_widened_on_chip() -> None:
     assert plan(128256, size=4, **flags)["cluster"] == 16
     for columns in (2, 1000, 32000):
         assert plan(columns, size=4, **flags)["kernel"] == "on_chip"
-        assert plan(columns, size=4, again=False, **flags)["kernel"] == "on_chip"
-        assert plan(columns, size=4, given=True, **flags)["kernel"] == "any_layout"
-    assert plan(128256, size=4, device=A100, **flags)["kernel"] == "any_layout"
+        for once in ({"again": False}, {"given": True}):
+            p = plan(columns, size=4, **once, **flags)
+            assert (p["kernel"], p["widened"]) == ("two_reads", True)
+    assert plan(128256, size=4, device=A100, **flags)["kernel"] == "two_reads"
 
 
 def test_small_rows_that_are_not_whole_vectors() -> None:

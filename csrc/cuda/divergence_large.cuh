@@ -44,6 +44,16 @@ struct Share {
   KDFAST_DEVICE float teacher_at(int column) const {
     return several ? load_any(teacher_type, teacher, column) : Vector<T>::widen_one(teacher[column]);
   }
+  // Four or eight of each, from a column that starts a vector.
+  KDFAST_DEVICE void load(int64_t column, uint4& s, uint4& t) const {
+    if (sizeof(T) == 4 && several) {
+      s = load_four(student_type, student, column);
+      t = load_four(teacher_type, teacher, column);
+    } else {
+      s = load16(student + column);
+      t = load16(teacher + column);
+    }
+  }
   KDFAST_DEVICE Logits<1> edge_logits() const {
     if (edge < 0) return {{-INFINITY}, {-INFINITY}};
     return {{student_at(edge)}, {teacher_at(edge)}};
@@ -111,9 +121,8 @@ struct OnChip {
   KDFAST_DEVICE void widen() {
 #pragma unroll 4
     for (int v = threadIdx.x; v < share.vectors; v += blockDim.x) {
-      const int64_t at = share.first + int64_t(v) * Share<T>::kWidth;
-      const uint4 a = load_four(share.student_type, share.student, at);
-      const uint4 b = load_four(share.teacher_type, share.teacher, at);
+      uint4 a, b;
+      share.load(share.first + int64_t(v) * Share<T>::kWidth, a, b);
       s[v] = a, t[v] = b;
     }
   }
@@ -221,7 +230,6 @@ struct VectorColumns {
 
   template <class F>
   KDFAST_DEVICE void each_vector(F f) const {
-    const T *student = share.student + share.first, *teacher = share.teacher + share.first;
     for (int begin = threadIdx.x; begin < share.vectors; begin += kBatch * blockDim.x) {
       uint4 s[kBatch], t[kBatch];
 #pragma unroll
@@ -229,8 +237,7 @@ struct VectorColumns {
         const int v = begin + u * blockDim.x;
         s[u] = t[u] = Vector<T>::lowest();
         if (v >= share.vectors) continue;
-        s[u] = load16(student + int64_t(v) * Share<T>::kWidth);
-        t[u] = load16(teacher + int64_t(v) * Share<T>::kWidth);
+        share.load(share.first + int64_t(v) * Share<T>::kWidth, s[u], t[u]);
       }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) f(begin + u * int(blockDim.x), s[u], t[u]);

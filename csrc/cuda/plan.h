@@ -21,7 +21,7 @@ struct RowCase {
   bool again;         // rows are looked at again once their sums are known: for a gradient, or by the divergence itself
   bool given;         // the rows' states are: no first look
   bool topk = false;  // the teacher has some of the columns only: `alike` is of the student and the gradient
-  // Several dtypes, but neighbouring columns whose groups of four start alike in all rows: float32 on chip.
+  // Several dtypes, but neighbouring columns whose groups of four start alike in all rows: float32 on the way.
   bool widened = false;
 };
 
@@ -40,7 +40,7 @@ struct RowPlan {
   int lanes = 0, held = 0;  // lanes per row, and columns that each holds (registers)
   bool vectors = false;     // 16-byte accesses (registers)
   int64_t shared = 0;       // bytes of dynamic shared memory per block
-  bool widened = false;     // to float32 (on_chip)
+  bool widened = false;     // to float32 (on_chip, two_reads)
 };
 
 // In whole vectors, or column by column: then more would be more code than they are worth.
@@ -92,11 +92,12 @@ inline RowPlan in_registers(const RowCase& c) {
 }
 
 inline RowPlan row_per_block(const RowCase& c) {
-  const int width = c.alike ? 16 / c.element_size : 1;
-  const int threads = threads_for(c.columns / width, 4, c.alike ? kMaxRowThreads : 256);
-  const RowKernel kernel = c.alike || c.topk ? RowKernel::two_reads : RowKernel::any_layout;
+  const bool vectors = c.alike || c.widened;
+  const int width = vectors ? 16 / c.element_size : 1;
+  const int threads = threads_for(c.columns / width, 4, vectors ? kMaxRowThreads : 256);
+  const RowKernel kernel = vectors || c.topk ? RowKernel::two_reads : RowKernel::any_layout;
   const int64_t shared = exchange_bytes(threads) + (c.topk ? bitmap_bytes(c.columns) : 0);
-  return {kernel, threads, c.rows, 1, 0, 0, false, shared};
+  return {kernel, threads, c.rows, 1, 0, 0, false, shared, c.widened};
 }
 
 }  // namespace detail
@@ -106,7 +107,7 @@ inline RowPlan plan_rows(const RowCase& c, const DeviceLimits& device) {
   if (c.same_elements && c.columns <= (c.aligned ? kRegisterColumns : kSingleColumns)) return in_registers(c);
   // For one look one read is enough, unless the rows are too few to keep every multiprocessor busy.
   const bool few = c.rows < device.multiprocessors;
-  const bool one_read = c.alike && !c.again && !few;
+  const bool one_read = !c.again && !few;
   if (!(c.alike || c.widened) || c.given || one_read) return row_per_block(c);
   // The smallest cluster that lets three blocks share a multiprocessor, so that one loads while others compute, or the
   // largest. More blocks per row where rows are so few that multiprocessors would idle.

@@ -28,6 +28,7 @@ py::dict plan_of(const kdfast::cuda::RowCase& c, const kdfast::cuda::DeviceLimit
   d["held"] = plan.held;
   d["vectors"] = plan.vectors;
   d["shared"] = plan.shared;
+  d["widened"] = plan.widened;
   return d;
 }
 
