@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from kdfast import _C
+from kdfast.bench import timing
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,6 +30,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = kept
+
+
+@pytest.fixture(scope="session", autouse=True)
+def a_round_of_each_time() -> Iterator[None]:
+    """No test depends on how long something takes, and runs take many times at their end."""
+    whole = timing.interleaved
+    with pytest.MonkeyPatch.context() as patch:
+
+        @wraps(whole)
+        def once(calls: Any, device: str, **_: Any) -> Any:
+            return whole(calls, device, rounds=1, warm=0)
+
+        patch.setattr(timing, "interleaved", once)
+        yield
 
 
 @pytest.fixture(params=_C.cpu_variants())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ from kdfast.bench import timing
 from kdfast.models import cost
 
 ROWS, LENGTH = 3, 7
+
+
+@pytest.fixture(autouse=True)
+def every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against tests/conftest.py."""
+    monkeypatch.setattr(timing, "interleaved", inspect.unwrap(timing.interleaved))
 
 
 def by_hand(config: Any, causal: bool) -> int:

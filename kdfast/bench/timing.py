@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
+
+Name = TypeVar("Name")
 
 
 def synchronize(device: str) -> None:
@@ -14,15 +17,15 @@ def synchronize(device: str) -> None:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], device: str, *, rounds: int = 5, seconds: float = 0.0, warm: int = 1
-) -> dict[str, list[float]]:
+    calls: Mapping[Name, Callable[[], object]], device: str, *, rounds: int = 5, seconds: float = 0.0, warm: int = 1
+) -> dict[Name, list[float]]:
     """Milliseconds of each call, in turn, of `rounds` rounds and more until `seconds` have passed.
 
     Args:
         device: "cuda" waits for the GPU before and after each call.
         warm: rounds before those: compilation, allocator, caches.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[Name, list[float]] = {name: [] for name in calls}
     for _ in range(warm):
         for call in calls.values():
             call()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import fmean, median
 from typing import Any
 
@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import DataCollatorWithPadding
 
+from kdfast.bench import timing
 from kdfast.data import metrics
 from kdfast.models.early_exit import EarlyExit, uncertainty
 from kdfast.objective import model_inputs
@@ -95,18 +96,13 @@ def _latencies(
     middle = sorted(rows, key=length)[len(rows) // 2 :][:TIMED]
     batches = [_batch(model, middle[i : i + count], tokenizer) for i in range(0, len(middle) - count + 1, count)]
     batches = batches or [_batch(model, (list(middle) * count)[:count], tokenizer)]
-    times: dict[float, list[list[float]]] = {speed: [[] for _ in batches] for speed in speeds}
+    found: dict[float, list[float]] = {speed: [] for speed in speeds}
     with torch.inference_mode():
-        for number, batch in enumerate(batches):
-            for repeat in range(-1, REPEATS):  # one to warm up
-                for speed in speeds:
-                    start = time.perf_counter()
-                    model(**batch, speed=speed)
-                    if torch.cuda.is_available():
-                        torch.cuda.synchronize()
-                    if repeat >= 0:
-                        times[speed][number].append(1e3 * (time.perf_counter() - start))
-    return {speed: fmean(median(repeats) for repeats in of) for speed, of in times.items()}
+        for batch in batches:
+            calls = {speed: partial(model, **batch, speed=speed) for speed in speeds}
+            for speed, repeats in timing.interleaved(calls, model.device.type, rounds=REPEATS).items():
+                found[speed].append(median(repeats))
+    return {speed: fmean(of) for speed, of in found.items()}
 
 
 def _batch(model: EarlyExit, rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> dict[str, Any]:

@@ -72,6 +72,11 @@ def heads(length: int, size: int, dtype: torch.dtype, **kwargs: Any) -> Inputs:
     return *sides, kwargs  # type: ignore[return-value]
 
 
+def of_two_dtypes(strided: bool = False, **kwargs: Any) -> Inputs:
+    student, teacher = logits(20, 5000, F32)[0], logits(20, 5000, BF16)[1]
+    return student, teacher.t().contiguous().t() if strided else teacher, kwargs
+
+
 def token_mask(batch: int, length: int) -> Tensor:
     return torch.arange(length, device=DEVICE) < torch.tensor([[length], [length // 2 + 1]], device=DEVICE)[:batch]
 
@@ -111,7 +116,9 @@ CASES: dict[str, tuple[str, Callable[[], Inputs]]] = {
     "cluster of 16": ("kl_div", lambda: logits(10, 262144, BF16)),
     "masked rows and labels in clusters": ("kd_loss", lambda: masked(21, 151936, BF16)),
     "two reads": ("kl_div", lambda: logits(20, 128256, BF16)),
-    "any layout": ("kl_div", lambda: (logits(20, 5000, F32)[0], logits(20, 5000, BF16)[1], {})),
+    "two dtypes": ("kl_div", of_two_dtypes),
+    "two dtypes, states given": ("kl_div", lambda: of_two_dtypes(reduction="none")),
+    "any layout": ("kl_div", lambda: of_two_dtypes(strided=True)),
     "top-k": ("topk_kl_div", lambda: topk(20, 50257)),
     "several slabs, bfloat16": ("linear_kd_loss", lambda: head(BF16)),
     "several slabs, float16": ("linear_kd_loss", lambda: head(F16)),
