@@ -161,7 +161,7 @@ def causal_lm(name: str) -> bool:
     from kdfast.runs.causal_lm import check_causal
 
     teacher = model_of(name, transformers.AutoModelForCausalLM)
-    check_causal(teacher, name)
+    check_causal(teacher, f"teacher {name}")
     student, inputs = students.from_layers(teacher, [1]), inputs_of(teacher)
     return trains(LanguageModel(), student, teacher, inputs | {"labels": inputs["input_ids"]})
 

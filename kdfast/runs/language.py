@@ -122,12 +122,24 @@ class LanguageRun:
         """
         transformers.utils.logging.set_verbosity_error()  # missing weights are wanted, or an error here
         self.tokenizer = load_tokenizer("teacher", source)
+        return self._load("teacher", source, new_head, **options)
+
+    def load_student(self, source: str | Path) -> Any:
+        """A student of one's own.
+
+        Raises:
+            ValueError: as `load_teacher`, or it has other tokens than the teacher.
+        """
+        pairing.check_tokens(f"student {source}", load_tokenizer("student", source), self.tokenizer)
+        return self._load("student", source)
+
+    def _load(self, argument: str, source: str | Path, new_head: bool = False, **options: Any) -> Any:
         options |= {"dtype": torch.float32, "output_loading_info": True}
-        model, loading = pretrained(self.auto, "teacher", source, **options)
+        model, loading = pretrained(self.auto, argument, source, **options)
         if (lacking := sorted(loading["missing_keys"])) and not new_head:
             names = ", ".join(lacking[:4]) + (f" and {len(lacking) - 4} more" if len(lacking) > 4 else "")
-            raise ValueError(f"teacher {source}: expected a {self.kind}, got a model without {names}")
-        pairing.check_length(f"teacher {source}", model, self.recipe.max_length)
+            raise ValueError(f"{argument} {source}: expected a {self.kind}, got a model without {names}")
+        pairing.check_length(f"{argument} {source}", model, self.recipe.max_length)
         return model.eval().to(device())
 
     def data_file(self) -> Path:
