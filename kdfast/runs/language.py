@@ -108,6 +108,10 @@ class LanguageRun:
         """A batch that shows the models' speed."""
         raise NotImplementedError
 
+    def facts(self) -> dict[str, Any]:
+        """What metrics.json has beside what all runs have there."""
+        return {}
+
     # ---- what `prepare` is made of ----
     def load_teacher(self, source: str | Path, new_head: bool = False, **options: Any) -> Any:
         """The teacher, and its tokenizer, which becomes the run's.
@@ -124,14 +128,14 @@ class LanguageRun:
         self.tokenizer = load_tokenizer("teacher", source)
         return self._load("teacher", source, new_head, **options)
 
-    def load_student(self, source: str | Path) -> Any:
-        """A student of one's own.
+    def load_student(self, source: str | Path, new_head: bool = False, **options: Any) -> Any:
+        """A student of one's own; arguments as of `load_teacher`.
 
         Raises:
             ValueError: as `load_teacher`, or it has other tokens than the teacher.
         """
         pairing.check_tokens(f"student {source}", load_tokenizer("student", source), self.tokenizer)
-        return self._load("student", source)
+        return self._load("student", source, new_head, **options)
 
     def _load(self, argument: str, source: str | Path, new_head: bool = False, **options: Any) -> Any:
         options |= {"dtype": torch.float32, "output_loading_info": True}
@@ -219,6 +223,6 @@ class LanguageRun:
             }
             facts = {"settings": self.recipe.as_dict(), "versions": measure.versions(), "training": training}
             facts["tokenizer"] = tokenizer_sha256(self.tokenizer)[:12]
-            stages.write_json(stored, {**facts, "models": results})
+            stages.write_json(stored, {**facts, **self.facts(), "models": results})
         measured: dict[str, measure.Metrics] = json.loads(stored.read_text())["models"]
         return measured
