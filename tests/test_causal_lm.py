@@ -27,11 +27,13 @@ from transformers import (
     BertForMaskedLM,
     BertLMHeadModel,
     BertModel,
+    TorchAoConfig,
     TrainerCallback,
 )
 
 from kdfast import runs
 from kdfast.data import demo, text
+from kdfast.models import loading
 from kdfast.objective import LanguageModel
 from kdfast.recipes import causal_lm
 from kdfast.runs import stages
@@ -129,6 +131,35 @@ def test_stopped_run_continues_to_the_same_student(tmp_path: Path, monkeypatch: 
         assert torch.equal(a, b)
 
 
+def test_adapters_alone_are_trained_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a run that was stopped and continued."""
+    settings = dataclasses.replace(SETTINGS, lora=4, learning_rate=1e-2, steps=8)
+    results, _ = _run(tmp_path / "through", settings)
+    assert results["student"]["kl_to_teacher"] < results["start"]["kl_to_teacher"]
+    assert results["student"]["parameters"] == results["start"]["parameters"]
+    train_stage = stages.train_stage
+
+    def stopped(trainer: Any, folder: Path, title: str, dtype: str) -> Any:
+        assert {name.split(".")[-3] for name, p in trainer.model.named_parameters() if p.requires_grad} == {
+            "lora_A",
+            "lora_B",
+        }
+        trainer.add_callback(_Signal())
+        return train_stage(trainer, folder, title, dtype)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "train_stage", stopped)
+        with pytest.raises(stages.StageInterrupted):
+            _run(tmp_path / "run", settings)
+    _run(tmp_path / "run", settings)
+    through, run = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "student") for name in ("through", "run"))
+    start = llama(0, 4).model
+    assert torch.equal(run.model.embed_tokens.weight, start.embed_tokens.weight)
+    assert not torch.equal(run.model.layers[1].mlp.up_proj.weight, start.layers[2].mlp.up_proj.weight)
+    for a, b in zip(through.parameters(), run.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_student_is_made_of_the_chosen_layers(tmp_path: Path) -> None:
     def start_of(layers: tuple[int, ...] | None) -> Any:
         run = CausalLMRun(dataclasses.replace(SETTINGS, student_layers=layers), tmp_path / "run", Console())
@@ -168,6 +199,7 @@ def test_rows_of_files(tmp_path: Path) -> None:
     [
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"learning_rate": 2.0}, "learning_rate: expected above 0 and below 1, got 2.0"),
+        ({"lora": 0}, "lora: expected at least 1, got 0"),
         ({"on_policy": -1.0}, "on_policy: expected 0 to 1, got -1"),
         ({"divergence": "kl"}, "divergence: expected one of"),
         ({"student_layers": (7,)}, "layers: expected numbers from 0 to 3, got"),
@@ -308,3 +340,33 @@ def test_students_that_do_not_fit(assets: dict[str, Path], tmp_path: Path) -> No
     (own / "tokenizer.json").write_text(json.dumps(state))
     expected = f"student {own}: expected the teacher's tokenizer, in which 'w1' is token 4, got one in which it is 5"
     _refused(tmp_path / "run", expected, student=str(own), student_layers=None)
+
+
+def test_quantised_teachers(assets: dict[str, Path], tmp_path: Path) -> None:
+    """They are run, and no student is made of their layers."""
+    quantization = pytest.importorskip("torchao.quantization")
+    how = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    source = assets[demo.SMOLLM2.folder]
+    AutoModelForCausalLM.from_pretrained(source, quantization_config=how).save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "teacher")
+    own = _student_of_ones_own(tmp_path / "own", assets)
+    settings = dataclasses.replace(SETTINGS, teacher=str(tmp_path / "teacher"), student=str(own), student_layers=None)
+    results, _ = _run(tmp_path / "run", settings)
+    assert results["student"]["kl_to_teacher"] < results["start"]["kl_to_teacher"]
+    expected = f"teacher {tmp_path / 'teacher'}: expected weights that are not quantised, got torchao"
+    _refused(tmp_path / "other", expected, teacher=str(tmp_path / "teacher"))
+
+
+def test_quantised_teachers_need_torchao(
+    assets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(assets[demo.SMOLLM2.folder], tmp_path / "teacher")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "torchao",
+        "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}},
+    }
+    (source / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    expected = f"teacher {source}: expected torchao, which quantised it, to be installed, got none"
+    _refused(tmp_path / "run", expected, teacher=str(source), student=str(tmp_path / "own"), student_layers=None)

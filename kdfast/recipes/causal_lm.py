@@ -47,6 +47,11 @@ class Recipe(base.Recipe):
     student_layers: tuple[int, ...] | None = setting(
         None, "Without student: teacher layers that the student keeps, from 0. Default: every third."
     )
+    lora: int | None = setting(
+        None,
+        "Rank of adapters (LoRA) of all linear maps but the output: they alone are trained, and merged in the end. "
+        "Default: the whole student is trained.",
+    )
     divergence: str = setting(
         "kl_div", "kl_div, reverse_kl_div, js_div or another of kdfast, between teacher and student."
     )
@@ -69,7 +74,7 @@ class Recipe(base.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(1, "max_new_tokens", "steps", "batch_size", "train_rows", "test_rows")
+        self.at_least(1, "lora", "max_new_tokens", "steps", "batch_size", "train_rows", "test_rows")
         self.at_least(8, "max_length")
         self.inside(0, 1, "learning_rate")
         self.between(0, 1, "on_policy")

@@ -6,10 +6,12 @@ import copy
 import math
 import random
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -90,8 +92,10 @@ class CausalLMRun(LanguageRun):
 
     def prepare(self) -> None:
         r = self.recipe
+        if r.lora is not None and find_spec("peft") is None:
+            raise ValueError(f"lora: expected peft to be installed, got none for rank {r.lora}; pip install peft")
         source = demo.fetch(demo.SMOLLM2) if r.teacher is None else r.teacher
-        self.teacher = self.load_teacher(source)
+        self.teacher = self.load_teacher(source, quantised=r.student is not None)
         if self.tokenizer.eos_token_id is None:
             raise ValueError(
                 f"teacher {source}: expected a tokenizer with an end-of-text token (eos_token), which closes texts and "
@@ -147,6 +151,18 @@ class CausalLMRun(LanguageRun):
             for row in rows
         ]
 
+    def _trained(self) -> Any:
+        """A copy of the student's start, with adapters where these alone are to be trained."""
+        student, rank = copy.deepcopy(self.start), self.recipe.lora
+        if rank is None:
+            return student
+        import peft
+
+        transformers.set_seed(self.recipe.seed)  # for the adapters' first factors
+        return peft.get_peft_model(
+            student, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+
     def trainer(self, folder: Path) -> OnPolicyTrainer:
         r = self.recipe
         settings = arguments.training(
@@ -166,7 +182,7 @@ class CausalLMRun(LanguageRun):
             logging_steps=max(1, r.steps // 60),
         )
         return OnPolicyTrainer(
-            copy.deepcopy(self.start),
+            self._trained(),
             settings,
             teacher=self.teacher,
             objective=r.objective(self.vocabulary),

@@ -57,7 +57,7 @@ class HeadRun(LanguageRun):
             if getattr(r, name) is None:
                 raise ValueError(f"{name}: expected {expected}, got none")
         datasets.disable_progress_bars()
-        self.teacher = self.load_teacher(r.teacher)
+        self.teacher = self.load_teacher(r.teacher, quantised=r.student is not None)
         self.start = self._student()
         train, test = self._parts()
         self.train, self.test = self.rows(train, test=False), sorted(self.rows(test, test=True), key=length)

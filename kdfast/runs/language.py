@@ -119,7 +119,7 @@ class LanguageRun:
         Args:
             source: folder or Hub name.
             new_head: whether weights may be missing, which are random then.
-            options: of its configuration.
+            options: of its configuration, and `quantised`, of `kdfast.models.loading.pretrained`.
 
         Raises:
             ValueError: it cannot be loaded, lacks weights or a tokenizer, or has fewer positions than `max_length`.
