@@ -67,7 +67,7 @@ def recipe(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> q
         teacher=str(tmp_path / "teacher"),
         max_length=16,
         stride=2,
-        epochs=5,
+        epochs=4,
         learning_rate=5e-3,
         precision="float32",
     )

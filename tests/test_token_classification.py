@@ -60,7 +60,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> token_classificat
         data=str(tmp_path / "rows.jsonl"),
         teacher=str(saved(tmp_path / "teacher", layers=3, seed=0)),
         max_length=16,
-        epochs=6,
+        epochs=4,
         learning_rate=5e-3,
         precision="float32",
     )
