@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ from transformers import (
     BertForMaskedLM,
     BertLMHeadModel,
     BertModel,
+    TorchAoConfig,
     TrainerCallback,
 )
 
 from kdfast import runs
 from kdfast.data import demo, text
+from kdfast.models import loading
 from kdfast.objective import LanguageModel
 from kdfast.recipes import causal_lm
 from kdfast.runs import stages
@@ -128,6 +131,35 @@ def test_stopped_run_continues_to_the_same_student(tmp_path: Path, monkeypatch: 
         assert torch.equal(a, b)
 
 
+def test_adapters_alone_are_trained_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a run that was stopped and continued."""
+    settings = dataclasses.replace(SETTINGS, lora=4, learning_rate=1e-2, steps=8)
+    results, _ = _run(tmp_path / "through", settings)
+    assert results["student"]["kl_to_teacher"] < results["start"]["kl_to_teacher"]
+    assert results["student"]["parameters"] == results["start"]["parameters"]
+    train_stage = stages.train_stage
+
+    def stopped(trainer: Any, folder: Path, title: str, dtype: str) -> Any:
+        assert {name.split(".")[-3] for name, p in trainer.model.named_parameters() if p.requires_grad} == {
+            "lora_A",
+            "lora_B",
+        }
+        trainer.add_callback(_Signal())
+        return train_stage(trainer, folder, title, dtype)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "train_stage", stopped)
+        with pytest.raises(stages.StageInterrupted):
+            _run(tmp_path / "run", settings)
+    _run(tmp_path / "run", settings)
+    through, run = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "student") for name in ("through", "run"))
+    start = llama(0, 4).model
+    assert torch.equal(run.model.embed_tokens.weight, start.embed_tokens.weight)
+    assert not torch.equal(run.model.layers[1].mlp.up_proj.weight, start.layers[2].mlp.up_proj.weight)
+    for a, b in zip(through.parameters(), run.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_student_is_made_of_the_chosen_layers(tmp_path: Path) -> None:
     def start_of(layers: tuple[int, ...] | None) -> Any:
         run = CausalLMRun(dataclasses.replace(SETTINGS, student_layers=layers), tmp_path / "run", Console())
@@ -167,6 +199,7 @@ def test_rows_of_files(tmp_path: Path) -> None:
     [
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"learning_rate": 2.0}, "learning_rate: expected above 0 and below 1, got 2.0"),
+        ({"lora": 0}, "lora: expected at least 1, got 0"),
         ({"on_policy": -1.0}, "on_policy: expected 0 to 1, got -1"),
         ({"divergence": "kl"}, "divergence: expected one of"),
         ({"student_layers": (7,)}, "layers: expected numbers from 0 to 3, got"),
@@ -191,7 +224,9 @@ def _refused(folder: Path, expected: str, **wrong: Any) -> None:
 
 
 def test_files_that_are_no_text(tmp_path: Path) -> None:
-    kinds = "expected a .jsonl file with prompt and completion in each line, or a text file with empty lines"
+    kinds = (
+        "expected a .jsonl file with prompt and completion, or messages, in each line, or a text file with empty lines"
+    )
     few = "expected 10 rows or more (of max_length 16 tokens where texts are packed), one in ten to hold out, got"
     for name, content, expected in (
         ("rows.csv", b"text,label\nw1 w2,1\n", f": {kinds} between the texts, got a file that ends in .csv"),
@@ -199,7 +234,11 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
         ("texts.txt.gz", gzip.compress(b"w1 w2"), f": {kinds}"),
         ("image.png", b"\x89PNG", ": expected text in UTF-8, got other bytes, the first at 0"),
         ("wide.txt", "w1 w2".encode("utf-16-le"), ": expected text in UTF-8, got a zero byte at character 1"),
-        ("rows.jsonl", b'{"text": "w1"}', ':1: expected {"prompt": "...", "completion": "..."}, got {"text": "w1"}'),
+        (
+            "rows.jsonl",
+            b'{"text": "w1"}',
+            ':1: expected {"prompt": "...", "completion": "..."} or {"messages": [...]}, got {"text": "w1"}',
+        ),
         ("one.jsonl", b'{"prompt": "w1", "completion": "w2"}', f": {few} 1"),
         ("texts.txt", b"w1 w2\n\nw3", f": {few} 0"),
     ):
@@ -245,3 +284,89 @@ def test_teachers_that_are_no_causal_language_models(assets: dict[str, Path], tm
         if name != "mute":
             tokenizer.save_pretrained(tmp_path / name)
         _refused(tmp_path / "run", f"teacher {tmp_path / name}{expected}", teacher=str(tmp_path / name))
+
+
+def _student_of_ones_own(folder: Path, assets: dict[str, Path]) -> Path:
+    """Narrower than the teacher, of two layers, with embeddings of a few tokens more, as some are padded."""
+    config = AutoModelForCausalLM.from_pretrained(assets[demo.SMOLLM2.folder]).config
+    config.update(
+        {"hidden_size": 16, "intermediate_size": 24, "head_dim": 4, "num_hidden_layers": 2, "vocab_size": 304}
+    )
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(assets[demo.SMOLLM2.folder]).save_pretrained(folder)
+    return folder
+
+
+def test_student_of_ones_own_on_conversations(assets: dict[str, Path], tmp_path: Path) -> None:
+    source = shutil.copytree(assets[demo.SMOLLM2.folder], tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' <end> ' }}{% endfor %}"
+    tokenizer.save_pretrained(source)
+    turns = [[("user", f"w{i} w{i + 1}"), ("assistant", sentence(i))] for i in range(30)]
+    talks = [{"messages": [{"role": role, "content": said} for role, said in talk]} for talk in turns]
+    (tmp_path / "talks.jsonl").write_text("\n".join(json.dumps(talk) for talk in talks))
+    settings = dataclasses.replace(
+        SETTINGS,
+        student=str(_student_of_ones_own(tmp_path / "own", assets)),
+        student_layers=None,
+        teacher=str(source),
+        data=str(tmp_path / "talks.jsonl"),
+        steps=20,
+    )
+    run = CausalLMRun(settings, tmp_path / "run", Console(file=io.StringIO()))
+    run.prepare()
+    assert run.vocabulary == 301
+    assert all(row["labels"] == [-100] * 3 + row["input_ids"][3:] and row["input_ids"][-1] == PAD for row in run.train)
+    results, _ = _run(tmp_path / "run", settings)
+    assert results["student"]["kl_to_teacher"] < results["start"]["kl_to_teacher"]
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    assert student.config.hidden_size == 16
+    assert student.config.vocab_size == 304
+
+
+def test_students_that_do_not_fit(assets: dict[str, Path], tmp_path: Path) -> None:
+    own, other = _student_of_ones_own(tmp_path / "own", assets), tmp_path / "other"
+    with pytest.raises(ValueError, match=r"student_layers: expected none beside student, got \[0, 2\]"):
+        dataclasses.replace(SETTINGS, student=str(own))
+    tokenizer = AutoTokenizer.from_pretrained(assets[demo.SMOLLM2.folder])
+    bert(0, kind=BertForMaskedLM).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    expected = f"student {other}: expected a causal language model, got one whose prediction of a token depends"
+    _refused(tmp_path / "run", expected, student=str(other), student_layers=None)
+    state = json.loads((other / "tokenizer.json").read_text())
+    words = state["model"]["vocab"]
+    words["w1"], words["w2"] = words["w2"], words["w1"]
+    (own / "tokenizer.json").write_text(json.dumps(state))
+    expected = f"student {own}: expected the teacher's tokenizer, in which 'w1' is token 4, got one in which it is 5"
+    _refused(tmp_path / "run", expected, student=str(own), student_layers=None)
+
+
+def test_quantised_teachers(assets: dict[str, Path], tmp_path: Path) -> None:
+    """They are run, and no student is made of their layers."""
+    quantization = pytest.importorskip("torchao.quantization")
+    how = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    source = assets[demo.SMOLLM2.folder]
+    AutoModelForCausalLM.from_pretrained(source, quantization_config=how).save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "teacher")
+    own = _student_of_ones_own(tmp_path / "own", assets)
+    settings = dataclasses.replace(SETTINGS, teacher=str(tmp_path / "teacher"), student=str(own), student_layers=None)
+    results, _ = _run(tmp_path / "run", settings)
+    assert results["student"]["kl_to_teacher"] < results["start"]["kl_to_teacher"]
+    expected = f"teacher {tmp_path / 'teacher'}: expected weights that are not quantised, got torchao"
+    _refused(tmp_path / "other", expected, teacher=str(tmp_path / "teacher"))
+
+
+def test_quantised_teachers_need_torchao(
+    assets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(assets[demo.SMOLLM2.folder], tmp_path / "teacher")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "torchao",
+        "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}},
+    }
+    (source / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    expected = f"teacher {source}: expected torchao, which quantised it, to be installed, got none"
+    _refused(tmp_path / "run", expected, teacher=str(source), student=str(tmp_path / "own"), student_layers=None)

@@ -169,18 +169,27 @@ def test_cls_index() -> None:
 
 
 def test_unknown_models_are_told_what_to_implement() -> None:
-    model = transformers.AutoModel.from_config(
-        transformers.AutoConfig.for_model("gpt2", vocab_size=60, n_embd=32, n_head=4, n_layer=2)
-    )
-    with pytest.raises(ValueError, match=r"got 'gpt2'; to read it: kdfast.hf.register\('gpt2', kdfast.hf.Adapter"):
+    config = transformers.AutoConfig.for_model("bloom", vocab_size=60, hidden_size=32, n_head=4, n_layer=2)
+    model = transformers.AutoModel.from_config(config)
+    with pytest.raises(ValueError, match=r"got 'bloom'; to read it: kdfast.hf.register\('bloom', kdfast.hf.Adapter"):
         hf.Reader(model)
     with pytest.raises(TypeError, match="expected a transformers model, got Linear"):
         hf.Reader(nn.Linear(2, 2))
-    hf.register("gpt2", hf.Adapter(hf.through_interface, cls_index=None, causal=True))
+
+
+def test_an_architecture_of_ones_own() -> None:
+    """MegatronBERT, as if nothing were known of it."""
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model("megatron-bert", **BERT))
+    known = hf.ADAPTERS.pop("megatron-bert")
     try:
-        assert len(hf.Reader(model)(**batch()).q) == 2
+        with pytest.raises(ValueError, match="got 'megatron-bert'; to read it"):
+            hf.Reader(model)
+        hf.register("megatron-bert", hf.Adapter(hf.through_projections("query", "key", "value"), cls_index=-1))
+        features = hf.Reader(model)(**batch())
+        assert len(features.q) == 2
+        assert features.cls_index == -1
     finally:
-        del hf.ADAPTERS["gpt2"]
+        hf.ADAPTERS["megatron-bert"] = known
 
 
 def test_features_feed_the_losses() -> None:

@@ -145,8 +145,8 @@ def load(
         theirs = _text_columns(tests[0].features, texts, name)
         test = _select(tests[0], theirs, column, labels, name, notes, "test")
     else:
-        train, test = _hold_out(train, name)
-    train, test = _first(train, train_rows), _first(test, test_rows)
+        train, test = hold_out(train, name)
+    train, test = first(train, train_rows), first(test, test_rows)
     if len(set(map(str, train["labels"]))) < 2:
         only = f"{column} {labels.shown(train['labels'][0])}"
         raise mismatch("source", f"more than one label in the training rows of {name}", only)
@@ -280,13 +280,14 @@ def _select(
     return selected
 
 
-def _hold_out(rows: Any, name: str) -> tuple[Any, Any]:
+def hold_out(rows: Any, name: str) -> tuple[Any, Any]:
+    """To train on and to test, a tenth, at most `HELD_OUT`, drawn with a fixed seed."""
     if len(rows) < 2:
         raise mismatch("source", f"at least 2 rows with text in {name}", len(rows))
     split = rows.train_test_split(test_size=max(1, min(HELD_OUT, len(rows) // 10)), seed=0)
     return split["train"], split["test"]
 
 
-def _first(part: Any, rows: int | None) -> Any:
+def first(part: Any, rows: int | None) -> Any:
     """As many rows, of a fixed order: files are often sorted by class."""
     return part if rows is None or rows >= len(part) else part.shuffle(seed=0).select(range(rows))

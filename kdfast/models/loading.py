@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def classifier(task: tasks.Task, argument: str, source: str | Path) -> Any:
     if Path(source).is_dir() and saved_in(source):
         model, loading = pretrained(EarlyExit, argument, source, dtype=torch.float32), {}
     else:
-        options = {"output_loading_info": True, "dtype": torch.float32}
+        options: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32}
         model, loading = pretrained(AutoModelForSequenceClassification, argument, source, **options)
     if absent := sorted(loading.get("missing_keys", ())):
         raise ValueError(f"{who}: expected a classifier, got a model without weights for {', '.join(absent[:4])}")
@@ -66,8 +67,12 @@ def load_tokenizer(argument: str, source: str | Path) -> Any:
     return tokenizer
 
 
-def pretrained(kind: Any, argument: str, source: str | Path, **options: Any) -> Any:
+def pretrained(kind: Any, argument: str, source: str | Path, *, quantised: bool = False, **options: Any) -> Any:
     """`kind.from_pretrained`, with the argument named where it fails.
+
+    Args:
+        kind, argument, source, options: of what is loaded, how messages call it, from where, and how.
+        quantised: whether its weights may be torchao's, which is installed then: of models that are only run.
 
     Raises:
         ValueError: it cannot be loaded, or is a model whose weights are quantised.
@@ -75,7 +80,7 @@ def pretrained(kind: Any, argument: str, source: str | Path, **options: Any) -> 
     who = named(argument, source)
     unreachable = None if Path(source).is_dir() else _why_no_answer(who, source)
     if hasattr(kind, "from_config"):  # of models, not of configurations or tokenizers
-        _check_not_quantised(who, _loaded(AutoConfig, who, source, unreachable))
+        _check_not_quantised(who, _loaded(AutoConfig, who, source, unreachable), quantised)
     return _loaded(kind, who, source, unreachable, **options)
 
 
@@ -91,11 +96,15 @@ def _loaded(kind: Any, who: str, source: str | Path, unreachable: str | None, **
         raise ValueError(f"{who}: expected what transformers loads, got {first_line(error)}") from None
 
 
-def _check_not_quantised(who: str, config: Any) -> None:
+def _check_not_quantised(who: str, config: Any, torchao: bool) -> None:
     """Before weights are loaded, which needs the library of the quantisation, and may end in a crash of it."""
     if (found := getattr(config, "quantization_config", None)) is not None:
         method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
         if method == METHOD:  # smaller, not quantised
+            return
+        if torchao and getattr(method, "value", method) == "torchao":
+            if find_spec("torchao") is None:
+                raise ValueError(f"{who}: expected torchao, which quantised it, to be installed, got none")
             return
         raise ValueError(
             f"{who}: expected weights that are not quantised, got {getattr(method, 'value', method)} "

@@ -35,7 +35,7 @@ def config_of(op: str, teacher: Any, layers: Sequence[int], dropout: float | Non
         )
     config.num_hidden_layers = after
     for name in PER_LAYER:
-        if getattr(config, name, None):
+        if vars(config).get(name):  # not Mamba's, which its config makes of the number of layers
             setattr(config, name, [getattr(config, name)[layer] for layer in layers])
     set_dropout(op, config, dropout)
     attention = config._attn_implementation

@@ -79,6 +79,10 @@ def from_layers(
     config = config_of(op, teacher, layers, dropout)
     with no_init_weights():  # all of it is copied
         student = new_model(teacher, type(teacher), config)
+    if path is not None and len(student.get_submodule(path.removesuffix("."))) != len(layers):
+        raise ValueError(
+            f"{op}: teacher: expected a config whose num_hidden_layers makes its layers, got {type(config).__name__}"
+        )
     name_of = renamed(path, layers)
     _, fresh = copy_weights(teacher, student, name_of, dtype)
     theirs, ours = teacher.state_dict(), student.state_dict()

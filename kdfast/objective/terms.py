@@ -80,10 +80,9 @@ class Terms(nn.Module):
         """This objective, which counts the scores of a causal student's attention as such from now on."""
         from kdfast.models import reader  # imports transformers, which logits do not need
 
-        adapter = reader.ADAPTERS.get(getattr(getattr(unwrapped(model), "config", None), "model_type", ""))
         for term in self.terms.values():
-            if isinstance(term, Attention) and adapter is not None:
-                term.causal = adapter.causal
+            if isinstance(term, Attention):
+                term.causal = reader.adapter_of(model).causal
         return self
 
     def for_models(self, student: nn.Module, teacher: nn.Module | None) -> Terms:

@@ -14,8 +14,10 @@ from kdfast.recipes import (
     multi_teacher,
     patient_kd,
     prune,
+    question_answering,
     self_distillation,
     tinybert,
+    token_classification,
 )
 from kdfast.recipes.base import Recipe
 
@@ -34,4 +36,6 @@ RECIPES: tuple[type[Recipe], ...] = (
     prune.Recipe,
     distilbert.Recipe,
     causal_lm.Recipe,
+    token_classification.Recipe,
+    question_answering.Recipe,
 )

@@ -22,7 +22,7 @@ from kdfast.recipes.base import setting
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(base.Recipe):
-    """A causal language model into some of its layers, on text: alpha · T² · D(student, teacher) + (1 - alpha) · CE.
+    """A causal language model into some of its layers, or a smaller one, on text: alpha · T² · D(student, teacher) + (1 - alpha) · CE.
 
     Logits of the whole vocabulary are only made for a chunk of tokens at a time. With on-policy 1 and js_div this is
     GKD (Agarwal et al. 2024): the student is trained on what it samples itself, by what the teacher makes of it.
@@ -34,14 +34,23 @@ class Recipe(base.Recipe):
 
     data: str | None = setting(
         None,
-        "A .jsonl file with prompt and completion in each line, of which the completions count; or a text file with "
-        "empty lines between the texts, packed. Default: news editorials and product reviews, packed.",
+        "A .jsonl file with prompt and completion in each line, of which the completions count, or messages, of which "
+        "the assistant's do; or a text file with empty lines between the texts, packed. Default: news editorials and "
+        "product reviews, packed.",
     )
     teacher: str | None = setting(
         None, "Causal language model, a folder or Hub name. Default: SmolLM2-135M-Instruct (90 MB)."
     )
+    student: str | None = setting(
+        None, "Causal language model that the student starts from, a folder or Hub name, of the teacher's tokens."
+    )
     student_layers: tuple[int, ...] | None = setting(
-        None, "Teacher layers that the student keeps, from 0. Default: every third."
+        None, "Without student: teacher layers that the student keeps, from 0. Default: every third."
+    )
+    lora: int | None = setting(
+        None,
+        "Rank of adapters (LoRA) of all linear maps but the output: they alone are trained, and merged in the end. "
+        "Default: the whole student is trained.",
     )
     divergence: str = setting(
         "kl_div", "kl_div, reverse_kl_div, js_div or another of kdfast, between teacher and student."
@@ -65,11 +74,14 @@ class Recipe(base.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(1, "max_new_tokens", "steps", "batch_size", "train_rows", "test_rows")
+        self.at_least(1, "lora", "max_new_tokens", "steps", "batch_size", "train_rows", "test_rows")
         self.at_least(8, "max_length")
         self.inside(0, 1, "learning_rate")
         self.between(0, 1, "on_policy")
+        if self.student is not None and self.student_layers is not None:
+            raise ValueError(f"student_layers: expected none beside student, got {list(self.student_layers)}")
         self.objective()  # checks the rest
 
-    def objective(self) -> LanguageModel:
-        return LanguageModel(self.alpha, self.temperature, self.divergence, self.beta, self.skew)
+    def objective(self, vocabulary: int | None = None) -> LanguageModel:
+        """vocabulary: the tokens that teacher and student have in common, where one has embeddings of more."""
+        return LanguageModel(self.alpha, self.temperature, self.divergence, self.beta, self.skew, vocabulary)

@@ -45,7 +45,7 @@ def plot_losses(path: Path, history: Sequence[Mapping[str, float]], terms: Mappi
         points = [(event["step"], event[name]) for event in history if name in event]
         if points:
             axes.plot(*zip(*points, strict=True), **style)
-    axes.set(title="Distillation of a language model", xlabel="step", ylabel="loss", yscale="log")
+    axes.set(title="Distillation", xlabel="step", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

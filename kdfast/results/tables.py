@@ -127,13 +127,15 @@ def _cell(row: Metrics, name: str) -> str:
 
 LANGUAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("perplexity", "perplexity", ".2f"),
+    ("f1", "F1\n%", ".1f"),
+    ("exact_match", "exact\n%", ".1f"),
     ("accuracy", "accuracy\n%", ".1f"),
     ("kl_to_teacher", "KL to\nteacher", ".4f"),
     ("parameters", "params\nmillion", ".1f"),
     ("megabytes", "MB", ".0f"),
     ("tokens_per_second", "tokens\nper second", ".0f"),
 )
-FACTORS = {"accuracy": 100, "parameters": 1e-6}
+FACTORS = {"f1": 100, "exact_match": 100, "accuracy": 100, "parameters": 1e-6}
 
 
 def language_table(results: Mapping[str, Metrics], caption: str) -> Table:

@@ -49,8 +49,12 @@ def run(recipe: Recipe, folder: Path, console: Any, fresh: bool = False) -> dict
         from kdfast.runs.distilbert import DistilBERTRun as kind
     elif isinstance(recipe, recipes.causal_lm.Recipe):
         from kdfast.runs.causal_lm import CausalLMRun as kind
+    elif isinstance(recipe, recipes.token_classification.Recipe):
+        from kdfast.runs.token_classification import TokenClassificationRun as kind
+    elif isinstance(recipe, recipes.question_answering.Recipe):
+        from kdfast.runs.question_answering import QuestionAnsweringRun as kind
     else:
-        expected = "a ClassifierRecipe, or a recipe of distilbert or causal_lm"
+        expected = "a ClassifierRecipe, or a recipe of another kind"
         raise TypeError(f"kdfast.runs.run: recipe: expected {expected}, got {type(recipe).__name__}")
     with stages.anew(folder, recipe.as_dict()) if fresh else nullcontext():
         metrics: dict[str, Any] = kind(recipe, folder, console).execute()

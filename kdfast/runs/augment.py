@@ -86,7 +86,7 @@ def proposer(how: Augmentation, base: str | Path) -> Proposer:
 
 def _masked_language_model(argument: str, source: str | Path, required: bool) -> Any:
     """None of a base that is none: it has no head, or its architecture knows no masked tokens."""
-    options = {"dtype": torch.float32, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     try:
         model, loading = pretrained(AutoModelForMaskedLM, argument, source, **options)
     except ValueError:

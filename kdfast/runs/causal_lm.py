@@ -6,15 +6,17 @@ import copy
 import math
 import random
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kdfast.data import demo, text
-from kdfast.models import students
+from kdfast.models import pairing, students
 from kdfast.models.last_hidden import last_hidden
 from kdfast.objective import LanguageModel
 from kdfast.results import measure, progress
@@ -26,13 +28,15 @@ CURVE_ROWS = 8  # of the held-out rows, for the points of the learning curve; th
 
 
 @torch.inference_mode()
-def quality(models: Mapping[str, Any], rows: Sequence[text.Row], collate: text.Collator) -> dict[str, measure.Metrics]:
+def quality(
+    models: Mapping[str, Any], rows: Sequence[text.Row], collate: text.Collator, vocabulary: int | None = None
+) -> dict[str, measure.Metrics]:
     """Perplexity of the tokens that count, and mean KL(teacher ‖ model) at temperature 1 in nats,
     of each of the models.
 
-    One of them is named "teacher".
+    One of them is named "teacher". vocabulary: the tokens that all have, where some have embeddings of more.
     """
-    halves = LanguageModel(alpha=0.5, temperature=1.0)
+    halves = LanguageModel(alpha=0.5, temperature=1.0, vocab_size=vocabulary)
     sums = {name: {"kd": 0.0, "ce": 0.0} for name in models}
     tokens = 0
     starts = range(0, len(rows), 4)
@@ -52,22 +56,26 @@ def quality(models: Mapping[str, Any], rows: Sequence[text.Row], collate: text.C
 
 
 @torch.inference_mode()
-def check_causal(teacher: Any, source: str | Path) -> None:
+def check_causal(model: Any, who: str) -> None:
     """That predictions do not depend on later tokens: those of an encoder do,
     which may be loaded as a language model too.
+
+    Args:
+        model: the teacher, or a student of one's own.
+        who: how messages call it.
 
     Raises:
         ValueError: they do, or they are made in a way that `kdfast.linear_kd_loss` does not know.
     """
-    ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=teacher.device)
+    ids = torch.tensor([[0, 1, 2], [0, 1, 3]], device=model.device)
     try:
-        first, second = last_hidden(teacher, input_ids=ids, attention_mask=torch.ones_like(ids)).hidden
+        first, second = last_hidden(model, input_ids=ids, attention_mask=torch.ones_like(ids)).hidden
     except (TypeError, ValueError) as error:
-        raise ValueError(f"teacher {source}: {error}") from None
+        raise ValueError(f"{who}: {error}") from None
     if (first - second)[:-1].abs().max() > 1e-3 * first.abs().max():
         raise ValueError(
-            f"teacher {source}: expected a causal language model, got one whose prediction of a token depends on the "
-            "tokens after it"
+            f"{who}: expected a causal language model, got one whose prediction of a token depends on the tokens after "
+            "it"
         )
 
 
@@ -77,22 +85,24 @@ class CausalLMRun(LanguageRun):
     auto = AutoModelForCausalLM
     kind = "causal language model"
     data_files = (
-        "a .jsonl file with prompt and completion in each line, or a text file with empty lines between the texts",
+        "a .jsonl file with prompt and completion, or messages, in each line, or a text file with empty lines between "
+        "the texts",
         (".jsonl",),
     )
 
     def prepare(self) -> None:
         r = self.recipe
+        if r.lora is not None and find_spec("peft") is None:
+            raise ValueError(f"lora: expected peft to be installed, got none for rank {r.lora}; pip install peft")
         source = demo.fetch(demo.SMOLLM2) if r.teacher is None else r.teacher
-        self.teacher = self.load_teacher(source)
+        self.teacher = self.load_teacher(source, quantised=r.student is not None)
         if self.tokenizer.eos_token_id is None:
             raise ValueError(
                 f"teacher {source}: expected a tokenizer with an end-of-text token (eos_token), which closes texts and "
                 "completions, got one without"
             )
-        check_causal(self.teacher, source)
-        layers = range(0, self.teacher.config.num_hidden_layers, 3) if r.student_layers is None else r.student_layers
-        self.start = students.from_layers(self.teacher, layers)
+        check_causal(self.teacher, f"teacher {source}")
+        self.start = self._student()
         pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         self.collate = text.Collator(pad)
         train, test = self._rows()
@@ -104,11 +114,19 @@ class CausalLMRun(LanguageRun):
                 f"10 rows or more (of max_length {r.max_length} tokens where texts are packed), one in ten to hold out"
             )
             raise ValueError(f"data {r.data or 'by default'}: expected {expected}, got {len(train) + len(test)}")
-        largest = max(max(row["input_ids"]) for row in [*self.train, *self.test])
-        known = self.teacher.get_input_embeddings().num_embeddings
-        if max(largest, pad) >= known:
-            got = f"one that made {max(largest, pad)}"
-            raise ValueError(f"teacher {source}: expected a tokenizer of the {known} tokens that it knows, got {got}")
+        for who, model in ((f"teacher {source}", self.teacher), (f"student {r.student}", self.start)):
+            pairing.check_ids(who, model, [*self.train, *self.test, {"input_ids": [pad]}])
+        known = {model.get_output_embeddings().weight.shape[0] for model in (self.teacher, self.start)}
+        self.vocabulary = min(known) if len(known) > 1 else None
+
+    def _student(self) -> Any:
+        r = self.recipe
+        if r.student is not None:
+            student = self.load_student(r.student)
+            check_causal(student, f"student {r.student}")
+            return student
+        layers = range(0, self.teacher.config.num_hidden_layers, 3) if r.student_layers is None else r.student_layers
+        return students.from_layers(self.teacher, layers)
 
     def _rows(self) -> tuple[list[text.Row], list[text.Row]]:
         r = self.recipe
@@ -133,6 +151,18 @@ class CausalLMRun(LanguageRun):
             for row in rows
         ]
 
+    def _trained(self) -> Any:
+        """A copy of the student's start, with adapters where these alone are to be trained."""
+        student, rank = copy.deepcopy(self.start), self.recipe.lora
+        if rank is None:
+            return student
+        import peft
+
+        transformers.set_seed(self.recipe.seed)  # for the adapters' first factors
+        return peft.get_peft_model(
+            student, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+
     def trainer(self, folder: Path) -> OnPolicyTrainer:
         r = self.recipe
         settings = arguments.training(
@@ -152,10 +182,10 @@ class CausalLMRun(LanguageRun):
             logging_steps=max(1, r.steps // 60),
         )
         return OnPolicyTrainer(
-            copy.deepcopy(self.start),
+            self._trained(),
             settings,
             teacher=self.teacher,
-            objective=r.objective(),
+            objective=r.objective(self.vocabulary),
             on_policy=r.on_policy,
             max_new_tokens=r.max_new_tokens,
             train_dataset=self.train,
@@ -166,7 +196,7 @@ class CausalLMRun(LanguageRun):
         )
 
     def quality(self, models: Mapping[str, Any]) -> dict[str, measure.Metrics]:
-        return quality(models, self.test, self.collate)
+        return quality(models, self.test, self.collate, self.vocabulary)
 
     def timed_batch(self) -> Mapping[str, Tensor]:
         return self.collate(self.test[:4])

@@ -108,6 +108,10 @@ class LanguageRun:
         """A batch that shows the models' speed."""
         raise NotImplementedError
 
+    def facts(self) -> dict[str, Any]:
+        """What metrics.json has beside what all runs have there."""
+        return {}
+
     # ---- what `prepare` is made of ----
     def load_teacher(self, source: str | Path, new_head: bool = False, **options: Any) -> Any:
         """The teacher, and its tokenizer, which becomes the run's.
@@ -115,19 +119,31 @@ class LanguageRun:
         Args:
             source: folder or Hub name.
             new_head: whether weights may be missing, which are random then.
-            options: of its configuration.
+            options: of its configuration, and `quantised`, of `kdfast.models.loading.pretrained`.
 
         Raises:
             ValueError: it cannot be loaded, lacks weights or a tokenizer, or has fewer positions than `max_length`.
         """
         transformers.utils.logging.set_verbosity_error()  # missing weights are wanted, or an error here
         self.tokenizer = load_tokenizer("teacher", source)
+        return self._load("teacher", source, new_head, **options)
+
+    def load_student(self, source: str | Path, new_head: bool = False, **options: Any) -> Any:
+        """A student of one's own; arguments as of `load_teacher`.
+
+        Raises:
+            ValueError: as `load_teacher`, or it has other tokens than the teacher.
+        """
+        pairing.check_tokens(f"student {source}", load_tokenizer("student", source), self.tokenizer)
+        return self._load("student", source, new_head, **options)
+
+    def _load(self, argument: str, source: str | Path, new_head: bool = False, **options: Any) -> Any:
         options |= {"dtype": torch.float32, "output_loading_info": True}
-        model, loading = pretrained(self.auto, "teacher", source, **options)
+        model, loading = pretrained(self.auto, argument, source, **options)
         if (lacking := sorted(loading["missing_keys"])) and not new_head:
             names = ", ".join(lacking[:4]) + (f" and {len(lacking) - 4} more" if len(lacking) > 4 else "")
-            raise ValueError(f"teacher {source}: expected a {self.kind}, got a model without {names}")
-        pairing.check_length(f"teacher {source}", model, self.recipe.max_length)
+            raise ValueError(f"{argument} {source}: expected a {self.kind}, got a model without {names}")
+        pairing.check_length(f"{argument} {source}", model, self.recipe.max_length)
         return model.eval().to(device())
 
     def data_file(self) -> Path:
@@ -207,6 +223,6 @@ class LanguageRun:
             }
             facts = {"settings": self.recipe.as_dict(), "versions": measure.versions(), "training": training}
             facts["tokenizer"] = tokenizer_sha256(self.tokenizer)[:12]
-            stages.write_json(stored, {**facts, "models": results})
+            stages.write_json(stored, {**facts, **self.facts(), "models": results})
         measured: dict[str, measure.Metrics] = json.loads(stored.read_text())["models"]
         return measured

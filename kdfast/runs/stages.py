@@ -234,7 +234,7 @@ def trained_in(folder: Path) -> str | None:
 
 def train_stage(trainer: ObjectiveTrainer, folder: Path, title: str, dtype: str = "float32") -> History:
     """Trains until done, from the checkpoint in `trainer.args.output_dir` if there is one; the model goes to `folder`,
-    its weights in `dtype`, and beside it the objective's parameters.
+    its weights in `dtype`, adapters merged into them, and beside it the objective's parameters.
 
     Raises:
         StageInterrupted: stopped by Ctrl-C or SIGTERM; a checkpoint was saved.
@@ -254,7 +254,8 @@ def train_stage(trainer: ObjectiveTrainer, folder: Path, title: str, dtype: str 
         raise StageInterrupted
     history: History = trainer.state.log_history
     with saving(folder):
-        trainer.model.to(getattr(torch, dtype)).save_pretrained(folder)
+        merged = trainer.model.merge_and_unload() if hasattr(trainer.model, "merge_and_unload") else trainer.model
+        merged.to(getattr(torch, dtype)).save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
         trainer.save_objective(folder)
     write_json(folder / "stage.json", {"history": history, "precision": arguments.precision_of(trainer.args)})

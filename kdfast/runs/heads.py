@@ -1,0 +1,128 @@
+"""Runs of encoders with a head for each token: rows, students and training that they have in common."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+import transformers
+from torch import Tensor
+from transformers import AutoConfig
+
+from kdfast.data import files, tasks
+from kdfast.models import pairing, students
+from kdfast.models.loading import pretrained
+from kdfast.results.measure import length
+from kdfast.runs import arguments
+from kdfast.runs.language import LanguageRun, PeakMemory
+from kdfast.train.trainer import DistillationTrainer
+
+CURVE = 500  # of the test rows, for the points of the learning curve; the table is measured on all
+ROWS_OF_A_PASS = 32  # without a backward
+
+
+class HeadRun(LanguageRun):
+    """One run in its folder, as `LanguageRun` has it.
+
+    Attributes:
+        metric: by which runs are compared, one of what `quality` gives.
+        collate: makes batches.
+    """
+
+    losses: ClassVar = {"kl": "teacher's term", "ce": "labels' term"}
+    metric: str
+    collate: Any
+
+    # ---- a task's own ----
+    @abstractmethod
+    def labelled(self, part: Any) -> bool:
+        """Whether rows of a dataset have labels."""
+
+    @abstractmethod
+    def rows(self, part: Any, test: bool) -> list[Any]:
+        """Rows of a dataset, to train on or to test."""
+
+    # ---- models and rows ----
+    def prepare(self) -> None:
+        r = self.recipe
+        needed = {
+            "data": "labelled rows, a file, a folder or a Hub name",
+            "teacher": f"a {self.kind}, a folder or Hub name",
+        }
+        for name, expected in needed.items():
+            if getattr(r, name) is None:
+                raise ValueError(f"{name}: expected {expected}, got none")
+        datasets.disable_progress_bars()
+        self.teacher = self.load_teacher(r.teacher, quantised=r.student is not None)
+        self.start = self._student()
+        train, test = self._parts()
+        self.train, self.test = self.rows(train, test=False), sorted(self.rows(test, test=True), key=length)
+        for who, model in ((f"teacher {r.teacher}", self.teacher), (f"student {r.student}", self.start)):
+            pairing.check_ids(who, model, [*self.train, *self.test])
+
+    def _student(self) -> Any:
+        r = self.recipe
+        transformers.set_seed(r.seed)  # for a new head
+        if r.student is not None:
+            theirs = self.teacher.config
+            own = pretrained(AutoConfig, "student", r.student)
+            pairing.check_same_classes(f"student {r.student}", own, theirs)
+            return self.load_student(r.student, new_head=True, id2label=theirs.id2label, label2id=theirs.label2id)
+        layers = r.student_layers or range(0, self.teacher.config.num_hidden_layers, 2)
+        return students.from_layers(self.teacher, layers, dropout=0.0)
+
+    def _parts(self) -> tuple[Any, Any]:
+        """To train on, and to test: a split with labels, or a tenth of the training rows."""
+        r = self.recipe
+        parts = files.read(r.data, lambda expected, got: ValueError(f"data: expected {expected}, got {got}"))
+        if "train" not in parts:
+            raise ValueError(f"data {r.data}: expected a split train, got {', '.join(parts)}")
+        tests = [parts[name] for name in tasks.TEST_SPLITS if name in parts and self.labelled(parts[name])]
+        train, test = (parts["train"], tests[0]) if tests else tasks.hold_out(parts["train"], r.data)
+        return tasks.first(train, r.train_rows), tasks.first(test, r.test_rows)
+
+    # ---- training ----
+    def trainer(self, folder: Path) -> DistillationTrainer:
+        r = self.recipe
+        steps = -(-len(self.train) // r.batch_size) * r.epochs
+        settings = arguments.training(
+            r,
+            folder,
+            num_train_epochs=r.epochs,
+            per_device_eval_batch_size=ROWS_OF_A_PASS,
+            learning_rate=r.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=r.warmup,
+            weight_decay=0.01,
+            eval_strategy="steps",
+            eval_steps=-(-steps // 8),
+            prediction_loss_only=True,
+            include_num_input_tokens_seen="non_padding",
+            save_steps=250,
+            logging_steps=max(1, steps // 60),
+        )
+        return DistillationTrainer(
+            copy.deepcopy(self.start),
+            settings,
+            teacher=self.teacher,
+            objective=r.objective(),
+            train_dataset=self.train,
+            eval_dataset=self.test[:CURVE],
+            data_collator=self.collate,
+            processing_class=self.tokenizer,
+            callbacks=[PeakMemory()],
+        )
+
+    # ---- results ----
+    def timed_batch(self) -> Mapping[str, Tensor]:
+        """A batch of median length."""
+        batch: Mapping[str, Tensor] = self.collate(self.test[len(self.test) // 2 :][:ROWS_OF_A_PASS])
+        return batch
+
+    def facts(self) -> dict[str, Any]:
+        task = {"data": self.recipe.data, "metric": self.metric, "test": tasks.fingerprint(self.test)}
+        return {"task": {**task, "titles": dict(self.titles)}}

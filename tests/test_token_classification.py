@@ -1,0 +1,196 @@
+"""A class for each word: rows out of words, names in texts, and the recipe from end to end on tiny models."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import ClassLabel, Dataset, Features, List, Value
+from rich.console import Console
+from transformers import AutoModelForTokenClassification, BertConfig, BertForTokenClassification, BertTokenizer
+
+from kdfast import runs
+from kdfast.data import words
+from kdfast.data.text import OFF
+from kdfast.recipes import token_classification
+from kdfast.results.compare import compare
+from kdfast.runs.token_classification import TokenClassificationRun
+
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ada", "bo", "##b", "lives", "in", "rome", "and", "oslo"]
+NAMES = ["O", "B-PER", "I-PER", "B-LOC"]
+CLASSES = {name: number for number, name in enumerate(NAMES)}
+TAGS = {"ada": "B-PER", "bobb": "I-PER", "rome": "B-LOC", "oslo": "B-LOC"}
+
+
+def sentence(i: int) -> list[str]:
+    return [
+        *["ada", "bobb"][: 1 + i % 2],
+        "lives",
+        "in",
+        ["rome", "oslo"][i % 3 % 2],
+        *["and", "oslo"][: 2 * (i % 4 == 0)],
+    ]
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    return [{"tokens": sentence(i), "ner_tags": [TAGS.get(word, "O") for word in sentence(i)]} for i in range(count)]
+
+
+def saved(folder: Path, layers: int, seed: int, names: list[str] = NAMES) -> Path:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": len(VOCABULARY)}
+    config = BertConfig(num_hidden_layers=layers, id2label=dict(enumerate(names)), initializer_range=0.3, **sizes)
+    BertForTokenClassification(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> token_classification.Recipe:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows(60))))
+    return token_classification.Recipe(
+        data=str(tmp_path / "rows.jsonl"),
+        teacher=str(saved(tmp_path / "teacher", layers=3, seed=0)),
+        max_length=16,
+        epochs=4,
+        learning_rate=5e-3,
+        precision="float32",
+    )
+
+
+def tokenizer(folder: Path) -> Any:
+    return BertTokenizer.from_pretrained(saved(folder / "words", layers=1, seed=0))
+
+
+# ---- rows ----
+def test_a_word_has_its_label_at_its_first_token(tmp_path: Path) -> None:
+    made = words.rows(Dataset.from_list(rows(2)), CLASSES, tokenizer(tmp_path), 16)
+    assert made[0] == {"input_ids": [2, 5, 8, 9, 10, 11, 12, 3], "labels": [OFF, 1, 0, 0, 3, 0, 3, OFF]}
+    assert made[1] == {"input_ids": [2, 5, 6, 7, 7, 8, 9, 12, 3], "labels": [OFF, 1, 2, OFF, OFF, 0, 0, 3, OFF]}
+    cut = words.rows(Dataset.from_list(rows(2)), CLASSES, tokenizer(tmp_path), 8)
+    assert cut[1]["labels"] == [OFF, 1, 2, OFF, OFF, 0, 0, OFF]
+
+
+def test_labels_are_the_models_by_their_names(tmp_path: Path) -> None:
+    turned = ["B-LOC", "O", "B-PER", "I-PER"]
+    features = Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=turned))})
+    part = Dataset.from_list(rows(1), features)
+    assert part[0]["ner_tags"][0] == 2
+    made = words.rows(part, CLASSES, tokenizer(tmp_path), 16)
+    assert made[0]["labels"][1:5] == [1, 0, 0, 3]
+    plain = Dataset.from_dict({"words": [["ada", "in"], []], "tags": [[1, 0], []]})
+    assert [row["labels"] for row in words.rows(plain, CLASSES, tokenizer(tmp_path), 16)] == [[OFF, 1, 0, OFF]]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"words": ["ada"], "tags": ["B-ORG"]}, "expected the teacher's labels, O, B-PER, I-PER, B-LOC, got B-ORG"),
+        ({"words": ["ada"], "tags": [7]}, "expected the teacher's labels, .*, got 7"),
+        ({"words": ["ada", "in"], "tags": ["O"]}, "expected a list of words and one of as many labels .*, got row 0"),
+        ({"text": "ada", "tags": ["O"]}, "expected a column tokens or words, got columns text, tags"),
+    ],
+)
+def test_rows_that_do_not_fit(row: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=expected):
+        words.rows(Dataset.from_list([row]), CLASSES, tokenizer(tmp_path), 16)
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ("O B-A I-A O", [("A", 1, 3)]),
+        ("B-A B-A I-A", [("A", 0, 1), ("A", 1, 3)]),
+        ("I-A I-B O I-B", [("A", 0, 1), ("B", 1, 2), ("B", 3, 4)]),
+        ("S-A B-B E-B I-B", [("A", 0, 1), ("B", 1, 3), ("B", 3, 4)]),
+        ("O O", []),
+    ],
+)
+def test_names_in_tags(tags: str, expected: list[tuple[str, int, int]]) -> None:
+    assert words.entities(tags.split()) == expected
+
+
+def test_quality() -> None:
+    right = [["B-A", "I-A", "O"], ["B-B", "O"]]
+    assert words.quality(right, right) == {"f1": 1.0, "accuracy": 1.0}
+    found = words.quality([["B-A", "O", "O"], ["B-B", "B-B"]], right)  # one of three is right, of two that there are
+    assert found == {"f1": pytest.approx(2 / 5), "accuracy": pytest.approx(3 / 5)}
+    assert words.quality([["NOUN", "VERB"]], [["NOUN", "NOUN"]]) == {"accuracy": 0.5}
+
+
+# ---- the recipe ----
+def test_student_comes_closer_to_the_teacher(recipe: token_classification.Recipe, tmp_path: Path) -> None:
+    shown = io.StringIO()
+    results = runs.run(recipe, tmp_path / "run", Console(file=shown, width=100))
+    assert results["teacher"]["kl_to_teacher"] == pytest.approx(0, abs=1e-6)
+    assert results["student"]["kl_to_teacher"] < 0.5 * results["start"]["kl_to_teacher"]
+    assert "student, distilled" in shown.getvalue()
+    assert {"f1", "accuracy", "tokens_per_second"} <= results["student"].keys()
+    student = AutoModelForTokenClassification.from_pretrained(tmp_path / "run" / "student")
+    assert student.config.num_hidden_layers == 2  # 0 and 2 of three
+    assert list(student.config.id2label.values()) == NAMES
+    stored = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert stored["task"]["metric"] == "f1"
+    assert stored["models"] == results
+    compared = compare([tmp_path / "run"])
+    assert [row.values["f1"] for row in compared.rows]
+    again = io.StringIO()
+    assert runs.run(recipe, tmp_path / "run", Console(file=again, width=100)) == results
+
+
+def test_measured_as_plain_torch_does(recipe: token_classification.Recipe, tmp_path: Path) -> None:
+    run = TokenClassificationRun(recipe, tmp_path / "run", Console(file=io.StringIO()))
+    run.prepare()
+    found = run.quality({"teacher": run.teacher, "start": run.start})["start"]
+    hits, words_, apart = 0, 0, 0.0
+    for row in run.test:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        with torch.no_grad():
+            s, t = (model(input_ids=ids).logits[0].double().log_softmax(-1) for model in (run.start, run.teacher))
+        on = labels != OFF
+        hits, words_ = hits + int((s.argmax(-1) == labels)[on].sum()), words_ + int(on.sum())
+        apart += F.kl_div(s[on], t[on], log_target=True, reduction="sum").item()
+    assert found["accuracy"] == pytest.approx(hits / words_)
+    assert found["kl_to_teacher"] == pytest.approx(apart / words_, rel=1e-4)
+
+
+def test_student_of_ones_own(recipe: token_classification.Recipe, tmp_path: Path) -> None:
+    """An encoder without a head, whose classes become the teacher's."""
+    own = saved(tmp_path / "own", layers=1, seed=3)
+    AutoModelForTokenClassification.from_pretrained(own).bert.save_pretrained(own)
+    short = dataclasses.replace(recipe, student=str(own), epochs=2, tokens="all")
+    results = runs.run(short, tmp_path / "run", Console(file=io.StringIO()))
+    assert results["student"]["kl_to_teacher"] < results["start"]["kl_to_teacher"]
+    turned = saved(tmp_path / "turned", layers=1, seed=3, names=NAMES[::-1])
+    with pytest.raises(ValueError, match=r"expected the classes .* in the teacher's order, o, b-per"):
+        TokenClassificationRun(
+            dataclasses.replace(recipe, student=str(turned)), tmp_path / "other", Console(file=io.StringIO())
+        ).prepare()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"data": None}, "data: expected labelled rows, a file, a folder or a Hub name, got none"),
+        ({"teacher": None}, "teacher: expected a token classifier, a folder or Hub name, got none"),
+        ({"tokens": "some"}, "tokens: expected one of labels, all, got some"),
+        ({"alpha": 2.0}, "alpha: expected 0 to 1, got 2.0"),
+        ({"word_column": "text"}, "data: expected a column text, got columns tokens, ner_tags"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistakes(wrong: dict[str, Any], expected: str, recipe: token_classification.Recipe, tmp_path: Path) -> None:
+    def prepare() -> None:
+        changed = dataclasses.replace(recipe, **wrong)
+        TokenClassificationRun(changed, tmp_path / "run", Console(file=io.StringIO())).prepare()
+
+    with pytest.raises(ValueError, match=expected):
+        prepare()
