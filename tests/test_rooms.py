@@ -33,7 +33,7 @@ MAY: dict[str, set[str]] = {
     "integrations": {"ops", "data", "objective"},
     "train": {"ops", "data", "models", "objective", "teacher_cache"},
     "recipes": {"ops", "data", "models", "prune", "objective"},
-    "results": {"ops", "data", "models", "prune", "objective", "teacher_cache", "train", "recipes"},
+    "results": {"ops", "bench", "data", "models", "prune", "objective", "teacher_cache", "train", "recipes"},
     "runs": {
         *("ops", "data", "models", "prune", "prune/criteria", "prune/schedules", "objective", "teacher_cache"),
         *("train", "recipes", "results"),
