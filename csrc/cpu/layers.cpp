@@ -60,9 +60,10 @@ class LayerRows {
       : call_(call),
         kernels_(*cpu_variant().kernels),
         by_row_(by_row),
-        batch_(call.batch()),
+        alone_(call.heads() == 1 && call.rows() == 1 && !call.column_mask),
+        batch_(alone_ ? 1 : call.batch()),
         heads_(call.heads()),
-        rows_(call.rows()),
+        rows_(alone_ ? call.batch() : call.rows()),
         columns_(call.columns()),
         element_(size_of(element_of(call.student[0].scalar_type()))),
         row_mask_(call.row_mask ? (const bool*)call.row_mask->const_data_ptr() : nullptr),
@@ -82,11 +83,12 @@ class LayerRows {
     const int64_t per_chunk = std::max<int64_t>(1, kChunkElements / std::max<int64_t>(columns_, 1));
     std::vector<double> sums((all + per_chunk - 1) / per_chunk);
     torch::stable::parallel_for(0, int64_t(sums.size()), 1, [&](int64_t begin, int64_t end) {
+      std::vector<double> values(std::min(per_chunk, all));
       for (int64_t c = begin; c < end; ++c) {
         const int64_t last = std::min(all, (c + 1) * per_chunk);
         for (int64_t row = c * per_chunk; row < last;) {
           const int64_t r = row % rows_, end_of_group = std::min(rows_, r + last - row);
-          sums[c] += rows_of(group(row / rows_), r, end_of_group, row, each);
+          sums[c] += rows_of(group(row / rows_), r, end_of_group, row, values.data(), each);
           row += end_of_group - r;
         }
       }
@@ -104,6 +106,7 @@ class LayerRows {
                   LayerCall::stride_of(x, 2) * size};
     };
     Layer l{side(s), side(t), gradient, {}, false};
+    if (alone_) l.student.row = l.student.batch, l.teacher.row = l.teacher.batch;
     l.shape = {element_of(s.scalar_type()), element_of(t.scalar_type()), columns_,
                LayerCall::stride_of(s, 3),  LayerCall::stride_of(t, 3),  call_.floor};
     l.gapless = l.shape.student_stride == 1 && l.shape.teacher_stride == 1 && l.student.row == columns_ * element_ &&
@@ -124,41 +127,49 @@ class LayerRows {
             teacher_head < 0};
   }
 
-  // The sum over rows [r, end) of a group; `index` is that of the first among all rows.
+  // The sum over rows [r, end) of a group; `index` is that of the first among all rows. `values`: room for theirs.
   template <class Each>
-  double rows_of(const Group& g, int64_t r, int64_t end, int64_t index, Each each) const {
-    // Where nothing is asked of a row alone, rows that lie side by side are one long row.
-    const bool join = g.layer.gapless && call_.kind == int64_t(Distance::squared) && !call_.per_row && !column_mask_;
-    LayerShape shape = g.layer.shape;
+  double rows_of(const Group& g, int64_t r, int64_t end, int64_t index, double* values, Each each) const {
     double sum = 0;
     for (const int64_t first = r; r < end;) {
       // What does not count is cleared together, which costs less traffic.
       const int64_t out = g.skipped ? end - r : g.rows ? uncounted(g.rows + r, end - r) : 0;
       if (g.gradient) std::memset(g.gradient + r * columns_ * element_, 0, out * columns_ * element_);
       if ((r += out) == end) break;
-      int64_t taken = 1;
-      while (join && r + taken < end && (!g.rows || g.rows[r + taken])) ++taken;
-      shape.columns = columns_ * taken;
-      const double value = value_of(shape, g, r, index + r - first);
-      each(index + r - first, value);
-      sum += value;
+      int64_t taken = g.rows ? 1 : end - r;
+      while (r + taken < end && g.rows[r + taken]) ++taken;
+      const int64_t at = index + r - first, made = values_of(g, r, taken, at, values);
+      for (int64_t i = 0; i < made; ++i) {
+        each(at + i, g.weight * values[i]);
+        sum += g.weight * values[i];
+      }
       r += taken;
     }
     return sum;
   }
-  double value_of(const LayerShape& shape, const Group& g, int64_t r, int64_t index) const {
-    LayerRow row{g.student + r * g.layer.student.row,
-                 g.teacher + r * g.layer.teacher.row,
+  // How many values those of `count` rows are.
+  int64_t values_of(const Group& g, int64_t r, int64_t count, int64_t index, double* values) const {
+    const Layer& l = g.layer;
+    LayerShape shape = l.shape;
+    LayerRun run{g.student + r * l.student.row,
+                 g.teacher + r * l.teacher.row,
+                 l.student.row,
+                 l.teacher.row,
+                 count,
                  g.columns,
                  g.gradient ? g.gradient + r * columns_ * element_ : nullptr,
                  g.weight,
-                 0};
-    if (by_row_) row.factor *= by_row_[index];
-    distance(shape, row);
-    return g.weight * row.value;
+                 by_row_ ? by_row_ + index : nullptr,
+                 values};
+    // Where nothing is asked of a row alone, rows that lie side by side are one long row.
+    if (l.gapless && call_.kind == int64_t(Distance::squared) && !call_.per_row && !column_mask_) {
+      shape.columns *= count;
+      run.count = 1;
+    }
+    call_.kind == int64_t(Distance::kl) ? divergences(shape, run) : kernels_.layers->distance[call_.kind](shape, run);
+    return run.count;
   }
-  void distance(const LayerShape& shape, LayerRow& row) const {
-    if (call_.kind != int64_t(Distance::kl)) return kernels_.layers->distance[call_.kind](shape, row);
+  void divergences(const LayerShape& shape, const LayerRun& run) const {
     const DivergenceKernels& kl = kernels_.divergence[int(Divergence::kl_div)];
     const DivergenceShape logits{.student = shape.student,
                                  .teacher = shape.teacher,
@@ -167,22 +178,25 @@ class LayerRows {
                                  .gradient_columns = shape.columns,
                                  .student_stride = shape.student_stride,
                                  .teacher_stride = shape.teacher_stride};
-    DivergenceRow of{};
-    of.student = row.student;
-    of.teacher = row.teacher;
-    of.counted = row.counted;
-    of.gradient = row.gradient;
-    of.k = kLog2e;
-    of.factor = row.factor;
-    kl.look(logits, of, 0, shape.columns);
-    kl.finish(logits, of);
-    if (of.gradient) kl.gradient(logits, of, 0, shape.columns);
-    row.value = of.loss;
+    for (int64_t i = 0; i < run.count; ++i) {
+      DivergenceRow of{};
+      of.student = (const char*)run.student + i * run.student_step;
+      of.teacher = (const char*)run.teacher + i * run.teacher_step;
+      of.counted = run.counted;
+      of.gradient = run.gradient ? (char*)run.gradient + i * columns_ * element_ : nullptr;
+      of.k = kLog2e;
+      of.factor = run.factor * (run.by_row ? run.by_row[i] : 1);
+      kl.look(logits, of, 0, shape.columns);
+      kl.finish(logits, of);
+      if (of.gradient) kl.gradient(logits, of, 0, shape.columns);
+      run.values[i] = of.loss;
+    }
   }
 
   const LayerCall& call_;
   const VariantKernels& kernels_;
   const double* by_row_;
+  const bool alone_;  // single rows of sequences, which are then the rows of one
   const int64_t batch_, heads_, rows_, columns_, element_;  // the last: the student's size in bytes
   const bool *row_mask_, *column_mask_;
   double scale_;
