@@ -129,17 +129,18 @@ KDFAST_LOCAL double distance(Terms, const LayerShape& shape, const bool*, const 
 
 template <class Terms, class S, class T>
 void distances(const LayerShape& shape, const LayerRun& run) {
-  // So many rows are kAhead bytes of the student's; also of the last ones, which may not be those of the layer.
-  const int64_t width = shape.columns * int64_t(sizeof(S)), rows = width && width < kAhead ? kAhead / width : 0;
-  const int64_t ahead_s = rows ? rows * run.student_step : kAhead, ahead_t = rows ? rows * run.teacher_step : kAhead;
+  // So many rows on or, where a row is longer, in itself. What lies beside a few rows may not count: they ask for
+  // nothing else.
+  const int64_t width = shape.columns * int64_t(sizeof(S)), rows = kAhead / (width ? width : 1);
+  const int64_t steps = run.count > rows ? rows : 0, bytes = rows ? 0 : kAhead;
   auto at = [](const auto* from, int64_t bytes) { return (decltype(from))((const char*)from + bytes); };
   for (int64_t i = 0; i < run.count; ++i) {
     const S* s = at((const S*)run.student, i * run.student_step);
     const T* t = at((const T*)run.teacher, i * run.teacher_step);
     const Row<S, T> row{s,
-                        at(s, ahead_s),
+                        at(s, steps * run.student_step + bytes),
                         t,
-                        at(t, ahead_t),
+                        at(t, steps * run.teacher_step + bytes),
                         run.gradient ? (S*)run.gradient + i * shape.columns : nullptr,
                         run.factor * (run.by_row ? run.by_row[i] : 1)};
     run.values[i] = distance<S, T>(Terms(), shape, run.counted, row);
@@ -147,10 +148,10 @@ void distances(const LayerShape& shape, const LayerRun& run) {
 }
 
 template <class Terms>
-void any(const LayerShape& shape, const LayerRun& rows) {
-  if (shape.student == Element::f64) return distances<Terms, double, double>(shape, rows);
+void any(const LayerShape& shape, const LayerRun& run) {
+  if (shape.student == Element::f64) return distances<Terms, double, double>(shape, run);
   with_element(shape.student, [&](auto s) {
-    with_element(shape.teacher, [&](auto t) { distances<Terms, decltype(s), decltype(t)>(shape, rows); });
+    with_element(shape.teacher, [&](auto t) { distances<Terms, decltype(s), decltype(t)>(shape, run); });
   });
 }
 

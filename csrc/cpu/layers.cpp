@@ -44,13 +44,8 @@ struct Group {
 
 // How many from the first on, of `count`, do not count.
 int64_t uncounted(const bool* counted, int64_t count) {
-  int64_t n = 0;
-  for (uint64_t eight; n + 8 <= count; n += 8) {
-    std::memcpy(&eight, counted + n, 8);
-    if (eight) break;
-  }
-  while (n < count && !counted[n]) ++n;
-  return n;
+  const void* first = std::memchr(counted, true, count);
+  return first ? (const bool*)first - counted : count;
 }
 
 class LayerRows {
@@ -60,10 +55,9 @@ class LayerRows {
       : call_(call),
         kernels_(*cpu_variant().kernels),
         by_row_(by_row),
-        alone_(call.heads() == 1 && call.rows() == 1 && !call.column_mask),
-        batch_(alone_ ? 1 : call.batch()),
+        batch_(call.batch()),
         heads_(call.heads()),
-        rows_(alone_ ? call.batch() : call.rows()),
+        rows_(call.rows()),
         columns_(call.columns()),
         element_(size_of(element_of(call.student[0].scalar_type()))),
         row_mask_(call.row_mask ? (const bool*)call.row_mask->const_data_ptr() : nullptr),
@@ -106,7 +100,6 @@ class LayerRows {
                   LayerCall::stride_of(x, 2) * size};
     };
     Layer l{side(s), side(t), gradient, {}, false};
-    if (alone_) l.student.row = l.student.batch, l.teacher.row = l.teacher.batch;
     l.shape = {element_of(s.scalar_type()), element_of(t.scalar_type()), columns_,
                LayerCall::stride_of(s, 3),  LayerCall::stride_of(t, 3),  call_.floor};
     l.gapless = l.shape.student_stride == 1 && l.shape.teacher_stride == 1 && l.student.row == columns_ * element_ &&
@@ -196,7 +189,6 @@ class LayerRows {
   const LayerCall& call_;
   const VariantKernels& kernels_;
   const double* by_row_;
-  const bool alone_;  // single rows of sequences, which are then the rows of one
   const int64_t batch_, heads_, rows_, columns_, element_;  // the last: the student's size in bytes
   const bool *row_mask_, *column_mask_;
   double scale_;
