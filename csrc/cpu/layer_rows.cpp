@@ -10,8 +10,8 @@
 namespace kdfast::KDFAST_VARIANT {
 namespace {
 
-// What is asked for before it is read, in bytes: the processor's own looking ahead is held up between two rows, and
-// where 16 bits are widened. Streams of float32 need none.
+// 16 bits are asked for so many bytes before they are read: widening them holds up the processor's own looking ahead.
+// Streams of float32 lose by it where another core wants the memory too.
 constexpr int64_t kAhead = 8192;
 
 template <class S, class T>
@@ -22,6 +22,7 @@ struct Row {
   double factor;  // of the gradient
 
   KDFAST_HD_MEMBER void ask_ahead(int64_t column) const {
+    if constexpr (sizeof(S) > 2) return;
     __builtin_prefetch(later_student + column);
     __builtin_prefetch(later_teacher + column);
   }
@@ -67,7 +68,7 @@ double squared(const LayerShape& shape, const bool* columns, const Row<S, T>& ro
     S* g = kGradient ? row.gradient + at : nullptr;
     V sums[2]{};
     for_vectors<S>(n, [&](int64_t i, int count, int which) __attribute__((always_inline)) {
-      if constexpr (sizeof(S) == 2) row.ask_ahead(at + i);
+      row.ask_ahead(at + i);
       const V from = load_or_zeros(from_s + i, count), s = counted(from, at + i, count);
       const V t = counted(load_or_zeros(from_t + i, count), at + i, count), d = s == t ? V{} : s - t;
       sums[which] += d * d;
