@@ -130,8 +130,8 @@ void look_at_difference(const DivergenceShape& shape, DivergenceRow& row, int64_
                      row.factor * row.k * T::u(0, 0, 1, shape.settings) / 2,
                      nullptr,
                      &value};
-  const LayerShape layer{
-      shape.student, shape.teacher, end - begin, shape.student_stride, shape.teacher_stride, __builtin_nan("")};
+  const double floor = __builtin_nan("");  // none
+  const LayerShape layer{shape.student, shape.teacher, end - begin, shape.student_stride, shape.teacher_stride, floor};
   kLayers.distance[int(Distance::squared)](layer, run);
   row.state = no_columns<double>();
   row.state.moment_t = row.k * row.k * value;

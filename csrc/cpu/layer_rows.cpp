@@ -80,7 +80,7 @@ double squared(const LayerShape& shape, const bool* columns, const Row<S, T>& ro
 }
 
 template <class S, class T>
-double distance(SquaredDistance, const LayerShape& shape, const bool* columns, const Row<S, T>& row) {
+double squared(const LayerShape& shape, const bool* columns, const Row<S, T>& row) {
   if (columns || shape.floor == shape.floor) {
     return (row.gradient ? squared<false, true, S, T> : squared<false, false, S, T>)(shape, columns, row);
   }
@@ -111,8 +111,9 @@ KDFAST_LOCAL VectorSums look(const LayerShape& shape, const Row<S, T>& row) {
   return all;
 }
 
-template <class S, class T, class Terms>
-KDFAST_LOCAL double distance(Terms, const LayerShape& shape, const bool*, const Row<S, T>& row) {
+template <class Terms, class S, class T>
+KDFAST_LOCAL double distance(const LayerShape& shape, const bool* columns, const Row<S, T>& row) {
+  if constexpr (Terms::kOneLook) return squared<S, T>(shape, columns, row);
   using V = Vector<S>;
   using Real = RealOf<S>;
   const DistanceResult result = Terms::of(look<S, T>(shape, row));
@@ -144,7 +145,7 @@ void distances(const LayerShape& shape, const LayerRun& run) {
                         at(t, steps * run.teacher_step + bytes),
                         run.gradient ? (S*)run.gradient + i * shape.columns : nullptr,
                         run.factor * (run.by_row ? run.by_row[i] : 1)};
-    run.values[i] = distance<S, T>(Terms(), shape, run.counted, row);
+    run.values[i] = distance<Terms, S, T>(shape, run.counted, row);
   }
 }
 
