@@ -30,6 +30,8 @@ class Driver {
       : rows_(rows), kernels_(rows.kernels), shape_(rows.shape), known_(known), start_(start), finish_(finish) {
     looks_ = known_ == Known::nothing;
     looks_again_ = kernels_.second_look && known_ != Known::everything;
+    const bool written = looks_ && kernels_.difference && writes_at_once(shape_);
+    writes_gradient_ = rows_.wants_gradient() && !written;
   }
 
   // The sum of what `finish` returned.
@@ -67,7 +69,7 @@ class Driver {
   // One row's, for one thread. Null where no gradient follows. Rows shared among threads do without: theirs
   // would all be needed at once, more memory than the gradient.
   std::unique_ptr<char[]> room_for_powers() const {
-    const bool wanted = looks_ && rows_.wants_gradient() && !in_lanes();
+    const bool wanted = looks_ && writes_gradient_ && !in_lanes();
     return std::unique_ptr<char[]>(wanted ? new char[powers_bytes(shape_)] : nullptr);
   }
 
@@ -102,7 +104,7 @@ class Driver {
     if (looks_) row.state.label = rows_.label_logit(row);
     if (looks_again_) kernels_.look_again(shape_, row, 0, columns);
     kernels_.finish(shape_, row);
-    if (row.gradient) kernels_.gradient(shape_, row, 0, columns);
+    if (writes_gradient_) kernels_.gradient(shape_, row, 0, columns);
   }
 
   // ---- too few rows to keep every thread busy: the threads share each row's columns, in pieces ----
@@ -153,7 +155,7 @@ class Driver {
     if (looks_) look_in_pieces(batch, n);
     if (looks_again_) look_again_in_pieces(batch, n);
     for (int64_t i = 0; i < n; ++i) kernels_.finish(shape_, batch[i]);
-    if (rows_.wants_gradient()) {
+    if (writes_gradient_) {
       parallel_for(0, n * pieces_per_row(), 1, [&](int64_t begin, int64_t end) {
         for (int64_t number = begin; number < end; ++number) {
           const Piece of = piece(number);
@@ -168,7 +170,7 @@ class Driver {
   const DivergenceKernels& kernels_;
   const DivergenceShape& shape_;
   Known known_;
-  bool looks_, looks_again_;
+  bool looks_, looks_again_, writes_gradient_;
   Start start_;
   Finish finish_;
 };

@@ -10,8 +10,12 @@
 
 #include "cpu/divergence_blocks.h"
 #include "cpu/divergence_lanes.h"
+#include "cpu/layer_rows.h"
 
 namespace kdfast::KDFAST_VARIANT {
+
+extern const LayerKernels kLayers;
+
 namespace {
 
 template <bool x>
@@ -109,9 +113,36 @@ KDFAST_LOCAL void for_blocks(int64_t begin, int64_t end, F f) {
   for (int64_t at = begin; at < end; at += kBlock) f(at, end - at < kBlock ? end - at : kBlock);
 }
 
+// Loss and gradient of a difference of logits in one look, which reads 16 bits where they lie.
+template <class T>
+void look_at_difference(const DivergenceShape& shape, DivergenceRow& row, int64_t begin, int64_t end) {
+  auto at = [&](const void* from, int64_t stride, Element type) {
+    return from ? (char*)from + begin * stride * size_of(type) : nullptr;
+  };
+  double value = 0;
+  const LayerRun run{at(row.student, shape.student_stride, shape.student),
+                     at(row.teacher, shape.teacher_stride, shape.teacher),
+                     0,
+                     0,
+                     1,
+                     row.counted ? row.counted + begin : nullptr,
+                     at(row.gradient, 1, shape.gradient),
+                     row.factor * row.k * T::u(0, 0, 1, shape.settings) / 2,
+                     nullptr,
+                     &value};
+  const double floor = __builtin_nan("");  // none
+  const LayerShape layer{shape.student, shape.teacher, end - begin, shape.student_stride, shape.teacher_stride, floor};
+  kLayers.distance[int(Distance::squared)](layer, run);
+  row.state = no_columns<double>();
+  row.state.moment_t = row.k * row.k * value;
+}
+
 template <template <class> class Terms, class Real>
 void look(const DivergenceShape& shape, DivergenceRow& row, int64_t begin, int64_t end) {
   using T = Terms<Lanes<Real>>;
+  if constexpr (T::kDifference) {
+    if (writes_at_once(shape)) return look_at_difference<Terms<Lanes<double>>>(shape, row, begin, end);
+  }
   Workspace<Real> work;
   row.state = no_columns<double>();  // a shard may have none
   const int bytes_s = int(shape.student_stride * size_of(shape.student));
@@ -252,6 +283,7 @@ template <template <class> class Terms>
 constexpr DivergenceKernels kernels_of() {
   return {
       Terms<Lanes<float>>::kSecondLook,
+      Terms<Lanes<float>>::kDifference,
       [](const DivergenceShape& shape, DivergenceRow& row, int64_t begin, int64_t end) {
         (shape.student == Element::f64 ? look<Terms, double> : look<Terms, float>)(shape, row, begin, end);
       },

@@ -53,6 +53,7 @@ static inline int64_t powers_bytes(const DivergenceShape& shape) {
 // One divergence's kernels. Columns [begin, end) begin at a block's start.
 struct DivergenceKernels {
   bool second_look;
+  bool difference;  // of logits: `look` writes row.gradient too, where writes_at_once()
   // Sets row.state from the columns and fills row.powers.
   void (*look)(const DivergenceShape&, DivergenceRow&, int64_t begin, int64_t end);
   // Where the divergence needs it: sets the moments of row.state (to the loss and mean_u) from the columns, the
@@ -67,6 +68,10 @@ struct DivergenceKernels {
   // All of it for `count` rows of few columns, side by side in the lanes of a vector. Null: not in lanes.
   void (*narrow)(const DivergenceShape&, DivergenceRow* rows, int64_t count, Known known);
 };
+// Of a difference, the label's gradient would have to wait, and so would memory that is not as the student's.
+static inline bool writes_at_once(const DivergenceShape& shape) {
+  return !shape.labels && shape.gradient == shape.student;
+}
 // Rows of at most this many columns take `narrow`.
 constexpr int64_t kNarrow = 32;
 

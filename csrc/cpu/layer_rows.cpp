@@ -10,9 +10,27 @@
 namespace kdfast::KDFAST_VARIANT {
 namespace {
 
-// Blocks of a row of elements S and T: f(begin, n, s, t).
+// 16 bits are asked for so many bytes before they are read: widening them holds up the processor's own looking ahead.
+// Streams of float32 lose by it where another core wants the memory too.
+constexpr int64_t kAhead = 8192;
+
+template <class S, class T>
+struct Row {
+  const S *student, *later_student;
+  const T *teacher, *later_teacher;
+  S* gradient;    // null: not wanted
+  double factor;  // of the gradient
+
+  KDFAST_HD_MEMBER void ask_ahead(int64_t column) const {
+    if constexpr (sizeof(S) > 2) return;
+    __builtin_prefetch(later_student + column);
+    __builtin_prefetch(later_teacher + column);
+  }
+};
+
+// Blocks of a row: f(begin, n, s, t).
 template <class S, class T, class F>
-KDFAST_LOCAL void for_row(const LayerShape& shape, const LayerRow& row, F f) {
+KDFAST_LOCAL void for_row(const LayerShape& shape, const Row<S, T>& row, F f) {
   alignas(64) S s[kBlock];
   alignas(64) T t[kBlock];
   for (int64_t at = 0; at < shape.columns; at += kBlock) {
@@ -25,47 +43,58 @@ KDFAST_LOCAL void for_row(const LayerShape& shape, const LayerRow& row, F f) {
 template <class S>
 using RealOf = decltype(widened(S{}));
 
-// 0 where a column does not count, or lies at or below the floor.
-template <class Real>
+// 0 where a column does not count, or lies at or below the floor. kAll: there is neither.
+template <bool kAll, class Real>
 struct Counted {
   const bool* columns;
   Real floor;
 
-  Counted(const LayerShape& shape, const LayerRow& row) : columns(row.counted), floor(Real(shape.floor)) {}
   KDFAST_HD_MEMBER Vector<Real> operator()(Vector<Real> x, int64_t column, int count) const {
+    if constexpr (kAll) return x;
     if (columns) x = where(columns + column, count, x, Vector<Real>{});
-    return x <= floor ? Vector<Real>{} : x;
+    return low(x) ? Vector<Real>{} : x;
   }
+  KDFAST_HD_MEMBER auto low(Vector<Real> x) const { return x <= floor; }
 };
 
-template <class S, class T>
-void squared(const LayerShape& shape, LayerRow& row) {
+template <bool kAll, bool kGradient, class S, class T>
+double squared(const LayerShape& shape, const bool* columns, const Row<S, T>& row) {
   using V = Vector<S>;
   using Real = RealOf<S>;
-  const Counted<Real> counted(shape, row);
-  const Real factor = Real(2 * row.factor), floor = Real(shape.floor);
+  const Counted<kAll, Real> counted{columns, Real(shape.floor)};
+  const Real factor = Real(2 * row.factor);
   double total = 0;
-  for_row<S, T>(shape, row, [&](int64_t at, int64_t n, const S* from_s, const T* from_t) {
-    S* g = row.gradient ? (S*)row.gradient + at : nullptr;
+  for_row(shape, row, [&](int64_t at, int64_t n, const S* from_s, const T* from_t) {
+    S* g = kGradient ? row.gradient + at : nullptr;
     V sums[2]{};
     for_vectors<S>(n, [&](int64_t i, int count, int which) __attribute__((always_inline)) {
+      row.ask_ahead(at + i);
       const V from = load_or_zeros(from_s + i, count), s = counted(from, at + i, count);
       const V t = counted(load_or_zeros(from_t + i, count), at + i, count), d = s == t ? V{} : s - t;
       sums[which] += d * d;
-      if (g) store(g + i, from <= floor ? V{} : factor * d, count);
+      if constexpr (kGradient) store(g + i, !kAll && counted.low(from) ? V{} : factor * d, count);
     });
     total += sum(sums[0] + sums[1]);
   });
-  row.value = SquaredDistance::of({0, 0, 0, 0, total}).value;
+  return SquaredDistance::of({0, 0, 0, 0, total}).value;
 }
 
 template <class S, class T>
-VectorSums look(const LayerShape& shape, const LayerRow& row) {
+double squared(const LayerShape& shape, const bool* columns, const Row<S, T>& row) {
+  if (columns || shape.floor == shape.floor) {
+    return (row.gradient ? squared<false, true, S, T> : squared<false, false, S, T>)(shape, columns, row);
+  }
+  return (row.gradient ? squared<true, true, S, T> : squared<true, false, S, T>)(shape, nullptr, row);
+}
+
+template <class S, class T>
+KDFAST_LOCAL VectorSums look(const LayerShape& shape, const Row<S, T>& row) {
   using V = Vector<S>;
   VectorSums all{};
-  for_row<S, T>(shape, row, [&](int64_t, int64_t n, const S* from_s, const T* from_t) {
+  for_row(shape, row, [&](int64_t at, int64_t n, const S* from_s, const T* from_t) __attribute__((always_inline)) {
     V ss[2]{}, tt[2]{}, st[2]{}, sd[2]{}, dd[2]{};
     for_vectors<S>(n, [&](int64_t i, int count, int which) __attribute__((always_inline)) {
+      row.ask_ahead(at + i);
       const V s = load_or_zeros(from_s + i, count), t = load_or_zeros(from_t + i, count), d = t - s;
       ss[which] += s * s;
       tt[which] += t * t;
@@ -83,28 +112,48 @@ VectorSums look(const LayerShape& shape, const LayerRow& row) {
 }
 
 template <class Terms, class S, class T>
-void distance(const LayerShape& shape, LayerRow& row) {
-  if constexpr (Terms::kOneLook) return squared<S, T>(shape, row);
+KDFAST_LOCAL double distance(const LayerShape& shape, const bool* columns, const Row<S, T>& row) {
+  if constexpr (Terms::kOneLook) return squared<S, T>(shape, columns, row);
   using V = Vector<S>;
   using Real = RealOf<S>;
   const DistanceResult result = Terms::of(look<S, T>(shape, row));
-  row.value = result.value;
-  if (!row.gradient) return;
+  if (!row.gradient) return result.value;
   const Real of_student = Real(row.factor * result.of_student), of_other = Real(row.factor * result.of_other);
-  for_row<S, T>(shape, row, [&](int64_t at, int64_t n, const S* from_s, const T* from_t) {
-    S* g = (S*)row.gradient + at;
+  for_row(shape, row, [&](int64_t at, int64_t n, const S* from_s, const T* from_t) {
+    S* g = row.gradient + at;
     for_vectors<S>(n, [&](int64_t i, int count, int) __attribute__((always_inline)) {
       const V s = load_or_zeros(from_s + i, count), t = load_or_zeros(from_t + i, count);
       store(g + i, of_student * s + of_other * (result.near ? s - t : t), count);
     });
   });
+  return result.value;
+}
+
+template <class Terms, class S, class T>
+void distances(const LayerShape& shape, const LayerRun& run) {
+  // So many rows on or, where a row is longer, in itself. What lies beside a few rows may not count: they ask for
+  // nothing else.
+  const int64_t width = shape.columns * int64_t(sizeof(S)), rows = kAhead / (width ? width : 1);
+  const int64_t steps = run.count > rows ? rows : 0, bytes = rows ? 0 : kAhead;
+  auto at = [](const auto* from, int64_t bytes) { return (decltype(from))((const char*)from + bytes); };
+  for (int64_t i = 0; i < run.count; ++i) {
+    const S* s = at((const S*)run.student, i * run.student_step);
+    const T* t = at((const T*)run.teacher, i * run.teacher_step);
+    const Row<S, T> row{s,
+                        at(s, steps * run.student_step + bytes),
+                        t,
+                        at(t, steps * run.teacher_step + bytes),
+                        run.gradient ? (S*)run.gradient + i * shape.columns : nullptr,
+                        run.factor * (run.by_row ? run.by_row[i] : 1)};
+    run.values[i] = distance<Terms, S, T>(shape, run.counted, row);
+  }
 }
 
 template <class Terms>
-void any(const LayerShape& shape, LayerRow& row) {
-  if (shape.student == Element::f64) return distance<Terms, double, double>(shape, row);
+void any(const LayerShape& shape, const LayerRun& run) {
+  if (shape.student == Element::f64) return distances<Terms, double, double>(shape, run);
   with_element(shape.student, [&](auto s) {
-    with_element(shape.teacher, [&](auto t) { distance<Terms, decltype(s), decltype(t)>(shape, row); });
+    with_element(shape.teacher, [&](auto t) { distances<Terms, decltype(s), decltype(t)>(shape, run); });
   });
 }
 

@@ -12,18 +12,21 @@ struct LayerShape {
   double floor;  // squared distances: numbers at or below it count as 0 and have no gradient; NaN: none
 };
 
-struct LayerRow {
-  const void* student;
-  const void* teacher;
-  const bool* counted;  // of the columns; null: all
-  void* gradient;       // null: not wanted
-  double factor;        // of the gradient
-  double value;         // of the distance: a result
+// Rows with the same step from each to the next, in bytes. Those of the gradient lie side by side.
+struct LayerRun {
+  const void *student, *teacher;
+  int64_t student_step, teacher_step;
+  int64_t count;
+  const bool* counted;   // of the columns; null: all
+  void* gradient;        // null: not wanted
+  double factor;         // of the gradient
+  const double* by_row;  // more of it, for each; null: none
+  double* values;        // of the distances: results
 };
 
-// A row of a distance: sets row.value and writes row.gradient.
+// Distances of rows: sets the run's values and writes its gradient.
 struct LayerKernels {
-  void (*distance[kDistances])(const LayerShape&, LayerRow&);
+  void (*distance[kDistances])(const LayerShape&, const LayerRun&);
 };
 
 }  // namespace kdfast

@@ -44,13 +44,8 @@ struct Group {
 
 // How many from the first on, of `count`, do not count.
 int64_t uncounted(const bool* counted, int64_t count) {
-  int64_t n = 0;
-  for (uint64_t eight; n + 8 <= count; n += 8) {
-    std::memcpy(&eight, counted + n, 8);
-    if (eight) break;
-  }
-  while (n < count && !counted[n]) ++n;
-  return n;
+  const void* first = std::memchr(counted, true, count);
+  return first ? (const bool*)first - counted : count;
 }
 
 class LayerRows {
@@ -82,11 +77,12 @@ class LayerRows {
     const int64_t per_chunk = std::max<int64_t>(1, kChunkElements / std::max<int64_t>(columns_, 1));
     std::vector<double> sums((all + per_chunk - 1) / per_chunk);
     torch::stable::parallel_for(0, int64_t(sums.size()), 1, [&](int64_t begin, int64_t end) {
+      std::vector<double> values(std::min(per_chunk, all));
       for (int64_t c = begin; c < end; ++c) {
         const int64_t last = std::min(all, (c + 1) * per_chunk);
         for (int64_t row = c * per_chunk; row < last;) {
           const int64_t r = row % rows_, end_of_group = std::min(rows_, r + last - row);
-          sums[c] += rows_of(group(row / rows_), r, end_of_group, row, each);
+          sums[c] += rows_of(group(row / rows_), r, end_of_group, row, values.data(), each);
           row += end_of_group - r;
         }
       }
@@ -124,41 +120,49 @@ class LayerRows {
             teacher_head < 0};
   }
 
-  // The sum over rows [r, end) of a group; `index` is that of the first among all rows.
+  // The sum over rows [r, end) of a group; `index` is that of the first among all rows. `values`: room for theirs.
   template <class Each>
-  double rows_of(const Group& g, int64_t r, int64_t end, int64_t index, Each each) const {
-    // Where nothing is asked of a row alone, rows that lie side by side are one long row.
-    const bool join = g.layer.gapless && call_.kind == int64_t(Distance::squared) && !call_.per_row && !column_mask_;
-    LayerShape shape = g.layer.shape;
+  double rows_of(const Group& g, int64_t r, int64_t end, int64_t index, double* values, Each each) const {
     double sum = 0;
     for (const int64_t first = r; r < end;) {
       // What does not count is cleared together, which costs less traffic.
       const int64_t out = g.skipped ? end - r : g.rows ? uncounted(g.rows + r, end - r) : 0;
       if (g.gradient) std::memset(g.gradient + r * columns_ * element_, 0, out * columns_ * element_);
       if ((r += out) == end) break;
-      int64_t taken = 1;
-      while (join && r + taken < end && (!g.rows || g.rows[r + taken])) ++taken;
-      shape.columns = columns_ * taken;
-      const double value = value_of(shape, g, r, index + r - first);
-      each(index + r - first, value);
-      sum += value;
+      int64_t taken = g.rows ? 1 : end - r;
+      while (r + taken < end && g.rows[r + taken]) ++taken;
+      const int64_t at = index + r - first, made = values_of(g, r, taken, at, values);
+      for (int64_t i = 0; i < made; ++i) {
+        each(at + i, g.weight * values[i]);
+        sum += g.weight * values[i];
+      }
       r += taken;
     }
     return sum;
   }
-  double value_of(const LayerShape& shape, const Group& g, int64_t r, int64_t index) const {
-    LayerRow row{g.student + r * g.layer.student.row,
-                 g.teacher + r * g.layer.teacher.row,
+  // How many values those of `count` rows are.
+  int64_t values_of(const Group& g, int64_t r, int64_t count, int64_t index, double* values) const {
+    const Layer& l = g.layer;
+    LayerShape shape = l.shape;
+    LayerRun run{g.student + r * l.student.row,
+                 g.teacher + r * l.teacher.row,
+                 l.student.row,
+                 l.teacher.row,
+                 count,
                  g.columns,
                  g.gradient ? g.gradient + r * columns_ * element_ : nullptr,
                  g.weight,
-                 0};
-    if (by_row_) row.factor *= by_row_[index];
-    distance(shape, row);
-    return g.weight * row.value;
+                 by_row_ ? by_row_ + index : nullptr,
+                 values};
+    // Where nothing is asked of a row alone, rows that lie side by side are one long row.
+    if (l.gapless && call_.kind == int64_t(Distance::squared) && !call_.per_row && !column_mask_) {
+      shape.columns *= count;
+      run.count = 1;
+    }
+    call_.kind == int64_t(Distance::kl) ? divergences(shape, run) : kernels_.layers->distance[call_.kind](shape, run);
+    return run.count;
   }
-  void distance(const LayerShape& shape, LayerRow& row) const {
-    if (call_.kind != int64_t(Distance::kl)) return kernels_.layers->distance[call_.kind](shape, row);
+  void divergences(const LayerShape& shape, const LayerRun& run) const {
     const DivergenceKernels& kl = kernels_.divergence[int(Divergence::kl_div)];
     const DivergenceShape logits{.student = shape.student,
                                  .teacher = shape.teacher,
@@ -167,17 +171,19 @@ class LayerRows {
                                  .gradient_columns = shape.columns,
                                  .student_stride = shape.student_stride,
                                  .teacher_stride = shape.teacher_stride};
-    DivergenceRow of{};
-    of.student = row.student;
-    of.teacher = row.teacher;
-    of.counted = row.counted;
-    of.gradient = row.gradient;
-    of.k = kLog2e;
-    of.factor = row.factor;
-    kl.look(logits, of, 0, shape.columns);
-    kl.finish(logits, of);
-    if (of.gradient) kl.gradient(logits, of, 0, shape.columns);
-    row.value = of.loss;
+    for (int64_t i = 0; i < run.count; ++i) {
+      DivergenceRow of{};
+      of.student = (const char*)run.student + i * run.student_step;
+      of.teacher = (const char*)run.teacher + i * run.teacher_step;
+      of.counted = run.counted;
+      of.gradient = run.gradient ? (char*)run.gradient + i * columns_ * element_ : nullptr;
+      of.k = kLog2e;
+      of.factor = run.factor * (run.by_row ? run.by_row[i] : 1);
+      kl.look(logits, of, 0, shape.columns);
+      kl.finish(logits, of);
+      if (of.gradient) kl.gradient(logits, of, 0, shape.columns);
+      run.values[i] = of.loss;
+    }
   }
 
   const LayerCall& call_;

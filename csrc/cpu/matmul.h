@@ -64,26 +64,27 @@ KDFAST_LOCAL void multiply_tile(const Factor<Real>& a, const Real* b, int64_t b_
   }
 }
 
-// [rows, k] times [k, columns]; columns are whole vectors. `upper`: tiles below the diagonal are left alone.
+// [rows, k] times [k, columns]; columns are whole vectors. `upper`: vectors below the diagonal are left alone.
 template <class Real>
 void multiply(int64_t rows, int64_t columns, int64_t k, const Factor<Real>& a, const Real* b, int64_t b_row, Real* c,
               int64_t c_row, bool add, bool upper = false) {
   constexpr int L = WideOf<Real>::count, kMost = kLanes >= 16 ? 4 : 2;
-  for (int64_t j = 0; j < columns;) {
-    const int64_t left = (columns - j) / L, vectors = left < kMost ? left : kMost;
-    const int64_t end = upper && j + vectors * L < rows ? j + vectors * L : rows;
+  for (int64_t j = 0; j < columns; j += kMost * L) {
+    const int64_t most = columns - j < kMost * L ? columns - j : kMost * L;
+    const int64_t end = upper && j + most < rows ? j + most : rows;
     for (int64_t i = 0; i < end;) {
+      const int64_t from = upper && i > j ? (i - j) / L * L : 0, vectors = (most - from) / L;
       const bool tall = vectors == 1 && (end - i) % kTallTileRows == 0;
       const Factor<Real> at{a.data + i * a.row, a.row, a.k};
-      Real* to = c + i * c_row + j;
-      if (vectors == 4) multiply_tile<4>(at, b + j, b_row, to, c_row, k, add);
-      if (vectors == 3) multiply_tile<3>(at, b + j, b_row, to, c_row, k, add);
-      if (vectors == 2) multiply_tile<2>(at, b + j, b_row, to, c_row, k, add);
-      if (tall) multiply_tile<1, kTallTileRows>(at, b + j, b_row, to, c_row, k, add);
-      if (vectors == 1 && !tall) multiply_tile<1>(at, b + j, b_row, to, c_row, k, add);
+      const Real* of_b = b + j + from;
+      Real* to = c + i * c_row + j + from;
+      if (vectors == 4) multiply_tile<4>(at, of_b, b_row, to, c_row, k, add);
+      if (vectors == 3) multiply_tile<3>(at, of_b, b_row, to, c_row, k, add);
+      if (vectors == 2) multiply_tile<2>(at, of_b, b_row, to, c_row, k, add);
+      if (tall) multiply_tile<1, kTallTileRows>(at, of_b, b_row, to, c_row, k, add);
+      if (vectors == 1 && !tall) multiply_tile<1>(at, of_b, b_row, to, c_row, k, add);
       i += tall ? kTallTileRows : kTileRows;
     }
-    j += vectors * L;
   }
 }
 

@@ -120,7 +120,7 @@ class Panels {
 
   // ---- Gram matrices ----
   void clear_gram(Real* gram) { clear(gram, widths_.all * widths_.all); }
-  // The upper half.
+  // The upper half, in whole vectors.
   void add_gram(const Real* panel, int64_t n, Real* gram) {
     multiply<Real>(widths_.all, widths_.all, n, {panel, 1, widths_.all}, panel, widths_.all, gram, widths_.all, true,
                    true);
@@ -129,6 +129,17 @@ class Panels {
     for (int64_t i = 0; i < widths_.all; ++i) {
       for (int64_t j = 0; j < i; ++j) gram[i * widths_.all + j] = gram[j * widths_.all + i];
     }
+  }
+  // Of all of both, from the upper halves.
+  double dot_of_grams() const {
+    constexpr int64_t L = WideOf<Real>::count;
+    const int64_t all = widths_.all;
+    double total = 0;
+    for (int64_t i = 0; i < all; i += L) {
+      const Real *g = gram_of_x_ + i * all + i, *h = gram_of_y_ + i * all + i;
+      total += dot(g, all, h, all, L, L) + 2 * dot(g + L, all, h + L, all, L, all - i - L);
+    }
+    return total;
   }
   // X H[:, columns] into the product.
   void multiply_gram(int64_t n, int64_t columns) {
@@ -190,7 +201,7 @@ class FromGrams : public Panels<Real> {
   }
   void run() {
     Real *g = this->gram_of_x_, *h = this->gram_of_y_;
-    const int64_t length = this->shape_.length, all = this->widths_.all;
+    const int64_t length = this->shape_.length;
     this->clear_gram(g);
     this->clear_gram(h);
     for (int64_t begin = 0; begin < length; begin += kChunk) {
@@ -199,10 +210,10 @@ class FromGrams : public Panels<Real> {
       this->add_gram(this->x_, n, g);
       this->add_gram(this->y_, n, h);
     }
+    this->head_->value = this->dot_of_grams();
+    if (!this->wants_gradient()) return;
     this->mirror(g);
     this->mirror(h);
-    this->head_->value = dot(g, all, h, all, all, all);
-    if (!this->wants_gradient()) return;
     this->scale_gram();
     for (int64_t begin = 0; begin < length; begin += kChunk) {
       const int64_t n = this->tokens_from(begin);
