@@ -110,7 +110,7 @@ _WIDE, _WIDE_16 = ((64, 152064), "float32"), ((128, 128256), "bfloat16")
 _ON_GPU = (((8192, 128256), "bfloat16"), ((4096, 151936), "float32"))
 _LINEAR: dict[str, Any] = {
     "operator": "linear_kd_loss",
-    "cpu_shapes": (((512, 576, 49152), "float32"), ((512, 576, 49152), "bfloat16")),
+    "cpu_shapes": (((256, 576, 49152), "float32"), ((256, 576, 49152), "bfloat16")),
     "cuda_shapes": (((8192, 4096, 128256), "bfloat16"), ((2048, 2048, 151936), "float32")),
 }
 _JSD: dict[str, Any] = {"temperature": 1.0, "divergence": "js_div"}

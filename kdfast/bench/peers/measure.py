@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 
 import torch
 
-from kdfast.bench import harness
+from kdfast.bench import harness, timing
 from kdfast.bench.peers.comparisons import COMPARISONS, Case, Comparison, part
-from kdfast.bench.peers.ways import Call, Inputs, Made, Way, Ways
+from kdfast.bench.peers.ways import LIGER_COMPILED, Call, Inputs, Made, Way, Ways
 
 OURS, COMPILED = "kdfast", "torch.compile"
+COMPILES = {COMPILED, LIGER_COMPILED}
 # In float32, of a loss and of its gradient's norm, against float64.
 SAME = 1e-4
 # At most so many float64 logits are made of a side to compare with.
@@ -71,28 +73,25 @@ def measure(case: Case, ways: dict[str, Way], device: str, seconds: float = 2.0)
     """A row for each way, timed in turn; one that fails is a row too, and stops none of the others."""
     inputs, exact = case.inputs(device), case.comparison.exact()
     few = part(inputs, 4, torch.float32)
-    of_few = exact(part(few, 4, torch.float64))()
+    rows = min(case.shape[0], max(1, MOST_LOGITS // case.shape[-1]))
+    of_few, right = (exact(part(of, n, torch.float64))() for of, n in ((few, 4), (inputs, rows)))
     found: dict[str, dict[str, Any]] = {name: {} for name in ways}
     calls: dict[str, Call] = {}
     for name, way in ways.items():
         with _recorded(found[name], device):
-            # Compiled for few rows, all of them would run other code: it is compared below, on the case itself.
-            if name != COMPILED:
+            # Compiled for few rows, all of them would run other code: that is compared on the case itself alone.
+            if name not in COMPILES:
                 refuse(apart(way(few)(), of_few))
+            of_part = way(part(inputs, rows))() if rows < case.shape[0] else None
             call = way(inputs)
-            call()
-            found[name]["megabytes"] = harness.peak_memory(call, device)
-            calls[name] = call
-    times = harness.interleaved(dict(calls), device, seconds) if calls else {}
-    rows = min(case.shape[0], max(1, MOST_LOGITS // case.shape[-1]))
-    right = exact(part(inputs, rows, torch.float64))()
-    for name, call in calls.items():
-        with _recorded(found[name], device):
-            made = call() if rows == case.shape[0] else ways[name](part(inputs, rows))()
-            errors = apart(made, right)
+            errors = apart(call() if of_part is None else of_part, right)
             if case.dtype == "float32":
                 refuse(errors)
-            found[name] |= {"milliseconds": times[name], "gradient_error": errors[1]}
+            found[name] |= {"gradient_error": errors[1], "megabytes": harness.peak_memory(call, device)}
+            calls[name] = call
+    times = timing.interleaved(calls, device, seconds=seconds, warm=0) if calls else {}
+    for name, of in times.items():
+        found[name]["milliseconds"] = statistics.median(of)
     named = case.comparison.name, case.shape, case.dtype
     return [Row(*named, way, **({"error": of["error"]} if "error" in of else of)) for way, of in found.items()]
 

@@ -51,6 +51,9 @@ def of_logits(loss: Callable[..., Tensor]) -> Way:
     return way(lambda inputs: loss(*inputs.student, *inputs.teacher))
 
 
+LIGER_COMPILED = "liger-kernel, compiled"  # its default
+
+
 def _liger(device: str) -> Ways:
     """On a CPU its chunked loss alone: the others are Triton's."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
@@ -59,7 +62,7 @@ def _liger(device: str) -> Ways:
         loss = LigerFusedLinearJSDLoss(**settings)
         return way(lambda inputs: loss(*inputs.student, *inputs.teacher, inputs.labels))
 
-    chunked = {"liger-kernel": jsd_and_labels(), "liger-kernel, not compiled": jsd_and_labels(compiled=False)}
+    chunked = {LIGER_COMPILED: jsd_and_labels(), "liger-kernel, eager": jsd_and_labels(compiled=False)}
     found: Ways = {"linear_js_div_labels": chunked}
     if device == "cpu":
         return found
