@@ -114,7 +114,7 @@ def save(rows: Sequence[Row], facts: dict[str, Any], folder: Path) -> Path:
     new = {(row.case.name, row.way) for row in rows}
     kept = [row for row in load(path)[0] if (row.case.name, row.way) not in new] if path.exists() else []
     order = list(COMPARISONS)
-    every = sorted([*rows, *kept], key=lambda row: order.index(row.comparison))
+    every = sorted([*rows, *kept], key=lambda row: (order.index(row.comparison), row.dtype != "float32", row.shape))
     harness.write([asdict(row) for row in every], facts, path)
     path.with_suffix(".md").write_text(markdown(every) + "\n")
     return path
