@@ -39,6 +39,13 @@ def test_rows(name: str) -> None:
         assert 0 < row.gradient_error < 1e-5
 
 
+def test_as_many_rows_as_classes() -> None:
+    """Of which the first rows are taken, and all classes."""
+    case = Case(COMPARISONS["linear_js_div_labels"], (16, 16, 16), "float32")
+    rows = measure.measure(case, plain(case.comparison.name), "cpu", seconds=0.0)
+    assert [row.error for row in rows] == [None, None]
+
+
 def test_compiled_is_the_idiom() -> None:
     case = small("kl_div")
     way = measure.ways_of(case.comparison, {}, backend="eager")[measure.COMPILED]

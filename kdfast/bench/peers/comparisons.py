@@ -62,11 +62,9 @@ class Case:
 
 def part(inputs: Inputs, rows: int, dtype: torch.dtype | None = None) -> Inputs:
     """The first rows of these, in another dtype if need be."""
-    whole = len(inputs.labels)
-    few = (
-        mapped(lambda x: x.detach()[: rows if len(x) == whole else None], s) for s in (inputs.student, inputs.teacher)
-    )
-    student, teacher = (side if dtype is None else cast(side, dtype) for side in few)
+    student, teacher = ((side[0].detach()[:rows], *side[1:]) for side in (inputs.student, inputs.teacher))
+    if dtype is not None:
+        student, teacher = cast(student, dtype), cast(teacher, dtype)
     return Inputs(mapped(lambda x: x.detach().requires_grad_(), student), teacher, inputs.labels[:rows])
 
 
