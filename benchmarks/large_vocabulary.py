@@ -158,7 +158,7 @@ def plot(results: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> No
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, grid = pyplot.subplots(2, 2, figsize=(9, 6.5), layout="constrained", sharey="row")
+    figure, grid = pyplot.subplots(2, 2, figsize=(5.2, 6.4), layout="constrained", sharey="row")
     for row, (measured, unit) in enumerate((("milliseconds", 1e3), ("megabytes", 1e3))):
         for axes, (x, fixed, of) in zip(
             grid[row], (("vocabulary", "rows", USUAL[0]), ("rows", "vocabulary", USUAL[1])), strict=True
@@ -168,15 +168,17 @@ def plot(results: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> No
                 line = sorted((r[x], r[measured] / unit) for r in chosen)
                 if line and not (measured == "megabytes" and way == "products alone"):
                     axes.plot(*zip(*line, strict=True), marker="o", markersize=4, color=colour, label=way)
-            axes.set(xlabel=f"{x} ({of} {fixed})" if fixed == "rows" else f"{x} (vocabulary {of})")
+            axes.set(xlabel=f"{x}\n({of} {fixed})" if fixed == "rows" else f"{x}\n(vocabulary {of})")
             axes.set(yscale="log") if measured == "milliseconds" else axes.set_ylim(bottom=0)
+            axes.ticklabel_format(style="plain", axis="x")
             axes.spines[["top", "right"]].set_visible(False)
     grid[0][0].set_yticks((0.5, 1, 2, 5, 10, 20), ("0.5", "1", "2", "5", "10", "20"))
     grid[0][0].set_ylabel("seconds")
-    grid[1][0].set_ylabel("peak memory, GB, gradients included")
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(f"{facts['device']}, torch {facts['torch']}, {facts['date']}; hidden size {WIDTH}", fontsize=10)
-    figure.savefig(path, dpi=130)
+    grid[1][0].set_ylabel("peak memory, GB,\ngradients included")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    title = f"{facts['device']}\ntorch {facts['torch']}, {facts['date']}; hidden size {WIDTH}"
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)  # twice a phone's 390 pixels
     pyplot.close(figure)
 
 

@@ -50,7 +50,10 @@ def test_every_stage_leaves_what_it_found(tmp_path: Path) -> None:
     assert results(files, "linear")[0]["of_products"] > 0
     assert all(r["code"] == 0 and " passed" in r["summary"] for r in results(files, "tests"))
     assert "racecheck/smoke.json" in files
-    assert results(files, "peers")[0]["x_compiled"] > 0
+    libraries, *peers = results(files, "peers")
+    assert libraries["case"] == "libraries"
+    assert len(peers) >= 2
+    assert all(case[way]["ms"] > 0 for case in peers for way in ("kdfast", "torch", "torch.compile"))
 
 
 def test_only_some_benchmarks(tmp_path: Path) -> None:

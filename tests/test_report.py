@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import struct
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from command_line import call, classifier_run, refused
 
+from kdfast.bench import harness, plots
 from kdfast.recipes import hinton
 
 ROW = {"kl_to_teacher": 0.1, "parameters": 2e7, "latency_ms_batch_1": 4.0, "latency_ms_batch_32": 50.0}
@@ -85,9 +87,39 @@ def test_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert student[1:4] == ["2", "80.5±0.5", "+2.5±0.5"]
 
 
+BENCHMARK = max((Path(__file__).parents[1] / "benchmarks" / "results").glob("operators-*.json"))
+
+
+def test_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call(monkeypatch, "report", BENCHMARK, "--output", tmp_path / "report.html") == 0
+    text = (tmp_path / "report.html").read_text()
+    page, (results, facts) = Page(text), harness.load(BENCHMARK)
+    assert page.rows[0] == list(harness.HEADER)
+    assert [tuple(row) for row in page.rows[1 : 1 + len(results)]] == harness.table(results)
+    assert ["threads", str(facts["threads"])] in page.rows
+    assert text.count("<svg") == text.count('<div class="narrow">') == 2
+    assert "<h2>Roofline</h2>" in text
+    assert "#ffffff" not in text
+
+
+def test_plots_of_benchmarks_fit_a_phone(tmp_path: Path) -> None:
+    """As wide as 390 points of it at twice the pixels, and no taller than a few screens of it."""
+    results, facts = harness.load(BENCHMARK)
+    for draw in (plots.plot, plots.plot_roofline, plots.plot_sweep):
+        draw(results, facts, tmp_path / "plot.png")
+        width, height = struct.unpack(">II", (tmp_path / "plot.png").read_bytes()[16:24])
+        assert width == 780
+        assert 300 < height < 2000
+    for committed in BENCHMARK.parent.glob("operators-*.png"):
+        assert struct.unpack(">II", committed.read_bytes()[16:24])[0] == 780
+
+
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run(tmp_path / "run")
     told = refused(monkeypatch, capsys, "report", folder, "--output", tmp_path)
     assert "expected an HTML file, got a folder" in told
     assert "expected the folder of a run" in refused(monkeypatch, capsys, "report", tmp_path / "none")
     assert not (tmp_path / "report.html").exists()
+    other = folder / "metrics.json"
+    for files in ((other,), (BENCHMARK, BENCHMARK), (BENCHMARK.with_suffix(".png"),)):
+        assert "expected one file of kdfast bench" in refused(monkeypatch, capsys, "report", *files)

@@ -48,6 +48,18 @@ def operators() -> str:
     return "\n\n".join(parts)
 
 
+def peers() -> str:
+    """Of each device the newest table that `kdfast bench --peers` has left."""
+    found: dict[str, str] = {}
+    for path in sorted(RESULTS.glob("peers-*.md")):
+        facts = json.loads(path.with_suffix(".json").read_text())["environment"]
+        threads = f", {facts['threads']} threads, {facts['cpu_variant']}" if "threads" in facts else ""
+        versions = ", ".join(f"{name} {version}" for name, version in facts["peers"].items())
+        measured = f"{facts['device']}{threads}, {facts['date']}, torch {facts['torch']}, {versions}:"
+        found[facts["device"]] = f"{measured}\n\n{path.read_text().strip()}"
+    return "\n\n".join(found.values())
+
+
 def vocabulary() -> str:
     """The table that benchmarks/large_vocabulary.py has left beside its latest results."""
     path = max(RESULTS.glob("large-vocabulary-*.md"))
@@ -115,6 +127,7 @@ PAGES: dict[Path, Blocks] = {
     ROOT / "README.md": FEW,
     ROOT / "docs" / "results.md": (
         ("operators", operators),
+        ("peers", peers),
         ("vocabulary", vocabulary),
         ("recipes", partial(left, "recipes")),
         *FEW,

@@ -1,66 +1,170 @@
-"""Plots of what was measured."""
+"""Plots of what was measured, for a phone too: as wide as one at twice its pixels, with type that stays legible there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdfast.bench.harness import Result, table
+from kdfast.bench.harness import Result
+from kdfast.bench.registry import FAMILIES, OPERATORS
+
+# Inches, and pixels of one: 780 across. A point of type is a pixel of a phone's 390 then.
+_WIDTH, _DPI = 5.2, 150
+_STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left"}
+_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 
 
-def plot(results: list[Result], facts: dict[str, Any], path: Path) -> None:
-    """Time relative to eager, a bar per case: shorter is faster."""
+def _pyplot() -> Any:
+    """Without a screen; imported late, as it takes a second."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.55 * len(results)), layout="constrained")
-    positions = range(len(results))
-    series: dict[str, Callable[[Result], float]] = {"eager": lambda r: r.eager, "kdfast": lambda r: r.kdfast}
-    if all(r.compiled for r in results):
-        series = {"eager": series["eager"], "torch.compile": lambda r: r.compiled or 0.0, "kdfast": series["kdfast"]}
-    for i, (name, of) in enumerate(series.items()):
-        offset = 0.27 * (i - (len(series) - 1) / 2)
-        bars = axes.barh([p + offset for p in positions], [of(r) / r.eager for r in results], 0.26, label=name)
-        axes.bar_label(bars, [f"{of(r):.3g} ms" for r in results], padding=3, fontsize=8)
-    axes.set_yticks(positions, [row[0] for row in table(results)], fontsize=8)
-    axes.set_ylim(len(results) - 0.4, -0.6)
-    axes.set_xlim(0, 1.15 * max(1, *(of(r) / r.eager for r in results for of in series.values())))
-    axes.set_xlabel("time relative to eager PyTorch (shorter is faster)")
-    axes.set_title(f"{facts['device']}, torch {facts['torch']}, {facts['date']}", fontsize=10)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    return pyplot
+
+
+def _save(pyplot: Any, figure: Any, facts: dict[str, Any], path: Path) -> None:
+    figure.suptitle(f"{facts['device']}\ntorch {facts['torch']}, {facts['date']}", fontsize=10)
+    figure.savefig(path, dpi=_DPI)
     pyplot.close(figure)
 
 
-def plot_sweep(results: list[Result], facts: dict[str, Any], path: Path) -> None:
-    """Speed relative to eager over the width, a line per operator."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = sorted({(r.case.gradient, r.case.dtype) for r in results}, reverse=True)
-    figure, grid = pyplot.subplots(
-        1, len(panels), figsize=(1 + 3.4 * len(panels), 4.4), layout="constrained", sharey=True, squeeze=False
-    )
-    for axes, (gradient, dtype) in zip(grid[0], panels, strict=True):
-        chosen = [r for r in results if (r.case.gradient, r.case.dtype) == (gradient, dtype)]
-        for i, name in enumerate(dict.fromkeys(r.case.operator for r in chosen)):
-            line = [(r.case.shape[-1], r.eager / r.kdfast) for r in chosen if r.case.operator == name]
-            style = "-" if i < 10 else "--"  # colours come round after ten
-            axes.plot(*zip(*line, strict=True), style, marker="o", markersize=3, label=name)
-        axes.set(
-            xscale="log", yscale="log", xlabel="vocabulary", title=f"{dtype}, {'gradient' if gradient else 'loss'}"
+def plot(results: Sequence[Result], facts: dict[str, Any], path: Path) -> None:
+    """Times as fast as eager PyTorch, on one logarithmic axis: a panel per family, a row per operator, of every case a
+    mark. Beside kdfast's are torch.compile's, where it was measured."""
+    families = {
+        family: _by_operator(r for r in results if r.case.operator in operators)
+        for family, operators in FAMILIES.items()
+    }
+    panels = [(family, named) for family, named in families.items() if named]
+    heights = [len(named) + 0.6 for _, named in panels]
+    pyplot = _pyplot()
+    with pyplot.rc_context(_STYLE):
+        figure, grid = pyplot.subplots(
+            len(panels),
+            figsize=(_WIDTH, 1.3 + 0.32 * sum(heights) + 0.3 * len(panels)),
+            height_ratios=heights,
+            layout="constrained",
+            sharex=True,
+            squeeze=False,
         )
-        axes.axhline(1, color="grey", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-    grid[0][0].set_yticks((1, 2, 5, 10, 20, 50), ("1", "2", "5", "10", "20", "50"))
-    grid[0][0].set_ylabel("times faster than eager PyTorch")
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    figure.suptitle(f"{facts['device']}, torch {facts['torch']}, {facts['date']}", fontsize=10)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+        for axes, (family, named) in zip(grid[:, 0], panels, strict=True):
+            _family(axes, family, named)
+        _logarithmic(grid[-1, 0], _TICKS)
+        grid[-1, 0].set_xlabel("times as fast as eager PyTorch")
+        _legend(figure, grid[:, 0])
+        _save(pyplot, figure, facts, path)
+
+
+def _family(axes: Any, family: str, named: dict[str, list[Result]]) -> None:
+    for place, results in enumerate(named.values()):
+        for gradient, face in ((True, None), (False, "white")):
+            of = [r for r in results if r.case.gradient == gradient]
+            what = "loss and gradient" if gradient else "loss alone"
+            compiled = [r.eager / r.compiled for r in of if r.compiled]
+            for name, color, offset, values in (
+                ("kdfast", "#1b6ca8", -0.16, [r.eager / r.kdfast for r in of]),
+                ("torch.compile", "#d95f02", 0.18, compiled),
+            ):
+                style = {"color": color, "markerfacecolor": face or color, "markersize": 6, "alpha": 0.85}
+                if values:
+                    axes.plot(values, [place + offset] * len(values), "o", label=f"{name}, {what}", **style)
+    axes.axvline(1, color="0.5", linewidth=1)
+    _rows(axes, family, named)
+
+
+def _rows(axes: Any, title: str, named: Collection[str]) -> None:
+    """A row per operator, the first above."""
+    axes.set_title(title)
+    axes.set_yticks(range(len(named)), list(named))
+    axes.set_ylim(len(named) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _logarithmic(axes: Any, ticks: Sequence[float]) -> None:
+    """Of these ticks those that lie within; written without powers, whose type would be small."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xticks([x for x in ticks if low <= x <= high], minor=False)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+
+
+def plot_roofline(results: Sequence[Result], facts: dict[str, Any], path: Path) -> None:
+    """The kernels' rates beside what bounds them as measured with each: bytes per second of a plain pass over the same
+    tensors, or operations per second of a large matrix product."""
+    bounds = {
+        "what memory bounds": ("GB/s", [r for r in results if OPERATORS[r.case.operator].flops is None]),
+        "what arithmetic bounds": ("GFLOP/s", [r for r in results if OPERATORS[r.case.operator].flops is not None]),
+    }
+    panels = [(title, unit, _by_operator(of)) for title, (unit, of) in bounds.items() if of]
+    heights = [len(named) + 0.6 for _, _, named in panels]
+    pyplot = _pyplot()
+    with pyplot.rc_context(_STYLE):
+        size = _WIDTH, 1.2 + 0.28 * sum(heights) + 0.6 * len(panels)
+        figure, grid = pyplot.subplots(
+            len(panels), figsize=size, height_ratios=heights, layout="constrained", squeeze=False
+        )
+        for axes, (title, unit, named) in zip(grid[:, 0], panels, strict=True):
+            for place, of in enumerate(named.values()):
+                for r in of:
+                    style = {"color": "#1b6ca8", "markerfacecolor": "#1b6ca8" if r.case.gradient else "white"}
+                    what = "kdfast, " + ("loss and gradient" if r.case.gradient else "loss alone")
+                    axes.plot(r.rate, place + 0.12, "o", label=what, alpha=0.85, **style)
+                    axes.plot(r.rate / r.roofline, place - 0.12, "|", color="0.5", markersize=9, label="what bounds it")
+            _rows(axes, title, named)
+            _logarithmic(axes, [m * 10**e for e in range(-3, 6) for m in (1, 2, 5)])
+            axes.set_xlabel(unit)
+        _legend(figure, grid[:, 0])
+        _save(pyplot, figure, facts, path)
+
+
+def _legend(figure: Any, panels: Iterable[Any]) -> None:
+    """Once, of what any panel has."""
+    pairs = [pair for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    handles = {label: handle for handle, label in pairs}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False)
+
+
+def _by_operator(results: Iterable[Result]) -> dict[str, list[Result]]:
+    named: dict[str, list[Result]] = {}
+    for r in results:
+        named.setdefault(r.case.operator, []).append(r)
+    return named
+
+
+def plot_sweep(results: Sequence[Result], facts: dict[str, Any], path: Path) -> None:
+    """Times as fast as eager PyTorch over the width, a line per operator."""
+    panels = sorted({(r.case.gradient, r.case.dtype) for r in results}, reverse=True)
+    down = (len(panels) + 1) // 2
+    pyplot = _pyplot()
+    with pyplot.rc_context(_STYLE):
+        figure, grid = pyplot.subplots(
+            down, 2, figsize=(_WIDTH, 2.0 + 2.6 * down), layout="constrained", sharex=True, sharey=True, squeeze=False
+        )
+        for axes, (gradient, dtype) in zip(grid.flat, panels, strict=False):
+            chosen = [r for r in results if (r.case.gradient, r.case.dtype) == (gradient, dtype)]
+            for i, name in enumerate(dict.fromkeys(r.case.operator for r in chosen)):
+                line = [(r.case.shape[-1], r.eager / r.kdfast) for r in chosen if r.case.operator == name]
+                style = "-" if i < 10 else "--"  # colours come round after ten
+                axes.plot(*zip(*line, strict=True), style, marker="o", markersize=3, label=name)
+            axes.set(xscale="log", yscale="log", title=f"{'gradient' if gradient else 'loss'}, {dtype}")
+            axes.axhline(1, color="grey", linewidth=0.8)
+            axes.spines[["top", "right"]].set_visible(False)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        first = grid[0, 0]
+        low, high = first.get_ylim()
+        first.set_yticks([y for y in _TICKS if low <= y <= high], minor=False)
+        first.yaxis.set_major_formatter("{x:g}")
+        first.minorticks_off()
+        first.set_xticks((10, 1000, 100_000), ("10", "1,000", "100,000"))
+        for axes in grid[-1]:
+            axes.set_xlabel("vocabulary")
+        figure.supylabel("times as fast as eager PyTorch", fontsize=10)
+        figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        _save(pyplot, figure, facts, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,13 @@ def bench(
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Every operator at widths from 2 to 262144, without torch.compile.")
     ] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Losses that other libraries have too: kdfast beside these and plain torch.")
+    ] = False,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="--peers with this library (liger-kernel, trl, torchtune), not all of them; several times."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for JSON, markdown table and plot.")] = None,
 ) -> None:
     """Measures the operators against eager PyTorch and torch.compile, on the GPU where there is one.
@@ -26,7 +34,15 @@ def bench(
     that is already mapped: its least bytes over its time, and that against the bandwidth of a plain pass over the same
     tensors. "× eager" and "× comp." (torch.compile) compare what a user waits for;
     "MB" is peak memory beyond the inputs.
+
+    With --peers each loss and its gradient are made of the same inputs by all that have it, in turn; "gradient error" is
+    against float64, and libraries that are not installed are left out.
     """
+    if sweep and (peers or peer):
+        raise typer.BadParameter("sweep: expected --sweep or --peers, got both")
+    if peers or peer:
+        _peers(only, seconds, peer or [], output)
+        return
     try:
         import torch
         from rich.box import SIMPLE_HEAD
@@ -63,3 +79,47 @@ def bench(
         path.with_suffix(".md").write_text(harness.markdown(every) + "\n")
         (plots.plot_sweep if sweep else plots.plot)(every, facts, path.with_suffix(".png"))
         console.print(f"In {output}: {path.name}, {path.stem}.md, {path.stem}.png")
+
+
+def _peers(only: str, seconds: float, names: Sequence[str], output: Path | None) -> None:
+    try:
+        import torch
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.progress import track
+        from rich.table import Table
+
+        from kdfast.bench import harness
+        from kdfast.bench.peers import comparisons, measure, ways
+    except ImportError as error:
+        fail(f"{error}: pip install kdfast[bench]", 1)
+    unknown = next((name for name in names if name not in ways.LIBRARIES), None)
+    if unknown is not None:
+        raise typer.BadParameter(f"peer: expected {', '.join(ways.LIBRARIES)}, got {unknown!r}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cases = comparisons.cases(device, only)
+    if not cases:
+        known = ", ".join(case.name for case in comparisons.cases(device))
+        raise typer.BadParameter(f"only: expected a pattern of case names, got {only!r}; there are {known}")
+    found = ways.find(names or list(ways.LIBRARIES), device)
+    facts = harness.environment(device) | {"peers": found.versions}
+    console, progress = Console(), Console(stderr=True)
+    if found.missing:
+        missing = "; ".join(f"{name} ({why})" for name, why in found.missing.items())
+        progress.print(f"Left out, as it cannot be imported: {missing}", soft_wrap=True)
+    rows: list[measure.Row] = []
+    for case in track(cases, "measuring", console=progress):
+        rows += measure.measure(case, measure.ways_of(case.comparison, found.ways), device, seconds)
+    console.print(f"{facts['device']}, torch {facts['torch']}")
+    for title, of_case in measure.by_case(rows).items():
+        table = Table(*measure.HEADER, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in measure.cells(of_case, lambda text: f"[bold]{text}[/]"):
+            table.add_row(*row)
+        console.print(table)
+    for line in measure.said(rows):
+        console.print(line, markup=False)
+    if output is not None:
+        path = measure.save(rows, facts, output)
+        console.print(f"In {output}: {path.name}, {path.stem}.md")

@@ -232,7 +232,10 @@ def compare(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folder of a finished run, or of several of one task.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Folder of a finished run, or of several of one task; or a JSON file of kdfast bench."),
+    ],
     output: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
     metric: Annotated[
         str | None, typer.Option(help="Another of what was measured, such as f1. Default: the task's; perplexity.")
@@ -240,7 +243,8 @@ def report(
 ) -> None:
     """Writes a page of HTML about finished runs: table, plots, settings. It needs no other file and no network.
 
-    Several runs are set beside one another as by compare.
+    Several runs are set beside one another as by compare. Of a benchmark the plots are its speed beside eager PyTorch and
+    torch.compile, and beside what memory and arithmetic bound.
     """
     try:
         from kdfast.results import page
@@ -249,10 +253,39 @@ def report(
     try:
         if output.is_dir():
             raise ValueError(f"output {output}: expected an HTML file, got a folder")
-        text = page.page(comparing.compare(runs, metric))
+        benchmark = next((path for path in runs if path.is_file()), None)
+        text = page.page(comparing.compare(runs, metric)) if benchmark is None else _of_benchmark(benchmark, len(runs))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     with saving(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
     typer.echo(f"In {output}")
+
+
+def _of_benchmark(path: Path, files: int) -> str:
+    from kdfast.bench import harness, plots
+    from kdfast.results import page
+
+    expected = "one file of kdfast bench, such as operators-….json, or folders of runs"
+    if files > 1:
+        raise ValueError(f"runs {path}: expected {expected}, got {files} of them")
+    try:
+        results, facts = harness.load(path)
+        table = harness.table(results)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise ValueError(f"runs {path}: expected {expected}, got another file") from None
+    return page.render(
+        title=f"kdfast bench: {facts['device']}",
+        first=harness.HEADER[0],
+        headings=harness.HEADER[1:],
+        rows=[(name, cells) for name, *cells in table],
+        legend="ms, × eager and × comp. (torch.compile): what a user waits for. Rate and % of the roof: the kernel alone. "
+        "MB: peak memory beyond the inputs.",
+        drawings=[
+            (heading, page.svg(lambda to, draw=draw: draw(results, facts, to)))  # type: ignore[misc]
+            for heading, draw in (("Speed", plots.plot), ("Roofline", plots.plot_roofline))
+        ],
+        narrow=True,
+        runs=[("environment", facts, f"torch {facts['torch']}, {facts['date']}")],
+    )

@@ -1,4 +1,5 @@
-"""Finished runs as a page of HTML that holds all it shows: tables, plots, settings. For light and dark, wide and narrow."""
+"""What was measured as a page of HTML that holds all it shows: tables, plots, settings. For light and dark, wide and
+narrow."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import base64
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +35,21 @@ th { white-space: pre-line; vertical-align: bottom; } th:first-child, td:first-c
 tbody tr:hover { background: var(--soft); }
 svg { fill: currentColor; width: 100%; min-width: 40rem; height: auto; }
 img { width: 100%; min-width: 40rem; background: white; border-radius: .4rem; }
+.narrow svg { min-width: 0; max-width: 36rem; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 </style>
 <h1>{{ title }}</h1>
 {% for line in said %}<p>{{ line }}</p>
 {% endfor %}
 <div class="wide"><table>
-<thead><tr><th>model</th>{% for heading in headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
+<thead><tr><th>{{ first }}</th>{% for heading in headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for name, cells in rows %}<tr><td>{{ name }}</td>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody>
 </table></div>
 <p>{{ legend }}</p>
 {% for heading, drawing in drawings %}<h2>{{ heading }}</h2>
-<div class="wide">{{ drawing }}</div>
+<div class="{{ 'narrow' if narrow else 'wide' }}">{{ drawing }}</div>
 {% endfor %}
 <h2>Settings</h2>
 {% for name, settings, versions in runs %}<details><summary>{{ name }}</summary>
@@ -66,8 +68,7 @@ def page(comparison: Comparison) -> str:
     headings, cells = tables.compared(comparison, all_spreads=True)
     names = [row.name for row in comparison.rows]
     said = [line for run in runs for line in tables.gain(run.models, comparison.metric)] if len(runs) == 1 else []
-    environment = jinja2.Environment(autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined)
-    return environment.from_string(TEMPLATE).render(
+    return render(
         title=f"{comparison.title}: {runs[0].folder.resolve().name if len(runs) == 1 else f'{len(runs)} runs compared'}",
         said=said,
         headings=headings,
@@ -78,14 +79,37 @@ def page(comparison: Comparison) -> str:
     )
 
 
+def render(
+    *,
+    title: str,
+    headings: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[str]]],
+    legend: str,
+    drawings: Sequence[tuple[str, Markup]],
+    runs: Sequence[tuple[str, dict[str, Any], str]],
+    said: Sequence[str] = (),
+    first: str = "model",
+    narrow: bool = False,
+) -> str:
+    """The page of anything that has a table.
+
+    Args:
+        rows: name and cells of each. drawings: heading and image of each, `narrow` where they are made for a phone.
+        runs: name, settings and a line about each. said: lines above the table. first: heading of the names.
+    """
+    given = dict(locals())
+    environment = jinja2.Environment(autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined)
+    return environment.from_string(TEMPLATE).render(given)
+
+
 def _drawings(comparison: Comparison) -> list[tuple[str, Markup]]:
-    drawings = [("Quality and speed", _svg(lambda path: plots.plot_comparison(path, comparison)))]
+    drawings = [("Quality and speed", svg(lambda path: plots.plot_comparison(path, comparison)))]
     if any({"parameters", LATENCY_32} <= {*row.values} for row in comparison.rows):
-        drawings.append(("Size, latency, quality", _svg(lambda path: plots.plot_costs(path, comparison))))
+        drawings.append(("Size, latency, quality", svg(lambda path: plots.plot_costs(path, comparison))))
     return drawings
 
 
-def _svg(draw: Callable[[Path], None]) -> Markup:
+def svg(draw: Callable[[Path], None]) -> Markup:
     """A plot in the page's own colours."""
     with tempfile.TemporaryDirectory() as folder:
         draw(Path(folder, "plot.svg"))

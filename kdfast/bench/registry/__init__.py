@@ -6,6 +6,12 @@ from kdfast.bench.registry.linear import LINEAR
 from kdfast.bench.registry.operator import Operator, Sample
 from kdfast.bench.registry.pruned import PRUNED
 
-__all__ = ["OPERATORS", "Operator", "Sample"]
+__all__ = ["FAMILIES", "OPERATORS", "Operator", "Sample"]
 
-OPERATORS: dict[str, Operator] = DIVERGENCES | LAYERS | LINEAR | PRUNED
+FAMILIES: dict[str, dict[str, Operator]] = {
+    "logits": DIVERGENCES,
+    "large vocabularies": LINEAR,
+    "layers": LAYERS,
+    "parts of linear layers": PRUNED,
+}
+OPERATORS: dict[str, Operator] = {name: row for family in FAMILIES.values() for name, row in family.items()}
