@@ -34,8 +34,20 @@ def seen(modules: list[str], after: str = "") -> str:
 def test_import_opens_and_unpickles_nothing(whole: bool) -> None:
     modules = ["kdfast"]
     if whole:
-        late = ("objective", "prune", "students", "elastic", "early_exit", "on_policy", "teacher_cache", "hf", "cli.main")
-        modules += [f"kdfast.{name}" for name in (*late, "train.trainer", "recipes", "runs.classifier", "runs.causal_lm")]
+        late = (
+            "objective",
+            "prune",
+            "students",
+            "elastic",
+            "early_exit",
+            "on_policy",
+            "teacher_cache",
+            "hf",
+            "cli.main",
+        )
+        modules += [
+            f"kdfast.{name}" for name in (*late, "train.trainer", "recipes", "runs.classifier", "runs.causal_lm")
+        ]
     assert seen(modules) == "[]"
 
 

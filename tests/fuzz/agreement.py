@@ -54,9 +54,8 @@ def check(operator: Operator, call: Call) -> None:
             gradient, exact[1], eager[1], finite & exact[1].isfinite() & eager[1].isfinite(), floors[1], torch.norm
         ),
     ]
-    if any(
-        error for error, _ in errors
-    ):  # compared with a number near 0, which is rounded as what it is the difference of
+    if any(error for error, _ in errors):
+        # Of a number near 0, which is rounded as what it is the difference of.
         scales = _scales(operator, call)
         for what, (error, message), scale in zip(("value", "gradient"), errors, scales, strict=True):
             assert error <= ROUNDINGS * _epsilon(call) * scale, f"{what}: {message}, of {scale:.3e}"
@@ -100,7 +99,7 @@ def _scales(operator: Operator, call: Call) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
 
     def away(x: Tensor) -> Tensor:
-        return torch.where(x.isfinite(), x, 0.0) + 3 * torch.randn(x.shape, generator=generator)
+        return -2 * torch.where(x.isfinite(), x, 0.0) + torch.randn(x.shape, generator=generator)
 
     teacher = mapped(lambda x: torch.where(x.isfinite(), x, 0.0) if x.is_floating_point() else x, call.teacher)
     far = replace(call, student=mapped(away, call.student), teacher=teacher)

@@ -7,6 +7,7 @@ that they count to, as labels and indices do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -134,10 +135,8 @@ def _of_indices(given: list[Tensor], indices: Tensor, chosen: Mapping[int, int])
 
 
 def _numbers(x: Tensor, chosen: Mapping[int, int]) -> int:
-    count = 1
-    for n in x.shape:
-        count *= chosen[n]
-    return count
+    """How many a tensor has, or would have: what has no features may still have scores."""
+    return math.prod(max(chosen[n], 1) for n in x.shape)
 
 
 def _pick(old: int, new: int, generator: torch.Generator) -> Tensor:
