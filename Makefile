@@ -5,11 +5,12 @@
 #   make gpu [OUT=folder] [STAGES="smoke tests …"] [ONLY=name]   build for the GPU at hand, show that kdfast is right and how
 #                          fast it is, in some eight minutes (docs/gpu.md); downloads nothing
 #   make gpu-library [ARCHITECTURE=90a-real]   the library for that GPU, built without one and brought along
+#   make packages [LOCAL=+cu130]   source distribution and wheel in dist/, checked and used in a fresh environment
 #   make docs              the documentation as a site, in build/site
 #   make lint, make format check, and mend, the form of the code
 #   make clean             remove the environment and everything built; trained models in runs/ stay
 # PYTHON= names the interpreter (default python3); tools/environment.sh tells the rest.
-.PHONY: help environment demo test gpu gpu-library docs lint format clean
+.PHONY: help environment demo test gpu gpu-library packages docs lint format clean
 
 # Threads that wait give up their core after a while: at once, small matrix products wait to be woken; never, training
 # beside another job is many times slower.
@@ -41,6 +42,9 @@ gpu:
 
 gpu-library: environment
 	@ARCHITECTURE="$(ARCHITECTURE)" JOBS="$(JOBS)" tools/gpu_library.sh
+
+packages: environment
+	@LOCAL="$(LOCAL)" tools/packages.sh
 
 docs: environment
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build

@@ -82,7 +82,7 @@ std::string cpu_variant_name() { return cpu_variant().name; }
 // MKL, which is torch's library for float32, takes its AVX-512 kernels on Intel's processors alone: on others half of
 // their speed is left. No library multiplies bfloat16 into float32 here, and to widen it first takes four times as
 // long.
-bool own_products(bool bf16) {
+bool own_products([[maybe_unused]] bool bf16) {
 #if defined(__x86_64__)
   static const bool slow_vendor = !__builtin_cpu_is("intel");
   return (cpu_variant().avx512 && slow_vendor) || (bf16 && cpu_variant().bf16);

@@ -20,6 +20,11 @@ def wrong_type(op: str, argument: str, expected: str, got: object) -> NoReturn:
     raise TypeError(f"{op}: {argument}: expected {expected}, got {got}")
 
 
+def shown(x: object) -> str:
+    """A name that came: in quotes; what is no string by its kind, lest a tensor fill the message."""
+    return repr(x) if isinstance(x, str) else kind(x)
+
+
 def kind(x: object) -> str:
     """How an error names what came: a tensor by dtype, others by class."""
     return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
@@ -78,12 +83,17 @@ def check_fraction(op: str, argument: str, x: float, below_one: bool = False) ->
         wrong_value(op, argument, "a number from 0 to 1" + (", 1 excluded" if below_one else ""), x)
 
 
+def check_topk_tensors(op: str, *given: object) -> None:
+    """Log-probabilities and indices: without one of them there is no top-k."""
+    for argument, x in zip(TOPK, given, strict=True):
+        if not isinstance(x, Tensor):
+            wrong_type(op, argument, "a tensor", kind(x))
+
+
 def check_topk(op: str, student: Tensor, log_probabilities: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """A teacher's top-k, in the dtypes of the raw operator."""
     values, at = TOPK
     for argument, x in ((values, log_probabilities), (at, indices)):
-        if not isinstance(x, Tensor):
-            wrong_type(op, argument, "a tensor", kind(x))
         if x.device != student.device:
             wrong_value(op, argument, f"the student's device {student.device}", x.device)
         if x.dim() != student.dim() or x.shape[:-1] != student.shape[:-1]:
@@ -162,7 +172,7 @@ def check_labels(
 
 def check_reduction(op: str, reduction: str, logits: Tensor) -> None:
     if reduction not in REDUCTIONS:
-        wrong_value(op, "reduction", "'none', 'mean', 'sum' or 'batchmean'", repr(reduction))
+        wrong_value(op, "reduction", "'none', 'mean', 'sum' or 'batchmean'", shown(reduction))
     if reduction == "batchmean" and logits.dim() < 2:
         wrong_value(op, "reduction", "logits with a batch dimension for 'batchmean'", f"shape {list(logits.shape)}")
 

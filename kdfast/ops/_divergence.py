@@ -47,12 +47,12 @@ class Labels(NamedTuple):
 
 def check_divergence(op: str, divergence: str) -> None:
     if divergence not in KINDS:
-        _checks.wrong_value(op, "divergence", f"one of {', '.join(KINDS)}", repr(divergence))
+        _checks.wrong_value(op, "divergence", f"one of {', '.join(KINDS)}", _checks.shown(divergence))
 
 
 def check_tail(op: str, tail: str) -> None:
     if tail not in TAILS:
-        _checks.wrong_value(op, "tail", "'bucket', 'renormalize' or 'drop'", repr(tail))
+        _checks.wrong_value(op, "tail", "'bucket', 'renormalize' or 'drop'", _checks.shown(tail))
 
 
 def at_its_ends(kind: str, **settings: float) -> tuple[str, float]:

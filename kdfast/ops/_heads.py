@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops import _checks, _products, _shards
+from kdfast.ops import _checks, _live_linear, _products, _shards
 
 WIDENED = 16 << 20  # bytes of a weight that are widened at a time
 # Of the products on the CPU: a widened piece, or what is packed: by the matrix library (22 MB were seen), or 1 MB by
@@ -41,7 +41,7 @@ class Widening:
         if self._place is None:
             self._place = weight.new_empty(WIDENED // self.dtype.itemsize, dtype=self.dtype)
         width = weight.shape[1]
-        rows = max(1, min(weight.shape[0], self._place.numel() // width))
+        rows = max(1, min(weight.shape[0], self._place.numel() // max(width, 1)))
         return self._place[: rows * width].view(rows, width)
 
     def pieces(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -62,7 +62,7 @@ class Head(NamedTuple):
     scale: float = 1.0
 
     def flat(self) -> Head:
-        return self._replace(hidden=self.hidden.reshape(-1, self.hidden.shape[-1]))
+        return self._replace(hidden=_live_linear.as_rows(self.hidden))
 
     def detached(self) -> Head:
         bias = None if self.bias is None else self.bias.detach()

@@ -48,11 +48,12 @@ class Masks:
         seen = mask.cumsum(-1)  # of the columns, by every row
         return (seen if self.rows is None else seen * self.rows).sum(-1)
 
-    def with_columns(self) -> Masks:
-        """A softmax over no columns is none: rows of a sequence without columns do not count."""
-        if self.columns is None:
+    def with_columns(self, like: Tensor) -> Masks:
+        """A softmax over no columns is none: rows of a sequence without columns do not count. `like`: a layer."""
+        if self.columns is None and self.shape[1]:
             return self
-        some = self.columns.any(-1, keepdim=True)
+        columns = like.new_empty(like.shape[0], 0, dtype=torch.bool) if self.columns is None else self.columns
+        some = columns.any(-1, keepdim=True)
         rows = some.expand(-1, self.shape[0]) if self.rows is None else some & self.rows
         return replace(self, rows=rows.contiguous())
 

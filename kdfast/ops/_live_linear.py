@@ -55,8 +55,10 @@ def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_tensors(op: str, x: Tensor, **parameters: Tensor | None) -> None:
-    """Kinds, dtypes and devices; and that x has features."""
-    tensors = {"x": x} | {argument: given for argument, given in parameters.items() if given is not None}
+    """Kinds, dtypes and devices; and that x has features. A bias may be None."""
+    tensors: dict[str, Any] = {"x": x, **parameters}
+    if tensors.get("bias", x) is None:
+        del tensors["bias"]
     for argument, given in tensors.items():
         if not isinstance(given, Tensor):
             _checks.wrong_type(op, argument, "a tensor", _checks.kind(given))

@@ -55,6 +55,8 @@ def shard_of(
             _checks.wrong_value(op, "vocab_start", "a process_group with it", "none")
         columns = _checks.check_vocab_size(op, student, teacher, vocab_size)
         return Shard(student, teacher, columns, columns, 0, None)
+    if not isinstance(group, dist.ProcessGroup):
+        _checks.wrong_type(op, "process_group", "a torch.distributed process group", _checks.kind(group))
     for argument, number, least in (("vocab_start", start, 0), ("vocab_size", vocab_size, 1)):
         if number is not None:
             _checks.check_int(op, argument, number)

@@ -31,7 +31,7 @@ def attention_mse(
 
     Args:
         student_scores: [B, H, L, L], or a sequence of such layers; float32, bfloat16, float16 or float64, each its own,
-            any strides.
+            any strides. What is -inf on both sides counts as equal.
         teacher_scores: as many layers, [B, H_t, L, L]; no gradient flows into them.
         key_mask, query_mask: bool, broadcast to [B, L], True where a token counts. Other scores are not read, have no
             gradient and leave the divisor. TinyBERT's code instead zeroes masked keys by `floor` and counts all.
@@ -118,7 +118,7 @@ def _of_scores(
         (rows, columns),
     )
     if distance == "kl":
-        masks = masks.with_columns()
+        masks = masks.with_columns(s[0])
     maps = _layers.check_head_map(op, head_map, len(s), heads, t[0].shape[1])
     weights = _layers.weights_of(
         maps,

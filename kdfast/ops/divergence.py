@@ -152,7 +152,7 @@ def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, **options
 def logit_mse(student_logits: Tensor, teacher_logits: Tensor, **options: Unpack[DivergenceOptions]) -> Tensor:
     """Mean over the vocabulary of ((z_s − z_t) / T)²: no softmax.
 
-    A column that is -inf on both sides counts as equal, and stays in the divisor; on one side it gives +inf. Arguments,
-    reductions, dtypes, shards and errors as in `kl_div`.
+    A column that is -inf, or +inf, on both sides counts as equal, and stays in the divisor; on one side it gives +inf.
+    Arguments, reductions, dtypes, shards and errors as in `kl_div`.
     """
     return _divergence.of("logit_mse", student_logits, teacher_logits, options)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops._checks import loss_dtype
+from kdfast.ops.reference import difference
 
 Layers = Tensor | Sequence[Tensor]
 
@@ -29,7 +30,7 @@ def _reduced(
     if reduction == "mean":
         return sum(s.sum() / n.clamp(min=1) for s, n in zip(sums, per_layer, strict=True))  # type: ignore[return-value]
     total = sum(s.sum() for s in sums)
-    return total / batch if reduction == "batchmean" else total  # type: ignore[return-value]
+    return total / max(batch, 1) if reduction == "batchmean" else total  # type: ignore[return-value]
 
 
 def attention(
@@ -61,7 +62,7 @@ def attention(
     )
     if kind == "kl":
         queries = queries & keys.any(-1, keepdim=True)
-    maps = torch.as_tensor(range(heads) if head_map is None else head_map).expand(len(students), heads)
+    maps = torch.as_tensor(range(heads) if head_map is None else head_map).long().expand(len(students), heads)
     of_heads = torch.as_tensor(1.0 if head_weight is None else head_weight).double().expand(len(students), heads)
     of_layers = [1.0] * len(students) if layer_weight is None else list(layer_weight)
     counted = keys[:, None, None, :] & queries[:, None, :, None]
@@ -73,7 +74,7 @@ def attention(
         live = heads_of >= 0
         t = t.detach()[:, heads_of.clamp(min=0)]
         of = _mse(s, t, counted, floor) if kind == "mse" else _kl(s, t, keys[:, None, None, :], queries[:, None, :])
-        sums.append(of * (factor * w * live).to(of))
+        sums.append(torch.where(live.to(of.device), of, 0.0) * (factor * w).to(of))
         counts.append(live.sum() * per_head.sum())
     return _reduced(sums, per_head, counts, batch, reduction, isinstance(student_scores, Tensor))
 
@@ -82,7 +83,7 @@ def _mse(s: Tensor, t: Tensor, counted: Tensor, floor: float | None) -> Tensor:
     s, t = (torch.where(counted, x, 0.0) for x in (s, t))
     if floor is not None:
         s, t = (torch.where(x <= floor, 0.0, x) for x in (s, t))
-    return (s - t).square().sum((-1, -2))
+    return difference(s, t).square().sum((-1, -2))
 
 
 def _kl(s: Tensor, t: Tensor, keys: Tensor, queries: Tensor) -> Tensor:
@@ -140,7 +141,7 @@ def _normalized(s: Tensor, t: Tensor) -> Tensor:
     return (s - t).square().sum(-1)
 
 
-_VECTORS = {"mse": lambda s, t: (s - t).square().sum(-1), "cosine": _cosine, "normalized": _normalized}
+_VECTORS = {"mse": lambda s, t: difference(s, t).square().sum(-1), "cosine": _cosine, "normalized": _normalized}
 
 
 def cls(
@@ -189,7 +190,8 @@ def qk(
             if relation_heads is not None:
                 a, b = (x.transpose(1, 2).flatten(2).unflatten(2, (relation_heads, -1)).transpose(1, 2) for x in (a, b))
             b = b.repeat_interleave(a.shape[1] // b.shape[1], 1)
-            made.append(a @ b.mT * (a.shape[-1] ** -0.5 if scale is None else scale))
+            z = a @ b.mT * (max(a.shape[-1], 1) ** -0.5 if scale is None else scale)
+            made.append(torch.where(z.isinf(), torch.nan, z) if kind == "mse" else z)  # two infinities do not cancel
         return made
 
     s, t = scores(student_q, student_k, student_scale), scores(teacher_q, teacher_k, teacher_scale)

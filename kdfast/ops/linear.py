@@ -241,6 +241,7 @@ def linear_topk_kd_loss(
     """
     op = "linear_topk_kd_loss"
     _divergence.check_tail(op, tail)
+    _checks.check_topk_tensors(op, teacher_topk_logprobs, teacher_topk_indices)
     of = WithLabels.of(op, options)
     hard = hard_part(op, labels, of)
     student = _heads.checked(
@@ -326,7 +327,7 @@ def check_budget(op: str, budget: int | str) -> int:
     if budget == "auto":
         return 0  # what it comes to cannot be traced
     if isinstance(budget, bool) or not isinstance(budget, int):
-        _checks.wrong_type(op, "memory_budget", "a number of bytes or 'auto'", repr(budget))
+        _checks.wrong_type(op, "memory_budget", "a number of bytes or 'auto'", _checks.shown(budget))
     if budget < 1:
         _checks.wrong_value(op, "memory_budget", "1 or more", budget)
     return budget

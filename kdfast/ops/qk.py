@@ -170,7 +170,7 @@ def _of_heads(
         causal,
     )
     if loss == "kl":
-        masks = masks.with_columns()
+        masks = masks.with_columns(q)
     maps = _layers.check_head_map(op, head_map, len(lists[0]), heads, teacher_q.shape[1])
     of_layers = _layers.check_numbers(op, "layer_weight", layer_weight, len(lists[0]))
     weights = _layers.weights_of(maps, of_layers, [[1.0] * heads] * len(maps), reduction == "mean")

@@ -49,11 +49,18 @@ _ROWS: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
 }
 
 
+def difference(s: Tensor, t: Tensor) -> Tensor:
+    """s - t, of what is equal, as two infinities are, 0."""
+    equal = s == t
+    return torch.where(equal, 0.0, s) - torch.where(equal, 0.0, t)
+
+
 def _rows(kind: str, s: Tensor, t: Tensor, temperature: Tensor, beta: float, skew: float) -> Tensor:
     s, t = s / temperature[..., None], t / temperature[..., None]
-    neither = (s == -torch.inf) & (t == -torch.inf)
     if kind == "logit_mse":
-        return torch.where(neither, 0.0, torch.where(neither, 0.0, s) - torch.where(neither, 0.0, t)).square().mean(-1)
+        return difference(s, t).square().sum(-1) / max(s.shape[-1], 1)
+    neither = (s == -torch.inf) & (t == -torch.inf)
+    neither = neither & ~neither.all(-1, keepdim=True)  # a row without columns is NaN
     # Columns that are on neither side are taken out: -inf less -inf would be NaN in the gradients of mixtures.
     log_s, log_t = (torch.where(neither, -1e4, z.log_softmax(-1)) for z in (s, t))
     return _ROWS[kind](log_s, log_t, beta, skew)
@@ -122,12 +129,14 @@ def with_labels(
     """The soft part's rows, T² included, beside the cross-entropy; without a mask only rows that have a label."""
     if mask is None and labels is not None:
         mask = labels != ignore_index
+    if mask is not None and labels is not None:
+        labels = torch.where(mask.expand(labels.shape), labels, ignore_index)  # others are not looked at
     soft = alpha * reduce_rows(soft_rows, mask, weight, reduction, num_items)
     if labels is None:
         return soft
     hard_rows = torch.nn.functional.cross_entropy(
-        s.reshape(-1, s.shape[-1]),
-        labels.reshape(-1),
+        s.flatten(0, -2) if s.dim() > 1 else s[None],
+        labels.flatten(),
         reduction="none",
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
@@ -158,5 +167,7 @@ def reduce_rows(
     if reduction == "sum" or rows.numel() == 0:
         return total
     if reduction == "batchmean":
-        return total / rows.shape[0]
+        return total / max(rows.shape[0], 1)
+    if isinstance(num_items, Tensor):
+        num_items = num_items.reshape(())
     return total / (counted.sum().clamp(min=1) if num_items is None else num_items)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kdfast.ops import _divergence
+from kdfast.ops import _checks, _divergence
 from kdfast.ops._options import DivergenceOptions, Options, takes
 from kdfast.ops._transforms import transformable
 
@@ -41,7 +41,7 @@ def topk_kl_div(
         student_logits: `[..., V]`, as in `kl_div`.
         teacher_topk_logprobs: `[..., k]`, float32, bfloat16, float16, or float64 on the CPU: log softmax(z_t / T) **at
             the temperature given here**, over the whole vocabulary, not renormalised. Any order. -inf: no column, as
-            where rows have fewer than k.
+            where rows have fewer than k; a row without any gives NaN.
         teacher_topk_indices: `[..., k]`, int64 or int32, of the vocabulary, none twice in a row. On the CPU another
             index, or one that comes twice, is an error; on a device, where that would wait, it makes its row NaN, and
             in compiled code one that comes twice does. Indices of masked rows, and beside -inf, are not looked at.
@@ -52,5 +52,6 @@ def topk_kl_div(
     """
     op = "topk_kl_div"
     _divergence.check_tail(op, tail)
+    _checks.check_topk_tensors(op, teacher_topk_logprobs, teacher_topk_indices)
     given, kind = Options.of(op, options), f"topk_{tail}"
     return _divergence.run(op, kind, student_logits, teacher_topk_logprobs, given, 0.0, None, teacher_topk_indices)[0]

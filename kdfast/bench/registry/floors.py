@@ -44,7 +44,7 @@ def of_topk(
 ) -> tuple[Tensor, float]:
     """As `of_logits`."""
     temperature, reduction = _temperature(student, kwargs, 1.0), _reduction(kwargs)
-    largest = float((student.double() / temperature[..., None]).abs().max())
+    largest = _largest(student.double() / temperature[..., None])
     value = reduce_rows(2**-22 * largest * torch.ones_like(temperature), **reduction)
     factors = _factors_of_rows(student, reduction)
     t = teacher[0].double().exp()
@@ -85,7 +85,7 @@ def of_scores(power: int) -> Floors:
     def floors(
         reference: Callable[..., Tensor], student: Side, teacher: Side, kwargs: dict[str, Any], exact: Exact
     ) -> tuple[Tensor, float]:
-        largest = max(map(_largest, tensors(student) + tensors(teacher))) ** power
+        largest = max(map(_largest, tensors(student) + tensors(teacher)), default=0.0) ** power
         mean = apply(reference, student, teacher, **kwargs | {"reduction": "mean"}).detach()
         return 2**-22 * largest * exact[0].abs() / mean, 2**-21 * float(exact[1].norm()) * largest
 
@@ -93,8 +93,8 @@ def of_scores(power: int) -> Floors:
 
 
 def _largest(x: Tensor) -> float:
-    """Of the finite numbers."""
-    return float(x.abs().masked_fill(~x.isfinite(), 0.0).max())
+    """Of the finite numbers, if there are any."""
+    return float(x.abs().masked_fill(~x.isfinite(), 0.0).max()) if x.numel() else 0.0
 
 
 def _temperature(student: Tensor, kwargs: dict[str, Any], default: float) -> Tensor:

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Makes the source distribution, and of that alone a wheel, both in dist/: offline, with the build tools and the torch of
+# .venv. The wheel is checked (size, platform tag by auditwheel where that is installed) and used in a fresh environment.
+#   LOCAL=+cu130   a local version for the wheel: what tells a build with CUDA (KDFAST_CUDA=ON) from the CPU's
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=$PWD/.venv/bin/python
+most=$((5 * 1024 * 1024))
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export PATH=$PWD/.venv/bin:$PATH PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1 KDFAST_CUDA=${KDFAST_CUDA:-OFF}
+
+mkdir -p dist
+"$python" -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' >"$work/sdist.log"
+sdist=$(ls -t dist/kdfast-*.tar.gz | head -1)
+tar -xzf "$sdist" -C "$work"
+(
+  cd "$work"/kdfast-*
+  [ -z "${LOCAL:-}" ] || sed -i "s/^__version__ = \"\(.*\)\"/__version__ = \"\1$LOCAL\"/" kdfast/__init__.py
+  "$python" -m pip wheel -q --no-build-isolation --no-deps -w "$work/wheel" .
+)
+wheel=$(ls "$work"/wheel/*.whl)
+size=$(stat -c %s "$wheel")
+[ "$KDFAST_CUDA" = ON ] || [ "$size" -lt "$most" ] || { echo "$wheel: $size bytes, at most $most" >&2 && exit 1; }
+
+if "$python" -c 'import auditwheel' 2>/dev/null; then
+  "$python" -m auditwheel repair -w dist --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libgomp*.so*' "$wheel"
+else
+  cp "$wheel" dist
+fi
+wheel=$(ls -t dist/*.whl | head -1)
+
+"$python" -m venv "$work/fresh"
+"$python" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
+  >"$("$work/fresh/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
+"$work/fresh/bin/python" -m pip install -q --no-deps "$wheel"
+cd "$work"
+fresh/bin/python - "$work/fresh" <<'END'
+import sys
+
+import torch
+
+import kdfast
+
+assert kdfast.__file__.startswith(sys.argv[1]), kdfast.__file__
+student, teacher = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
+loss = kdfast.kl_div(student, teacher)
+loss.backward()
+expected = (student.softmax(-1) - teacher.softmax(-1)) / 4
+torch.testing.assert_close(student.grad, expected.detach())
+print(f"kdfast {kdfast.__version__} on torch {torch.__version__}: a loss of {loss.item():.4f}, and its gradient")
+END
+fresh/bin/kdfast doctor
+cd - >/dev/null
+echo "$sdist, $(stat -c %s "$sdist") bytes; $wheel, $(stat -c %s "$wheel") bytes"
