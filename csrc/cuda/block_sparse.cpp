@@ -49,10 +49,25 @@ Tensor product(Tensor x, Tensor values, Tensor begin, Tensor index, Tensor place
   const BlockPlan plan = plan_blocks({rows, outer, outer * (x.size(1) / depth), index.size(0), width, depth,
                                       int(x.element_size()), turned, false, rows_apart(left)},
                                      limits_of(op, target));
-  const BlockArgs args = {element_of(x.scalar_type()), left.const_data_ptr(), right.const_data_ptr(),
-                          bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), numbers_of(begin),
-                          numbers_of(index), numbers_of(place), rows, outer, index.size(0), x.size(1),
-                          values.size(2), step_of(left), values.size(2), width, depth, turned, false};
+  const BlockArgs args = {element_of(x.scalar_type()),
+                          left.const_data_ptr(),
+                          right.const_data_ptr(),
+                          bias ? bias->const_data_ptr() : nullptr,
+                          y.mutable_data_ptr(),
+                          numbers_of(begin),
+                          numbers_of(index),
+                          numbers_of(place),
+                          rows,
+                          outer,
+                          index.size(0),
+                          x.size(1),
+                          values.size(2),
+                          step_of(left),
+                          values.size(2),
+                          width,
+                          depth,
+                          turned,
+                          false};
   (plan.wgmma ? launch_wgmma_product : launch_block_product)(op, target, args, plan);
   return y;
 }
@@ -67,14 +82,29 @@ Tensor gradient(Tensor grad, Tensor x, Tensor begin, Tensor index, Tensor place,
   const Tensor to = new_output(x, {count, rows, columns}, x.scalar_type());
   const Tensor left = in_vectors(grad), right = in_vectors(x);
   const Target target = target_of(op, x);
-  const BlockPlan plan = plan_blocks({x.size(0), outer, grad.size(1) / rows * (x.size(1) / columns), count, int(rows),
-                                      int(columns), int(x.element_size()), false, true,
-                                      rows_apart(left) && rows_apart(right)},
-                                     limits_of(op, target));
-  const BlockArgs args = {element_of(x.scalar_type()), left.const_data_ptr(), right.const_data_ptr(), nullptr,
-                          to.mutable_data_ptr(), numbers_of(begin), numbers_of(index), numbers_of(place), x.size(0),
-                          outer, count, grad.size(1), x.size(1), step_of(left), step_of(right), int(rows),
-                          int(columns), false, by_rows};
+  const BlockPlan plan =
+      plan_blocks({x.size(0), outer, grad.size(1) / rows * (x.size(1) / columns), count, int(rows), int(columns),
+                   int(x.element_size()), false, true, rows_apart(left) && rows_apart(right)},
+                  limits_of(op, target));
+  const BlockArgs args = {element_of(x.scalar_type()),
+                          left.const_data_ptr(),
+                          right.const_data_ptr(),
+                          nullptr,
+                          to.mutable_data_ptr(),
+                          numbers_of(begin),
+                          numbers_of(index),
+                          numbers_of(place),
+                          x.size(0),
+                          outer,
+                          count,
+                          grad.size(1),
+                          x.size(1),
+                          step_of(left),
+                          step_of(right),
+                          int(rows),
+                          int(columns),
+                          false,
+                          by_rows};
   (plan.wgmma ? launch_wgmma_gradient : launch_block_gradient)(op, target, args, plan);
   return to;
 }

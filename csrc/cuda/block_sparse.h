@@ -70,9 +70,11 @@ inline bool takes_wgmma(const BlockCase& c, const DeviceLimits& device) {
 inline BlockPlan wgmma_plan(const BlockCase& c, const DeviceLimits& device, bool dense) {
   const int bytes = wgmma_step_bytes(c.width, c.depth, c.of_weight), stages = wgmma_stages(bytes);
   const int64_t tiles = c.of_weight ? (c.live + 1) / 2 : (c.rows + kWgmmaTile - 1) / kWgmmaTile * c.outer;
-  return {true,   kWgmmaThreads,
+  return {true,
+          kWgmmaThreads,
           c.of_weight ? c.width : kWgmmaTile,
-          stages, int64_t(stages) * bytes + kWgmmaExtra,
+          stages,
+          int64_t(stages) * bytes + kWgmmaExtra,
           std::min<int64_t>(tiles, device.multiprocessors),
           dense};
 }

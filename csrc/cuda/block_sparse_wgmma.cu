@@ -1,10 +1,11 @@
 // Products with a matrix of which some blocks live, on Hopper: sides of 64 or 128, 16-bit numbers, sums in float32.
 //
 // A block of threads stays on its multiprocessor and makes one tile after the other: 256 rows of a block row from its
-// live blocks, or the gradients of two live blocks from all rows. Of its three warpgroups one thread copies: each step's
-// operands, as they lie in memory, into the next of a ring of stages, by the copy engine. Two warpgroups multiply: 128
-// rows, or one block. No operand is transposed by anything but the instructions, every stage is read by both, and
-// nothing is waited for but a stage that is not there yet. Always the same sums in the same order, no atomics.
+// live blocks, or the gradients of two live blocks from all rows. Of its three warpgroups one thread copies: each
+// step's operands, as they lie in memory, into the next of a ring of stages, by the copy engine. Two warpgroups
+// multiply: 128 rows, or one block. No operand is transposed by anything but the instructions, every stage is read by
+// both, and nothing is waited for but a stage that is not there yet. Always the same sums in the same order, no
+// atomics.
 #include "cuda/block_of.cuh"
 #include "cuda/block_sparse.h"
 #include "cuda/launch.cuh"
@@ -74,8 +75,8 @@ KDFAST_DEVICE void multiply(T type, float (&c)[kM][kSums], uint32_t a, uint32_t 
   products_commit();
 }
 
-// All steps of a tile; operands from bytes `a` and `b` of each stage on. A stage is free when the next one's products are
-// under way.
+// All steps of a tile; operands from bytes `a` and `b` of each stage on. A stage is free when the next one's products
+// are under way.
 template <bool kWideA, bool kWideB, int kM, int kSums, int kBytes, class T>
 KDFAST_DEVICE void sum_steps(T type, float (&c)[kM][kSums], Ring<kBytes>& ring, int64_t steps, int a, int b) {
   auto release = [&](int stage) {
@@ -320,8 +321,8 @@ void launch_wgmma_gradient(const char* op, const Target& target, const BlockArgs
   with_short_type(args.type, [&](auto type) {
     with_square_side(args.width, [&](auto rows) {
       with_square_side(args.depth, [&](auto columns) {
-        launch(op, wgmma_gradients<decltype(type), rows(), columns()>, target,
-               {plan.blocks, plan.threads, plan.shared}, grad, x, args);
+        launch(op, wgmma_gradients<decltype(type), rows(), columns()>, target, {plan.blocks, plan.threads, plan.shared},
+               grad, x, args);
       });
     });
   });

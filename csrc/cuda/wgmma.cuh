@@ -1,10 +1,10 @@
-// Hopper's products of whole warpgroups (four warps), and what feeds them: boxes of a matrix that the copy engine brings
-// to shared memory, and barriers that tell when they are there. Only for sm_90a.
+// Hopper's products of whole warpgroups (four warps), and what feeds them: boxes of a matrix that the copy engine
+// brings to shared memory, and barriers that tell when they are there. Only for sm_90a.
 //
-// An operand is made of squares: 64 rows of 64 16-bit numbers as a box brings them (tensor_map.h), from a multiple of 1024
-// bytes on. "Deep": its rows are the product's (a's rows, b's columns), with the numbers of a sum side by side. "Wide":
-// its rows are the numbers of a sum, with the product's rows or columns side by side. A square has 64 of them either
-// way, and the next 64 are in the next square.
+// An operand is made of squares: 64 rows of 64 16-bit numbers as a box brings them (tensor_map.h), from a multiple of
+// 1024 bytes on. "Deep": its rows are the product's (a's rows, b's columns), with the numbers of a sum side by side.
+// "Wide": its rows are the numbers of a sum, with the product's rows or columns side by side. A square has 64 of them
+// either way, and the next 64 are in the next square.
 //
 // Of c [64, columns] lane l of warp w (of the four) has, with g = l / 4 and q = l % 4: c[4 n + 2 h + i] is at row
 // 16 w + 8 h + g, column 8 n + 2 q + i.
@@ -39,8 +39,8 @@ KDFAST_DEVICE uint64_t operand(bool wide, uint32_t squares, int k) {
 namespace kdfast::cuda {
 
 // ---- barriers ----
-// Phases follow each other: one is over when as many threads have arrived as the barrier was made for, and as many bytes
-// have come as these expect.
+// Phases follow each other: one is over when as many threads have arrived as the barrier was made for, and as many
+// bytes have come as these expect.
 struct alignas(8) StageBarrier {
   uint64_t state;
 };
@@ -87,7 +87,8 @@ KDFAST_DEVICE void registers_up_to() {
 }
 
 // ---- products, by all threads of a warpgroup ----
-// Products are issued, committed in groups and waited for. Before the first of a group: sums are what threads made them.
+// Products are issued, committed in groups and waited for. Before the first of a group: sums are what threads made
+// them.
 KDFAST_DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 KDFAST_DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until all groups but the last `kOpen` are done.
@@ -105,10 +106,12 @@ KDFAST_DEVICE void sums_arrived(float (&c)[kM][kN]) {
   }
 }
 
-#define KDFAST_SUMS_8(c, i) \
-  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
-#define KDFAST_SUMS_32(c, i) KDFAST_SUMS_8(c, i), KDFAST_SUMS_8(c, i + 8), KDFAST_SUMS_8(c, i + 16), KDFAST_SUMS_8(c, i + 24)
-#define KDFAST_REGISTERS_32                                                                                         \
+#define KDFAST_SUMS_8(c, i)                                                                                   \
+  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), \
+      "+f"(c[i + 7])
+#define KDFAST_SUMS_32(c, i) \
+  KDFAST_SUMS_8(c, i), KDFAST_SUMS_8(c, i + 8), KDFAST_SUMS_8(c, i + 16), KDFAST_SUMS_8(c, i + 24)
+#define KDFAST_REGISTERS_32                                                                                        \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
 #define KDFAST_REGISTERS_64                                                                                          \
@@ -116,9 +119,9 @@ KDFAST_DEVICE void sums_arrived(float (&c)[kM][kN]) {
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
   "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 // Sums of a type in `columns` columns; then the operands, to be added to the sums, not negated, and which are wide.
-#define KDFAST_PRODUCT(type, columns, registers, a, b, wide_a, wide_b)                                           \
-  "{\n .reg .pred add;\n setp.eq.u32 add, 0, 0;\n"                                                               \
-  " wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" registers "}, " a ", " b            \
+#define KDFAST_PRODUCT(type, columns, registers, a, b, wide_a, wide_b)                                \
+  "{\n .reg .pred add;\n setp.eq.u32 add, 0, 0;\n"                                                    \
+  " wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" registers "}, " a ", " b \
   ", add, 1, 1, " wide_a ", " wide_b ";\n}"
 
 // c += a b over 16 numbers of each sum; the first argument only names the type of a and b.

@@ -40,9 +40,9 @@ void define_blocks(py::module_& m) {
             kdfast::cuda::plan_blocks({rows, outer, all, live, width, depth, element_size, turned, of_weight, apart},
                                       {multiprocessors, 0, 0, 1, wgmma});
         return py::dict(py::arg("wgmma") = plan.wgmma, py::arg("threads") = plan.threads,
-                        py::arg("tile_rows") = plan.tile_rows,
-                        py::arg("stages") = plan.stages, py::arg("shared") = plan.shared,
-                        py::arg("blocks") = plan.blocks, py::arg("dense") = plan.dense);
+                        py::arg("tile_rows") = plan.tile_rows, py::arg("stages") = plan.stages,
+                        py::arg("shared") = plan.shared, py::arg("blocks") = plan.blocks,
+                        py::arg("dense") = plan.dense);
       },
       py::kw_only(), py::arg("rows"), py::arg("outer"), py::arg("all"), py::arg("live"), py::arg("width"),
       py::arg("depth"), py::arg("element_size"), py::arg("turned") = false, py::arg("of_weight") = false,

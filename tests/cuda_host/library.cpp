@@ -54,8 +54,9 @@ Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes, torch::
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// The device from now on, by default without wgmma, the order of its threads (fibers.h), and by how many elements outputs are misaligned. Three
-// blocks of any size fit a multiprocessor, so that the smallest cluster that fits at all is planned.
+// The device from now on, by default without wgmma, the order of its threads (fibers.h), and by how many elements
+// outputs are misaligned. Three blocks of any size fit a multiprocessor, so that the smallest cluster that fits at all
+// is planned.
 EXPORT void cuda_host_device(int multiprocessors, int shared_per_block, int max_cluster, unsigned seed, int shift) {
   const int64_t per_multiprocessor = 3 * (shared_per_block + kdfast::cuda::kReservedShared);
   kdfast::cuda::limits = {multiprocessors, shared_per_block, per_multiprocessor, max_cluster};

@@ -1,5 +1,5 @@
-// Test-only: Hopper's instructions by themselves, for tests/test_cuda_wgmma_host.py, and matrices as the driver makes them
-// for the copy engine.
+// Test-only: Hopper's instructions by themselves, for tests/test_cuda_wgmma_host.py, and matrices as the driver makes
+// them for the copy engine.
 #include "cuda/wgmma.cuh"
 
 #include "cuda/launch.cuh"
@@ -10,7 +10,8 @@ namespace kdfast::cuda {
 TensorMap tensor_map(const char* op, const BoxedRows& m, int box_rows) {
   const bool some = m.rows > 0 && m.columns > 0 && box_rows > 0 && box_rows <= 256;
   const bool placed = uintptr_t(m.start) % 16 == 0 && m.step * 2 % 16 == 0 && m.step >= m.columns;
-  if (!some || !placed || m.type == Element::f32) throw std::runtime_error(std::string(op) + ": cuTensorMapEncodeTiled");
+  if (!some || !placed || m.type == Element::f32)
+    throw std::runtime_error(std::string(op) + ": cuTensorMapEncodeTiled");
   const cuda_host::MappedRows of = {(const unsigned char*)m.start, m.rows, m.columns, 2 * m.step, box_rows};
   TensorMap map;
   static_assert(sizeof(of) <= sizeof(map));

@@ -1,6 +1,6 @@
-// Test-only: the instructions of csrc/cuda/wgmma.cuh for the CPU, as the PTX ISA has them. Copies and products run beside
-// the threads, as late as they may: a copy when somebody waits for a barrier, a product when its group is waited for.
-// So it shows when a thread reads what it did not wait for, or gives away what is still being read.
+// Test-only: the instructions of csrc/cuda/wgmma.cuh for the CPU, as the PTX ISA has them. Copies and products run
+// beside the threads, as late as they may: a copy when somebody waits for a barrier, a product when its group is waited
+// for. So it shows when a thread reads what it did not wait for, or gives away what is still being read.
 #pragma once
 #include <deque>
 #include <map>
@@ -96,14 +96,17 @@ inline void end_phase(StageBarrier* b) {
 // The operand that a descriptor describes, with 128-byte swizzle: rows of 8 numbers (16 bytes) in groups of eight rows.
 template <class T>
 Operand read_operand(Block& block, uint64_t descriptor, bool wide, int count) {
-  auto bits = [&](int first, int last) { return uint32_t(descriptor >> first & ((uint64_t(1) << (last - first + 1)) - 1)); };
+  auto bits = [&](int first, int last) {
+    return uint32_t(descriptor >> first & ((uint64_t(1) << (last - first + 1)) - 1));
+  };
   const uint32_t start = bits(0, 13) << 4, leading = bits(16, 29) << 4, stride = bits(32, 45) << 4;
   if (bits(62, 63) != 1 || bits(49, 51) != 0) machine().fail("a descriptor of an operand that is not swizzled so");
+  if (start >> 7 & 7) machine().fail("an operand off the 1024 bytes in which its swizzle repeats");
   Operand numbers(size_t(count) * 16);
   for (uint32_t i = 0; i < uint32_t(count); ++i) {
     for (uint32_t k = 0; k < 16; ++k) {
-      const uint32_t at = wide ? i / 64 * leading + i % 64 * 2 + k / 8 * stride + k % 8 * 128
-                               : i / 8 * stride + i % 8 * 128 + k * 2;
+      const uint32_t at =
+          wide ? i / 64 * leading + i % 64 * 2 + k / 8 * stride + k % 8 * 128 : i / 8 * stride + i % 8 * 128 + k * 2;
       const uint32_t address = swizzled(start + at);
       uint16_t number;
       std::memcpy(&number, shared_at(block, address & ~15u) + address % 16, 2);
@@ -121,7 +124,9 @@ inline void run(const Product& p) {
   const auto key = std::pair{group, thread().done++};
   auto found = of.operands.find(key);
   if (found == of.operands.end()) {
-    found = of.operands.insert({key, {p.read(block, p.a, p.wide_a, 64), p.read(block, p.b, p.wide_b, p.columns), p.a, p.b}}).first;
+    found =
+        of.operands.insert({key, {p.read(block, p.a, p.wide_a, 64), p.read(block, p.b, p.wide_b, p.columns), p.a, p.b}})
+            .first;
   }
   Engines::Operands& operands = found->second;
   if (operands.of_a != p.a || operands.of_b != p.b) machine().fail("a product whose warps do not agree");
