@@ -76,6 +76,11 @@ def test_rows_and_densities_by_wgmma(shim: ctypes.CDLL, dtype: torch.dtype, rows
     check(Case(shim, Device(wgmma=True, multiprocessors=5), seed=2), layout_of((64, 64), density), rows, dtype)
 
 
+def test_many_tiles_by_wgmma(shim: ctypes.CDLL) -> None:
+    """Nine of rows: eight that multiprocessors make together, and one."""
+    check(Case(shim, Device(wgmma=True, multiprocessors=7), seed=2), layout_of((64, 64), SOME), 2060, torch.bfloat16)
+
+
 @pytest.mark.parametrize("offset", [0, 1])
 def test_rows_that_wgmma_cannot_take(shim: ctypes.CDLL, offset: int) -> None:
     """Rows that overlap; rows that do not start on 16 bytes are copied first."""

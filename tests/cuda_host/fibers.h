@@ -148,6 +148,7 @@ class Machine {
       }
       if (error_.empty() && block.unfinished) error_ = block.unfinished->complaint();
     }
+    blocks_.clear();  // not at the process's end, where what they refer to may be gone
     if (!error_.empty()) throw std::runtime_error("cuda host shim: " + error_);
   }
 
