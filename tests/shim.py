@@ -65,6 +65,7 @@ class Device:
     shared: int = 227 << 10
     max_cluster: int = 16
     multiprocessors: int = 1
+    wgmma: bool = False
 
 
 def logits(rows: int, columns: int, dtype: torch.dtype, *, offset: int = 0, width: int | None = None) -> Tensor:
@@ -169,6 +170,7 @@ class Case:
         torch.manual_seed(0)
         self.shim = shim
         shim.cuda_host_device(device.multiprocessors, device.shared, device.max_cluster, seed, offset)
+        shim.cuda_host_wgmma(device.wgmma)
         self.ops = torch.ops.kdfast_cuda_host
 
     def clean(self) -> None:

@@ -1,4 +1,4 @@
-"""The CUDA kernels of block-sparse products, run on the CPU by the host shim."""
+"""The CUDA kernels of block-sparse products, run on the CPU by the host shim: those of any GPU from Ampere on, and Hopper's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from kdfast.ops._block_layout import BlockLayout
 __all__ = ["shim"]  # a fixture
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the shim switches fibers on x86-64 only")
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+SHORT = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+SQUARES = [(64, 64), (128, 128), (64, 128), (128, 64)]
 BLOCKS = [(32, 32), (64, 64), (128, 128), (128, 32), (32, 96), (96, 64), (64, 128)]
 NONE, SOME, ALL = 0.0, 0.3, 1.0
 
@@ -59,6 +61,36 @@ def test_products(shim: ctypes.CDLL, dtype: torch.dtype, block: tuple[int, int])
     check(Case(shim, Device(), seed=1), layout_of(block, SOME), 161, dtype)
 
 
+@SHORT
+@pytest.mark.parametrize("block", SQUARES, ids=str)
+def test_products_by_wgmma(shim: ctypes.CDLL, dtype: torch.dtype, block: tuple[int, int]) -> None:
+    """Two tiles of 256 rows, of which the second is one row, and an odd number of live blocks, of which a pair is of two
+    block rows."""
+    check(Case(shim, Device(wgmma=True), seed=1), layout_of(block, SOME), 257, dtype)
+
+
+@SHORT
+@pytest.mark.parametrize(("rows", "density"), [(1, SOME), (33, ALL), (129, NONE), (0, SOME), (64, ALL)])
+def test_rows_and_densities_by_wgmma(shim: ctypes.CDLL, dtype: torch.dtype, rows: int, density: float) -> None:
+    """Several blocks of threads, and none for some of the tiles; threads take turns in any order."""
+    check(Case(shim, Device(wgmma=True, multiprocessors=5), seed=2), layout_of((64, 64), density), rows, dtype)
+
+
+def test_many_tiles_by_wgmma(shim: ctypes.CDLL) -> None:
+    """Nine of rows: eight that multiprocessors make together, and one."""
+    check(Case(shim, Device(wgmma=True, multiprocessors=7), seed=2), layout_of((64, 64), SOME), 2060, torch.bfloat16)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_rows_that_wgmma_cannot_take(shim: ctypes.CDLL, offset: int) -> None:
+    """Rows that overlap; rows that do not start on 16 bytes are copied first."""
+    case, layout = Case(shim, Device(wgmma=True), seed=3), layout_of((64, 64), SOME)
+    check(case, layout, 37, torch.bfloat16, offset)
+    x, values = torch.randn(1, 256).bfloat16().expand(70, 256), torch.randn(layout.count, 64, 64).bfloat16()
+    y = case.ops.block_sparse_product(x, values, *layout.rows, None, True)
+    assert_close(y, x.double() @ layout.dense(values.double()).T, torch.bfloat16)
+
+
 @FLOATS
 @pytest.mark.parametrize("rows", [0, 1, 33])
 @pytest.mark.parametrize("density", [NONE, SOME, ALL])
@@ -72,21 +104,23 @@ def test_rows_that_do_not_start_on_16_bytes(shim: ctypes.CDLL, dtype: torch.dtyp
 
 
 @FLOATS
-def test_dead_places_reach_nothing(shim: ctypes.CDLL, dtype: torch.dtype) -> None:
-    """NaN in the empty block row's gradient and the empty block column's input."""
-    case, layout, rows = Case(shim, Device(), seed=4), layout_of((32, 64), SOME), 45
+@pytest.mark.parametrize(("wgmma", "block"), [(False, (32, 64)), (True, (64, 64))], ids=["mma", "wgmma"])
+def test_dead_places_reach_nothing(shim: ctypes.CDLL, dtype: torch.dtype, wgmma: bool, block: tuple[int, int]) -> None:
+    """NaN in the empty block row's gradient and the empty block column's input, and between the rows of both."""
+    case, layout, rows = Case(shim, Device(wgmma=wgmma), seed=4), layout_of(block, SOME), 45
     values = torch.randn(layout.count, *layout.block).to(dtype)
     x, grad = strided(rows, layout.shape[1], dtype), strided(rows, layout.shape[0], dtype)
     weight = layout.dense(values.double())
     wanted = x.double() @ weight.T, grad.double() @ weight, layout.values_of(grad.double().T @ x.double())
-    x[:, 2 * 64 : 3 * 64] = grad[:, 32:64] = torch.nan
+    dead, dead_of_x = slice(block[0], 2 * block[0]), slice(2 * block[1], 3 * block[1])
+    x[:, dead_of_x] = grad[:, dead] = torch.nan
     y = case.ops.block_sparse_product(x, values, *layout.rows, None, True)
     of_x = case.ops.block_sparse_product(grad, values, *layout.columns, None, False)
     of_values = case.ops.block_sparse_gradient(grad, x, *layout.rows, *layout.block, True)
     for ours, exact in zip((y, of_x, of_values), wanted, strict=True):
         assert_close(ours, exact, dtype)
-    assert (y[:, 32:64] == 0).all()
-    assert (of_x[:, 2 * 64 : 3 * 64] == 0).all()
+    assert (y[:, dead] == 0).all()
+    assert (of_x[:, dead_of_x] == 0).all()
     case.clean()
 
 

@@ -30,6 +30,10 @@ Tensor in_vectors(const Tensor& t) {
   return copy;
 }
 
+bool rows_apart(const Tensor& t) { return t.size(0) <= 1 || t.stride(0) >= t.size(1); }
+// From row to row; of a single row any stride is as good.
+int64_t step_of(const Tensor& t) { return t.size(0) <= 1 ? t.size(1) : t.stride(0); }
+
 const int64_t* numbers_of(const Tensor& t) { return (const int64_t*)t.const_data_ptr(); }
 
 Tensor product(Tensor x, Tensor values, Tensor begin, Tensor index, Tensor place, std::optional<Tensor> bias,
@@ -41,14 +45,30 @@ Tensor product(Tensor x, Tensor values, Tensor begin, Tensor index, Tensor place
   const int64_t outer = begin.size(0) - 1, rows = x.size(0);
   const Tensor y = new_output(x, {rows, outer * width}, x.scalar_type());
   const Tensor left = in_vectors(x), right = in_vectors(values);
-  const BlockPlan plan = plan_blocks(
-      {rows, outer, outer * (x.size(1) / depth), index.size(0), width, depth, int(x.element_size()), turned});
-  launch_block_product(
-      op, target_of(op, x),
-      {element_of(x.scalar_type()), left.const_data_ptr(), right.const_data_ptr(),
-       bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(), numbers_of(begin), numbers_of(index),
-       numbers_of(place), rows, outer, left.stride(0), 0, width, depth, turned, false},
-      plan);
+  const Target target = target_of(op, x);
+  const BlockPlan plan = plan_blocks({rows, outer, outer * (x.size(1) / depth), index.size(0), width, depth,
+                                      int(x.element_size()), turned, false, rows_apart(left)},
+                                     limits_of(op, target));
+  const BlockArgs args = {.type = element_of(x.scalar_type()),
+                          .left = left.const_data_ptr(),
+                          .right = right.const_data_ptr(),
+                          .bias = bias ? bias->const_data_ptr() : nullptr,
+                          .to = y.mutable_data_ptr(),
+                          .begin = numbers_of(begin),
+                          .index = numbers_of(index),
+                          .place = numbers_of(place),
+                          .rows = rows,
+                          .outer = outer,
+                          .live = index.size(0),
+                          .left_columns = x.size(1),
+                          .right_columns = values.size(2),
+                          .left_step = step_of(left),
+                          .right_step = values.size(2),
+                          .width = width,
+                          .depth = depth,
+                          .turned = turned,
+                          .by_rows = false};
+  (plan.wgmma ? launch_wgmma_product : launch_block_product)(op, target, args, plan);
   return y;
 }
 
@@ -61,13 +81,31 @@ Tensor gradient(Tensor grad, Tensor x, Tensor begin, Tensor index, Tensor place,
   STD_TORCH_CHECK(begin.size(0) == outer + 1, op, ": begin: expected ", outer + 1, " numbers, got ", begin.size(0));
   const Tensor to = new_output(x, {count, rows, columns}, x.scalar_type());
   const Tensor left = in_vectors(grad), right = in_vectors(x);
-  const BlockPlan plan = plan_blocks({x.size(0), outer, grad.size(1) / rows * (x.size(1) / columns), count, int(rows),
-                                      int(columns), int(x.element_size()), false, true});
-  launch_block_gradient(op, target_of(op, x),
-                        {element_of(x.scalar_type()), left.const_data_ptr(), right.const_data_ptr(), nullptr,
-                         to.mutable_data_ptr(), numbers_of(begin), numbers_of(index), numbers_of(place), x.size(0),
-                         outer, left.stride(0), right.stride(0), int(rows), int(columns), false, by_rows},
-                        plan);
+  const Target target = target_of(op, x);
+  const BlockPlan plan =
+      plan_blocks({x.size(0), outer, grad.size(1) / rows * (x.size(1) / columns), count, int(rows), int(columns),
+                   int(x.element_size()), false, true, rows_apart(left) && rows_apart(right)},
+                  limits_of(op, target));
+  const BlockArgs args = {.type = element_of(x.scalar_type()),
+                          .left = left.const_data_ptr(),
+                          .right = right.const_data_ptr(),
+                          .bias = nullptr,
+                          .to = to.mutable_data_ptr(),
+                          .begin = numbers_of(begin),
+                          .index = numbers_of(index),
+                          .place = numbers_of(place),
+                          .rows = x.size(0),
+                          .outer = outer,
+                          .live = count,
+                          .left_columns = grad.size(1),
+                          .right_columns = x.size(1),
+                          .left_step = step_of(left),
+                          .right_step = step_of(right),
+                          .width = int(rows),
+                          .depth = int(columns),
+                          .turned = false,
+                          .by_rows = by_rows};
+  (plan.wgmma ? launch_wgmma_gradient : launch_block_gradient)(op, target, args, plan);
   return to;
 }
 

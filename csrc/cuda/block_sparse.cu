@@ -3,6 +3,7 @@
 //
 // A step is 32 numbers of the sums. Both panels of a step come by copies of 16 bytes while those of the step before are
 // multiplied. 16-bit sums stay in the tensor cores, in float32; float32 numbers are three products of tf32 (mma.cuh).
+#include "cuda/block_of.cuh"
 #include "cuda/block_sparse.h"
 #include "cuda/launch.cuh"
 #include "cuda/mma.cuh"
@@ -200,16 +201,6 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(T) == 2 ? 2 : 1)
   stage(c, panels, kWidth, row, column, 2, bias);
   __syncthreads();
   write(panels, (T*)args.to + first * width + outer * kWidth, width, kWidth, live);
-}
-
-// The block row of live block n: the last that begins at n or before, and is not empty.
-KDFAST_DEVICE int64_t outer_of(const BlockArgs& args, int64_t n) {
-  int64_t low = 0, high = args.outer;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (args.begin[middle] <= n ? low : high) = middle;
-  }
-  return low;
 }
 
 // Warps make half the rows and a quarter of the columns each.

@@ -1,5 +1,5 @@
-// The only file, beside mma.cuh, that knows whether a kernel is compiled by nvcc or by the test-only host shim
-// (tests/cuda_host): whatever is an instruction rather than C++ stands here, and the shim offers the same names.
+// The only file, beside mma.cuh and wgmma.cuh, that knows whether a kernel is compiled by nvcc or by the test-only host
+// shim (tests/cuda_host): whatever is an instruction rather than C++ stands here, and the shim offers the same names.
 //
 // Kernels keep to what both have: launches through launch.cuh, one dynamic shared base, full-warp shuffles of float,
 // __syncthreads and the functions below; block sizes are multiples of 32, and no thread relies on lockstep.

@@ -10,6 +10,7 @@ struct DeviceLimits {
   int multiprocessors;
   int64_t shared_per_block, shared_per_multiprocessor;  // bytes
   int max_cluster;                                      // blocks; 1 where there are no clusters
+  bool wgmma = false;                                   // it has Hopper's matrix instructions, and so has this build
 };
 
 struct RowCase {

@@ -9,6 +9,7 @@
 
 #include "cuda/divergence.h"
 #include "cuda/qk.h"
+#include "cuda/tensor_map.h"
 #include "host/build_info.h"
 
 namespace kdfast::cuda {
@@ -29,13 +30,20 @@ int attribute(const char* op, cudaDeviceAttr name, int device) {
   return value;
 }
 
+// KDFAST_CUDA_NO_CLUSTERS: as if the device were older than Hopper.
+bool forbidden() {
+  const char* set = std::getenv("KDFAST_CUDA_NO_CLUSTERS");
+  return set && *set && *set != '0';
+}
+
 // 16 blocks is beyond what CUDA promises everywhere; data-center Hopper and Blackwell have it.
-int max_cluster(const char* op, int device) {
-  const char* forbidden = std::getenv("KDFAST_CUDA_NO_CLUSTERS");
-  const int major = attribute(op, cudaDevAttrComputeCapabilityMajor, device);
-  if (major < 9 || (forbidden && *forbidden && *forbidden != '0')) return 1;
+int max_cluster(int major) {
+  if (major < 9 || forbidden()) return 1;
   return major < 12 ? 16 : 8;
 }
+
+// Every build has the kernels for sm_90a, and nothing else runs them: not what comes after Hopper either.
+bool has_wgmma(int major, int minor) { return major == 9 && minor == 0 && !forbidden() && has_tensor_maps(); }
 
 }  // namespace
 
@@ -51,8 +59,9 @@ Target target_of(const char* op, const torch::stable::Tensor& t) {
 
 DeviceLimits limits_of(const char* op, const Target& target) {
   auto of = [&](cudaDeviceAttr name) { return attribute(op, name, target.device); };
+  const int major = of(cudaDevAttrComputeCapabilityMajor), minor = of(cudaDevAttrComputeCapabilityMinor);
   return {of(cudaDevAttrMultiProcessorCount), of(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          of(cudaDevAttrMaxSharedMemoryPerMultiprocessor), max_cluster(op, target.device)};
+          of(cudaDevAttrMaxSharedMemoryPerMultiprocessor), max_cluster(major), has_wgmma(major, minor)};
 }
 
 torch::stable::Tensor new_output(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes,

@@ -20,7 +20,8 @@ namespace kdfast::cuda {
 // The device that holds `t`, and torch's current stream there.
 Target target_of(const char* op, const torch::stable::Tensor& t);
 
-// KDFAST_CUDA_NO_CLUSTERS=1 in the environment makes any device look like one without clusters, for tests.
+// KDFAST_CUDA_NO_CLUSTERS=1 in the environment makes any device look like one before Hopper, without clusters and
+// wgmma, for tests.
 DeviceLimits limits_of(const char* op, const Target& target);
 
 // The element of float32, bfloat16 or float16.

@@ -36,16 +36,19 @@ void define_blocks(py::module_& m) {
   m.def(
       "cuda_block_plan",
       [](int64_t rows, int64_t outer, int64_t all, int64_t live, int width, int depth, int element_size, bool turned,
-         bool of_weight) {
+         bool of_weight, bool apart, bool wgmma, int multiprocessors) {
         const kdfast::cuda::BlockPlan plan =
-            kdfast::cuda::plan_blocks({rows, outer, all, live, width, depth, element_size, turned, of_weight});
-        return py::dict(py::arg("threads") = plan.threads, py::arg("tile_rows") = plan.tile_rows,
-                        py::arg("stages") = plan.stages, py::arg("shared") = plan.shared,
-                        py::arg("blocks") = plan.blocks, py::arg("dense") = plan.dense);
+            kdfast::cuda::plan_blocks({rows, outer, all, live, width, depth, element_size, turned, of_weight, apart},
+                                      {multiprocessors, 0, 0, 1, wgmma});
+        return py::dict(py::arg("wgmma") = plan.wgmma, py::arg("threads") = plan.threads,
+                        py::arg("tile_rows") = plan.tile_rows, py::arg("stages") = plan.stages,
+                        py::arg("shared") = plan.shared, py::arg("blocks") = plan.blocks,
+                        py::arg("dense") = plan.dense);
       },
       py::kw_only(), py::arg("rows"), py::arg("outer"), py::arg("all"), py::arg("live"), py::arg("width"),
       py::arg("depth"), py::arg("element_size"), py::arg("turned") = false, py::arg("of_weight") = false,
-      "The shape of a block-sparse product on a GPU (csrc/cuda/block_sparse.h).");
+      py::arg("apart") = true, py::arg("wgmma") = false, py::arg("multiprocessors") = 132,
+      "The kernel and shape of a block-sparse product on a GPU (csrc/cuda/block_sparse.h).");
   m.attr("cuda_block_rows") = kdfast::cuda::kLeastBlockRows;  // fewer are multiplied by a dense weight
   m.def("cuda_block_density", &kdfast::cuda::most_block_density, py::arg("element_size"), py::arg("narrowest"),
         "The share of live blocks beyond which dense products win on a GPU.");

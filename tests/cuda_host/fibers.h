@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -67,8 +68,14 @@ struct Warp {
   float slots[2][32];
   uint32_t words[2][32][kWarpWords];
 };
+// What a block's copies and products have yet to do, where these run beside its threads (wgmma_host.h).
+struct Unfinished {
+  virtual ~Unfinished() = default;
+  virtual std::string complaint() const = 0;  // once all threads have returned; empty: none
+};
 struct Block {
   std::vector<unsigned char> memory;
+  std::shared_ptr<Unfinished> unfinished;
   std::vector<Warp> warps;
   Meeting meeting;
   unsigned rank = 0, index = 0;
@@ -139,7 +146,9 @@ class Machine {
       if (std::any_of(end, end + kGuard, [](unsigned char c) { return c != kPoison; })) {
         error_ = "a write beyond the shared memory that was asked for";
       }
+      if (error_.empty() && block.unfinished) error_ = block.unfinished->complaint();
     }
+    blocks_.clear();  // not at the process's end, where what they refer to may be gone
     if (!error_.empty()) throw std::runtime_error("cuda host shim: " + error_);
   }
 

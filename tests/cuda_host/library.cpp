@@ -54,8 +54,9 @@ Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes, torch::
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// The device from now on, the order of its threads (fibers.h), and by how many elements outputs are misaligned. Three
-// blocks of any size fit a multiprocessor, so that the smallest cluster that fits at all is planned.
+// The device from now on, by default without wgmma, the order of its threads (fibers.h), and by how many elements
+// outputs are misaligned. Three blocks of any size fit a multiprocessor, so that the smallest cluster that fits at all
+// is planned.
 EXPORT void cuda_host_device(int multiprocessors, int shared_per_block, int max_cluster, unsigned seed, int shift) {
   const int64_t per_multiprocessor = 3 * (shared_per_block + kdfast::cuda::kReservedShared);
   kdfast::cuda::limits = {multiprocessors, shared_per_block, per_multiprocessor, max_cluster};
@@ -67,6 +68,7 @@ EXPORT void cuda_host_device(int multiprocessors, int shared_per_block, int max_
 
 // Of the device that was described last.
 EXPORT void cuda_host_room(int largest_cluster) { cuda_host::room = largest_cluster; }
+EXPORT void cuda_host_wgmma(int has_it) { kdfast::cuda::limits.wgmma = has_it; }
 
 // The calls since they were last asked for.
 EXPORT int cuda_host_shared_calls() { return std::exchange(cuda_host::shared_calls, 0); }

@@ -97,7 +97,7 @@ def blocks(dtype: torch.dtype) -> Inputs:
 
 
 @contextlib.contextmanager
-def without_clusters() -> Iterator[None]:
+def before_hopper() -> Iterator[None]:
     os.environ["KDFAST_CUDA_NO_CLUSTERS"] = "1"
     try:
         yield
@@ -139,8 +139,12 @@ CASES: dict[str, tuple[str, Callable[[], Inputs]]] = {
     "relations, panels": ("qk_relation_kl", lambda: heads(70, 72, F16)),
     "part of a matrix": ("selected_linear", part),
     "blocks of a matrix": ("block_sparse_linear", lambda: blocks(BF16)),
+    "blocks of a matrix, float16": ("block_sparse_linear", lambda: blocks(F16)),
+    "blocks of a matrix, before Hopper": ("block_sparse_linear", lambda: blocks(BF16)),
     "blocks of a matrix, float32": ("block_sparse_linear", lambda: blocks(F32)),
 }
+
+BEFORE_HOPPER = ("two reads", "blocks of a matrix, before Hopper")
 
 
 def value_and_gradients(function: Callable[..., Tensor], inputs: Inputs, factor: float) -> tuple[Tensor, Tensor]:
@@ -153,7 +157,7 @@ def value_and_gradients(function: Callable[..., Tensor], inputs: Inputs, factor:
 def compare(name: str) -> tuple[float, float]:
     """Relative errors of value and gradient; the upstream factor is not 1, so that gradients are scaled too."""
     operator, inputs = OPERATORS[CASES[name][0]], CASES[name][1]()
-    with without_clusters() if name == "two reads" else contextlib.nullcontext():
+    with before_hopper() if name in BEFORE_HOPPER else contextlib.nullcontext():
         ours = value_and_gradients(operator.function, inputs, 3.0)
     doubled = cast(inputs[0], torch.float64), cast(inputs[1], torch.float64), inputs[2]
     exact = value_and_gradients(operator.reference, doubled, 3.0)
