@@ -112,6 +112,8 @@ def test_strides(dtype: torch.dtype) -> None:
     wide[:, 1:257] = x.reshape(24, 256)
     given = wide[:, 1:257], values, None, grad.reshape(24, -1)
     close(ours(LAYOUT, *given), exact(LAYOUT, *given), ERROR[dtype])
+    none = torch.empty_strided((0, 256), (1, 7), dtype=dtype)
+    assert ours(LAYOUT, none, values, None, torch.empty(0, grad.shape[-1], dtype=dtype))[0].shape == (0, 96)
 
 
 @pytest.mark.usefixtures("cpu_variant")

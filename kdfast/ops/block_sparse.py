@@ -96,7 +96,8 @@ def _forward(x: Tensor, values: Tensor, bias: Tensor | None, layout: BlockLayout
 def _rows(x: Tensor) -> Tensor:
     """As [rows, features], whose features lie side by side."""
     rows = _live_linear.as_rows(x)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    # Not contiguous(), to which no rows at all are so with any strides.
+    return rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)
 
 
 class _BlockSparseLinear(torch.autograd.Function):

@@ -30,6 +30,8 @@ def topk_kl_div(
 
 
 def _topk_rows(z: Tensor, log_t: Tensor, indices: Tensor, tail: str) -> Tensor:
+    if not z.shape[-1]:
+        return z.sum(-1)
     log_s = z.log_softmax(-1)
     there = log_t > -torch.inf
     in_k = torch.zeros_like(z, dtype=torch.bool).scatter(-1, indices, there)
@@ -37,7 +39,7 @@ def _topk_rows(z: Tensor, log_t: Tensor, indices: Tensor, tail: str) -> Tensor:
         log_t = log_t.log_softmax(-1)
     t = log_t.exp()
     rows = (t * torch.where(there, log_t - log_s.gather(-1, indices), 0.0)).sum(-1)
-    rows = torch.where(there.any(-1) | (z.shape[-1] == 0), rows, torch.nan)
+    rows = torch.where(there.any(-1), rows, torch.nan)
     if tail != "bucket":
         return rows
     rest = (1 - t.sum(-1)).clamp(min=0)
