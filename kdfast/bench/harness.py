@@ -210,13 +210,14 @@ def run(case: Case, device: str, seconds: float = 2.0, compiled: bool = True) ->
     )
 
 
-def _bytes(side: Side) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors(side))
+def _bytes(side: Side, numbers: Callable[[Tensor], int] = Tensor.numel) -> int:
+    return sum(numbers(x) * x.element_size() for x in tensors(side))
 
 
-def needed_bytes(student: Side, teacher: Side, gradient: bool) -> int:
-    """What an operator that memory bounds must move: both sides read once, the gradient written once."""
-    return (2 if gradient else 1) * _bytes(student) + _bytes(teacher)
+def needed_bytes(operator: Operator, student: Side, teacher: Side, gradient: bool) -> int:
+    """What an operator that memory bounds must move: what it needs of both sides read once, the gradient written once."""
+    read = _bytes(student, operator.reads) + _bytes(teacher, operator.reads)
+    return read + _bytes(student) if gradient else read
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ def ceiling(operator: Operator, student: Side, teacher: Side, gradient: bool) ->
         a = torch.randn(2048, 2048, device=first.device, dtype=first.dtype if operator.product else torch.float32)
         return lambda: a @ a, Work(operator.flops(student, gradient), 2 * 2048**3)
     size, other = _bytes(student), _bytes(teacher)
-    needed = needed_bytes(student, teacher, gradient)
+    needed = needed_bytes(operator, student, teacher, gradient)
     s = torch.cat([x.detach().flatten() for x in tensors(student)])
     if gradient and other < size:  # a teacher of a few numbers
         out = torch.empty_like(s)

@@ -42,7 +42,11 @@ def bench(
         raise typer.BadParameter("sweep: expected --sweep or --peers, got both")
     if peers or peer:
         _peers(only, seconds, peer or [], output)
-        return
+    else:
+        _operators(only, seconds, sweep, output)
+
+
+def _operators(only: str, seconds: float, sweep: bool, output: Path | None) -> None:
     try:
         import torch
         from rich.box import SIMPLE_HEAD

@@ -84,7 +84,7 @@ def cost(case: Case) -> Cost:
         raise ValueError(f"shape: expected {expected}, got {shown(case.shape)} ({error})") from None
     student, teacher = (cast(side, getattr(torch, case.dtype)) for side in sides)
     flops = None if operator.flops is None else operator.flops(student, case.gradient)
-    return Cost(harness.needed_bytes(student, teacher, case.gradient), flops, case.dtype)
+    return Cost(harness.needed_bytes(operator, student, teacher, case.gradient), flops, case.dtype)
 
 
 def attempt(case: Case, device: str, speeds: Speeds) -> Tried:

@@ -33,9 +33,9 @@ def block_sparse_linear(x: Tensor, values: Tensor, layout: BlockLayout, bias: Te
     elsewhere widened; sums are float32 (float64 of float64).
 
     On a CUDA GPU they are kdfast's own kernels too, on tensor cores with float32 sums, deterministic; float32 numbers
-    as three products of tf32, to float32's accuracy. Hopper has faster ones for 16-bit numbers and blocks of 64 and 128. They are taken where they are expected to win: of 64 rows and
-    more, float32, bfloat16 or float16, and at most half of the blocks live in 16 bits (35 % where a side of theirs is 32),
-    90 % in float32 (70 %). Elsewhere the whole weight is put together and multiplied by the vendor library, at the cost
+    as three products of tf32, to float32's accuracy. Hopper has faster ones for 16-bit numbers and blocks of 64 and 128.
+    They are taken where they are expected to win: of 64 rows and more, float32, bfloat16 or float16, and at most half of
+    the blocks live in 16 bits (35 % where a side of theirs is 32), 90 % in float32 (70 %). Elsewhere the whole weight is put together and multiplied by the vendor library, at the cost
     of a dense layer, and NaN spreads as there. The same goes for subclasses of tensors. Rows that do not start on 16
     bytes are copied first.
 

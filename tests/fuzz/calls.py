@@ -142,7 +142,7 @@ def _wrong(
     """With an argument that is something else, or a tensor that is another one."""
     parameters = inspect.signature(OPERATORS[name].function).parameters.values()
     keywords = [
-        p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name != "return_components"
+        p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and not p.name.startswith("return_")
     ]
     if keywords and draw(st.booleans()):
         keyword, value = draw(st.sampled_from(keywords)), draw(st.sampled_from(WRONG))

@@ -91,7 +91,7 @@ def measure(case: harness.Case, ceiling: dict[str, float], found: dict[str, Any]
         found["needs_GFLOP"] = operator.flops(student, case.gradient) / 1e9
         least = 1e9 * found["needs_GFLOP"] / ceiling[case.dtype]
     else:
-        found["needs_GB"] = harness.needed_bytes(student, teacher, case.gradient) / 1e9
+        found["needs_GB"] = harness.needed_bytes(operator, student, teacher, case.gradient) / 1e9
         least = 1e9 * found["needs_GB"] / ceiling["copy"]
     if found["ms"] < SHORT_MS and not DRY:
         found["graph_ms"] = timing.in_graph(calls["kdfast"])

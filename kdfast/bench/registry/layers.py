@@ -355,6 +355,7 @@ LAYERS: dict[str, Operator] = {
         _operator(
             "cls_distance", hidden.cls_distance, layer_reference.cls,
             "layer_distance", floors.of_results, _cls_samples(), _summed(_eager_cls), _CLS,
+            reads=lambda x: x.numel() // x.shape[-2],
         ),
     )
 }  # fmt: skip

@@ -42,7 +42,7 @@ class Operator:
     without kdfast. `make(shape, options)`: student and teacher of a benchmark, by `torch.randn(..., **options)`;
     `arguments(student)`: what both need beside them. `cpu_shapes`, `cuda_shapes`: shapes and dtypes of the benchmarks;
     `sweep_shapes`: of the sweep over widths. `flops(student, gradient)`: of operators that arithmetic bounds; the
-    others are bound by what they must read and write. `product`: a layer, not a loss: it has a student alone, no
+    others are bound by what they must write and read, `reads(x)` of the numbers of each input. `product`: a layer, not a loss: it has a student alone, no
     reduction, and the student's dtype.
     """
 
@@ -60,6 +60,7 @@ class Operator:
     arguments: Callable[[Side], dict[str, Any]] = field(default=lambda student: {})
     exact: float = 2**-48
     flops: Callable[[Side, bool], float] | None = None
+    reads: Callable[[Tensor], int] = Tensor.numel
     product: bool = False
 
 
