@@ -102,7 +102,11 @@ def test_long_texts_are_several_rows(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "length", "expected"),
     [
-        ({"question": "who ?", "context": "ada"}, 16, "expected columns question, context, answers, got none answers"),
+        (
+            {"question": "who ?", "context": "ada"},
+            16,
+            "expected columns question, context, answers, got question, context, without answers",
+        ),
         (
             asked(CONTEXT, "rome") | {"answers": {"text": ["rome"], "answer_start": [2]}},
             16,
@@ -111,13 +115,35 @@ def test_long_texts_are_several_rows(tokenizer: Any) -> None:
         (
             asked(CONTEXT, "rome"),
             10,
-            r"max_length: expected room for more than stride 4 tokens .* question 0, got 3 of 10",
+            r"max_length: expected room for more than stride 4 tokens .* 'who lives here \?', got 3 of 10",
         ),
+        (asked(CONTEXT, "rome") | {"answers": "rome"}, 16, r"expected answers like .*, got \"rome\""),
+        (asked(CONTEXT, "rome") | {"answers": {"text": ["rome"]}}, 16, r"expected answers like .* 'who lives here \?'"),
     ],
 )
 def test_rows_that_do_not_fit(row: dict[str, Any], length: int, expected: str, tokenizer: Any) -> None:
     with pytest.raises(ValueError, match=expected):
         answers.rows(Dataset.from_list([row]), tokenizer, length, 4)
+
+
+def test_forms_of_answers(tokenizer: Any) -> None:
+    known = asked(CONTEXT, "rome")
+    single = [
+        {"text": text, "answer_start": start}
+        for text, start in zip(*(known["answers"][name] for name in ("text", "answer_start")), strict=True)
+    ]
+    expected = answers.rows(Dataset.from_list([known]), tokenizer, 16, 4)
+    assert answers.rows(Dataset.from_list([known | {"answers": single}]), tokenizer, 16, 4) == expected
+    assert any(row["start_positions"] for row in expected.rows)
+    none = answers.rows(Dataset.from_list([known | {"answers": None}, known]), tokenizer, 16, 4)
+    assert none.right == [[], ["rome"]]
+    assert [answers.some(of) for of in (None, [], single, known["answers"], {"text": []})] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
 
 
 # ---- answers ----

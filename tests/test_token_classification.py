@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from datasets import ClassLabel, Dataset, Features, List, Value
 from rich.console import Console
-from transformers import AutoModelForTokenClassification, BertConfig, BertForTokenClassification, BertTokenizer
+from transformers import (
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertTokenizer,
+)
 
 from kdfast import runs
 from kdfast.data import words
@@ -95,7 +102,10 @@ def test_labels_are_the_models_by_their_names(tmp_path: Path) -> None:
     [
         ({"words": ["ada"], "tags": ["B-ORG"]}, "expected the teacher's labels, O, B-PER, I-PER, B-LOC, got B-ORG"),
         ({"words": ["ada"], "tags": [7]}, "expected the teacher's labels, .*, got 7"),
-        ({"words": ["ada", "in"], "tags": ["O"]}, "expected a list of words and one of as many labels .*, got row 0"),
+        (
+            {"words": ["ada", "in"], "tags": ["O"]},
+            "expected a list of words and one of as many labels .*, got 2: \\['ada', 'in'\\] and 1: \\['O'\\]",
+        ),
         ({"text": "ada", "tags": ["O"]}, "expected a column tokens or words, got columns text, tags"),
     ],
 )
@@ -194,3 +204,14 @@ def test_mistakes(wrong: dict[str, Any], expected: str, recipe: token_classifica
 
     with pytest.raises(ValueError, match=expected):
         prepare()
+
+
+def test_teacher_of_whole_sequences_is_refused(recipe: token_classification.Recipe, tmp_path: Path) -> None:
+    """Its head has the same names."""
+    model = AutoModelForTokenClassification.from_pretrained(str(recipe.teacher))
+    other = BertForSequenceClassification(model.config)
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(str(recipe.teacher)).save_pretrained(tmp_path / "other")
+    wrong = dataclasses.replace(recipe, teacher=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="expected a token classifier, got BertForSequenceClassification"):
+        runs.run(wrong, tmp_path / "run", Console(file=io.StringIO()))

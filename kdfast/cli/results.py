@@ -274,7 +274,8 @@ def _of_benchmark(path: Path, files: int) -> str:
         results, facts = harness.load(path)
         table = harness.table(results)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise ValueError(f"runs {path}: expected {expected}, got another file") from None
+        got = "another file, or one of --peers, whose table is beside it"
+        raise ValueError(f"runs {path}: expected {expected}, got {got}") from None
     return page.render(
         title=f"kdfast bench: {facts['device']}",
         first=harness.HEADER[0],

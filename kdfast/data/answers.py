@@ -6,6 +6,7 @@ answers.quality(["in Rome"], [["Rome", "in Rome"]])     # {"f1": 1.0, "exact_mat
 
 from __future__ import annotations
 
+import json
 import re
 import string
 from collections import Counter
@@ -44,22 +45,24 @@ def rows(part: Any, tokenizer: Any, max_length: int, stride: int) -> Questions:
 
     Args:
         part: a `datasets.Dataset` with texts question and context, and answers: lists text and answer_start, the place
-            of each in the context; empty where it has none.
+            of each in the context, or a list of single ones; empty or None where it has none.
         tokenizer: a fast one.
 
     Raises:
         ValueError: no such columns, answers that are not where they are said to be, a question that leaves no room.
     """
     if absent := [name for name in COLUMNS if name not in part.column_names]:
-        raise ValueError(f"data: expected columns {', '.join(COLUMNS)}, got none {', '.join(absent)}")
+        got = ", ".join(part.column_names)
+        raise ValueError(f"data: expected columns {', '.join(COLUMNS)}, got {got}, without {', '.join(absent)}")
     made = Questions([], [], [], list(part["context"]), [])
     for number, (asked, context, answers) in enumerate(zip(*(part[name] for name in COLUMNS), strict=True)):
-        begin, end = _first(number, context, answers)
-        made.right.append(list(answers["text"]))
+        texts, starts = _lists(asked, answers)
+        begin, end = _first(asked, context, texts, starts)
+        made.right.append(texts)
         of_question = len(tokenizer(asked, add_special_tokens=False)["input_ids"])
         room = max_length - of_question - tokenizer.num_special_tokens_to_add(pair=True)
         if room <= stride:
-            expected = f"room for more than stride {stride} tokens of text beside question {number}"
+            expected = f"room for more than stride {stride} tokens of text beside the question {asked[:60]!r}"
             raise ValueError(f"max_length: expected {expected}, got {room} of {max_length}")
         encoded = tokenizer(
             asked,
@@ -80,14 +83,37 @@ def rows(part: Any, tokenizer: Any, max_length: int, stride: int) -> Questions:
     return made
 
 
-def _first(number: int, context: str, answers: Mapping[str, Any]) -> tuple[int, int]:
+def some(of_question: Any) -> bool:
+    """Whether a row has an answer."""
+    return bool(of_question.get("text") if isinstance(of_question, Mapping) else of_question)
+
+
+def _lists(asked: str, answers: Any) -> tuple[list[str], list[int]]:
+    """Texts of answers and where they begin: of lists, as `datasets` has them, a list of single ones, as SQuAD's own
+    files, or None, where there is none."""
+    try:
+        rows = answers if isinstance(answers, list) else None
+        of_lists = {"text": [], "answer_start": []} if answers is None else answers
+        texts, starts = (
+            [row[name] for row in rows] if rows is not None else list(of_lists[name])
+            for name in ("text", "answer_start")
+        )
+        if len(texts) == len(starts) and {*map(type, texts)} <= {str} and {*map(type, starts)} <= {int}:
+            return texts, starts
+    except (KeyError, TypeError):
+        pass
+    expected = f'answers like {{"text": ["Rome"], "answer_start": [8]}} of the question {asked[:60]!r}'
+    raise ValueError(f"data: expected {expected}, got {json.dumps(answers, default=str)[:60]}")
+
+
+def _first(asked: str, context: str, texts: Sequence[str], starts: Sequence[int]) -> tuple[int, int]:
     """Where the first answer begins and ends; (0, 0) without one."""
-    if not answers["text"]:
+    if not texts:
         return 0, 0
-    text, begin = answers["text"][0], answers["answer_start"][0]
+    text, begin = texts[0], starts[0]
     if context[begin : begin + len(text)] != text:
         got = repr(context[begin : begin + len(text)])
-        raise ValueError(f"data: expected the answer {text!r} of question {number} at {begin}, got {got}")
+        raise ValueError(f"data: expected the answer {text!r} of the question {asked[:60]!r} at {begin}, got {got}")
     return begin, begin + len(text)
 
 

@@ -68,9 +68,12 @@ def rows(
     words = part[column_of(part.features, word_column, WORDS)]
     name = column_of(part.features, label_column, TAGS)
     tags = part[name]
-    for number, (row, of_row) in enumerate(zip(words, tags, strict=True)):
+    for row, of_row in zip(words, tags, strict=True):
         if not (isinstance(row, list) and isinstance(of_row, list) and len(row) == len(of_row)):
-            raise ValueError(f"data: expected a list of words and one of as many labels in each row, got row {number}")
+            got = " and ".join(
+                f"{len(x)}: {str(x)[:40]}" if isinstance(x, list) else str(x)[:40] for x in (row, of_row)
+            )
+            raise ValueError(f"data: expected a list of words and one of as many labels in each row, got {got}")
     numbers = _numbers(part.features[name], tags, classes)
     made = []
     for row, of_row in zip(words, tags, strict=True):

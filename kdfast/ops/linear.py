@@ -119,12 +119,13 @@ def linear_kd_loss(
         teacher_logits: `[..., V]`, instead of hidden states and weight (as they are: no scale, no soft-cap).
         student_softcap, teacher_softcap: cap of z (Gemma: `config.final_logit_softcapping`); None: none.
         student_logit_scale, teacher_logit_scale: scale of z (Cohere: `config.logit_scale`; Granite:
-            1 / `config.logits_scaling`), applied in float32.
+            1 / `config.logits_scaling`), applied in float32. `kdfast.models.last_hidden` has it in the hidden states.
         memory_budget: bytes for logits and their gradients, or `"auto"`: a tenth of the device's memory, and no more
             than helps. Not in it are the gradients of hidden states, weight and bias, nor the float32 sum of a 16-bit
             weight's gradient, which is there where the budget holds fewer rows than there are (at most 512 on
             the CPU, 8,192 on the GPU). The results for all budgets are the same to a rounding of the output.
-        return_entropy: the student's entropy too, from the logits that are there anyway: no product more.
+        return_entropy: the student's entropy at T of each row too, from the logits that are there anyway: no product
+            more.
         divergence, beta, skew, alpha, temperature, label_smoothing, ignore_index, return_components: as in `kd_loss`.
         mask: as in `kd_loss`. weight, temperature, reduction, num_items: as in `kl_div`, over the leading dimensions.
         vocab_size: the first `vocab_size` rows of both weights count; the gradient of others is 0.

@@ -15,8 +15,10 @@ class HeadRecipe(Recipe):
 
     quick: ClassVar = {"epochs": 1, "train_rows": 400, "test_rows": 200}
 
-    data: str | None = setting(None, "Labelled rows: a JSON or Parquet file, a folder (train*, test*), or a Hub name.")
-    teacher: str | None = setting(None, "Model of this task and its labels, a folder or Hub name.")
+    data: str | None = setting(
+        None, "Required. Labelled rows: a JSON or Parquet file, a folder (train*, test*), or a Hub name."
+    )
+    teacher: str | None = setting(None, "Required. Model of this task and its labels, a folder or Hub name.")
     student: str | None = setting(
         None, "Model that the student starts from, a folder or Hub name, of the teacher's tokens."
     )

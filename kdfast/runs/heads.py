@@ -58,6 +58,9 @@ class HeadRun(LanguageRun):
                 raise ValueError(f"{name}: expected {expected}, got none")
         datasets.disable_progress_bars()
         self.teacher = self.load_teacher(r.teacher, quantised=r.student is not None)
+        saved_as, task = self.teacher.config.architectures or [], type(self.teacher).__name__.partition("For")[2]
+        if saved_as and not any(name.endswith(f"For{task}") for name in saved_as):  # whose head has the same names
+            raise ValueError(f"teacher {r.teacher}: expected a {self.kind}, got {', '.join(saved_as)}")
         self.start = self._student()
         train, test = self._parts()
         self.train, self.test = self.rows(train, test=False), sorted(self.rows(test, test=True), key=length)

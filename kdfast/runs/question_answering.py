@@ -29,7 +29,7 @@ class QuestionAnsweringRun(HeadRun):
         self.collate = DataCollatorWithPadding(self.tokenizer)
 
     def labelled(self, part: Any) -> bool:
-        return "answers" in part.column_names and any(answer["text"] for answer in part["answers"])
+        return "answers" in part.column_names and any(map(answers.some, part["answers"]))
 
     def rows(self, part: Any, test: bool) -> list[Any]:
         made = answers.rows(part, self.tokenizer, self.recipe.max_length, self.recipe.stride)
