@@ -46,6 +46,22 @@ def a_round_of_each_time() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def a_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Beside other processes the threads of so little work wait for one another most of the time."""
+    imported = vars(request.module).values()
+    names = [str(getattr(x, name, "")) for x in imported for name in ("__name__", "__module__")]
+    if not any(name.startswith("tiny_") for name in names):
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # of processes that tests start
+        yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=_C.cpu_variants())
 def cpu_variant(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test under every CPU variant that this processor has."""
