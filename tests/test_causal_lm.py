@@ -111,19 +111,26 @@ class _Signal(TrainerCallback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def _stopped(folder: Path, settings: causal_lm.Recipe, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """A run that a signal stops while it trains; the names of the parameters that it trains."""
+    train_stage, trained = stages.train_stage, set()
+
+    def stop(trainer: Any, stage: Path, title: str, dtype: str) -> Any:
+        trained.update(name for name, p in trainer.model.named_parameters() if p.requires_grad)
+        trainer.add_callback(_Signal())
+        return train_stage(trainer, stage, title, dtype)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "train_stage", stop)
+        with pytest.raises(stages.StageInterrupted):
+            _run(folder, settings)
+    return trained
+
+
 def test_stopped_run_continues_to_the_same_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = dataclasses.replace(SETTINGS, on_policy=0.5)
     expected, _ = _run(tmp_path / "through", settings)
-    train_stage = stages.train_stage
-
-    def stopped(trainer: Any, folder: Path, title: str, dtype: str) -> Any:
-        trainer.add_callback(_Signal())
-        return train_stage(trainer, folder, title, dtype)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stages, "train_stage", stopped)
-        with pytest.raises(stages.StageInterrupted):
-            _run(tmp_path / "run", settings)
+    _stopped(tmp_path / "run", settings, monkeypatch)
     results, _ = _run(tmp_path / "run", settings)
     assert results["student"]["kl_to_teacher"] == expected["student"]["kl_to_teacher"]
     students = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "student") for name in ("through", "run")]
@@ -137,20 +144,8 @@ def test_adapters_alone_are_trained_and_merged(tmp_path: Path, monkeypatch: pyte
     results, _ = _run(tmp_path / "through", settings)
     assert results["student"]["kl_to_teacher"] < results["start"]["kl_to_teacher"]
     assert results["student"]["parameters"] == results["start"]["parameters"]
-    train_stage = stages.train_stage
-
-    def stopped(trainer: Any, folder: Path, title: str, dtype: str) -> Any:
-        assert {name.split(".")[-3] for name, p in trainer.model.named_parameters() if p.requires_grad} == {
-            "lora_A",
-            "lora_B",
-        }
-        trainer.add_callback(_Signal())
-        return train_stage(trainer, folder, title, dtype)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stages, "train_stage", stopped)
-        with pytest.raises(stages.StageInterrupted):
-            _run(tmp_path / "run", settings)
+    trained = _stopped(tmp_path / "run", settings, monkeypatch)
+    assert {name.split(".")[-3] for name in trained} == {"lora_A", "lora_B"}
     _run(tmp_path / "run", settings)
     through, run = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "student") for name in ("through", "run"))
     start = llama(0, 4).model

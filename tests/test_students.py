@@ -19,13 +19,9 @@ BERT: dict[str, Any] = SMALL | {"intermediate_size": 48, "pad_token_id": 0, "bos
 LLAMA = BERT | {"num_key_value_heads": 2, "head_dim": 8}
 WINDOW = {"use_sliding_window": True, "sliding_window": 3}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "bert": BERT,
-    "roberta": BERT | {"pad_token_id": 1},
-    "xlm-roberta": BERT | {"pad_token_id": 1},
-    "camembert": BERT | {"pad_token_id": 1},
+    **dict.fromkeys(("bert", "megatron-bert"), BERT),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "mpnet"), BERT | {"pad_token_id": 1}),
     "electra": BERT | {"embedding_size": 16},
-    "mpnet": BERT | {"pad_token_id": 1},
-    "megatron-bert": BERT,
     "rembert": BERT | {"input_embedding_size": 16, "output_embedding_size": 16},
     "deberta-v2": BERT | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "pooler_hidden_size": 32},
     "distilbert": {"vocab_size": 60, "dim": 32, "n_heads": 4, "n_layers": LAYERS, "hidden_dim": 48},

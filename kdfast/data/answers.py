@@ -92,18 +92,17 @@ def _lists(asked: str, answers: Any) -> tuple[list[str], list[int]]:
     """Texts of answers and where they begin: of lists, as `datasets` has them, a list of single ones, as SQuAD's own
     files, or None, where there is none."""
     try:
-        rows = answers if isinstance(answers, list) else None
-        of_lists = {"text": [], "answer_start": []} if answers is None else answers
+        single = [] if answers is None else answers
         texts, starts = (
-            [row[name] for row in rows] if rows is not None else list(of_lists[name])
+            [answer[name] for answer in single] if isinstance(single, list) else list(single[name])
             for name in ("text", "answer_start")
         )
-        if len(texts) == len(starts) and {*map(type, texts)} <= {str} and {*map(type, starts)} <= {int}:
-            return texts, starts
+        if len(texts) != len(starts) or not {*map(type, texts)} <= {str} or not {*map(type, starts)} <= {int}:
+            raise TypeError
     except (KeyError, TypeError):
-        pass
-    expected = f'answers like {{"text": ["Rome"], "answer_start": [8]}} of the question {asked[:60]!r}'
-    raise ValueError(f"data: expected {expected}, got {json.dumps(answers, default=str)[:60]}")
+        expected = f'answers like {{"text": ["Rome"], "answer_start": [8]}} of the question {asked[:60]!r}'
+        raise ValueError(f"data: expected {expected}, got {json.dumps(answers, default=str)[:60]}") from None
+    return texts, starts
 
 
 def _first(asked: str, context: str, texts: Sequence[str], starts: Sequence[int]) -> tuple[int, int]:
