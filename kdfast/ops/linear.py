@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,26 @@ if TYPE_CHECKING:
     from typing import Unpack
 
 
+class _OfStudent(TypedDict, total=False):
+    """For the type checker alone: keyword arguments that the overloads of both functions share."""
+
+    student_bias: Tensor | None
+    student_softcap: float | None
+    student_logit_scale: float
+    memory_budget: int | str
+
+
+class _OfHeads(_OfStudent, KDOptions, total=False):
+    teacher_bias: Tensor | None
+    teacher_logits: Tensor | None
+    teacher_softcap: float | None
+    teacher_logit_scale: float
+
+
+class _OfTopk(_OfStudent, LabelOptions, total=False):
+    tail: str
+
+
 @overload
 def linear_kd_loss(
     student_hidden: Tensor,
@@ -26,17 +46,9 @@ def linear_kd_loss(
     teacher_weight: Tensor | None = ...,
     labels: Tensor | None = ...,
     *,
-    student_bias: Tensor | None = ...,
-    teacher_bias: Tensor | None = ...,
-    teacher_logits: Tensor | None = ...,
-    student_softcap: float | None = ...,
-    teacher_softcap: float | None = ...,
-    student_logit_scale: float = ...,
-    teacher_logit_scale: float = ...,
-    memory_budget: int | str = ...,
     return_components: Literal[False] = ...,
     return_entropy: Literal[False] = ...,
-    **options: Unpack[KDOptions],
+    **options: Unpack[_OfHeads],
 ) -> Tensor: ...
 @overload
 def linear_kd_loss(
@@ -46,17 +58,9 @@ def linear_kd_loss(
     teacher_weight: Tensor | None = ...,
     labels: Tensor | None = ...,
     *,
-    student_bias: Tensor | None = ...,
-    teacher_bias: Tensor | None = ...,
-    teacher_logits: Tensor | None = ...,
-    student_softcap: float | None = ...,
-    teacher_softcap: float | None = ...,
-    student_logit_scale: float = ...,
-    teacher_logit_scale: float = ...,
-    memory_budget: int | str = ...,
     return_components: Literal[True],
     return_entropy: Literal[False] = ...,
-    **options: Unpack[KDOptions],
+    **options: Unpack[_OfHeads],
 ) -> KDLossComponents: ...
 @overload
 def linear_kd_loss(
@@ -66,17 +70,9 @@ def linear_kd_loss(
     teacher_weight: Tensor | None = ...,
     labels: Tensor | None = ...,
     *,
-    student_bias: Tensor | None = ...,
-    teacher_bias: Tensor | None = ...,
-    teacher_logits: Tensor | None = ...,
-    student_softcap: float | None = ...,
-    teacher_softcap: float | None = ...,
-    student_logit_scale: float = ...,
-    teacher_logit_scale: float = ...,
-    memory_budget: int | str = ...,
     return_components: Literal[False] = ...,
     return_entropy: Literal[True],
-    **options: Unpack[KDOptions],
+    **options: Unpack[_OfHeads],
 ) -> KDLossEntropy: ...
 @takes(Distillation)
 @transformable
@@ -171,14 +167,9 @@ def linear_topk_kd_loss(
     teacher_topk_indices: Tensor,
     labels: Tensor | None = ...,
     *,
-    student_bias: Tensor | None = ...,
-    student_softcap: float | None = ...,
-    student_logit_scale: float = ...,
-    tail: str = ...,
-    memory_budget: int | str = ...,
     return_components: Literal[False] = ...,
     return_entropy: Literal[False] = ...,
-    **options: Unpack[LabelOptions],
+    **options: Unpack[_OfTopk],
 ) -> Tensor: ...
 @overload
 def linear_topk_kd_loss(
@@ -188,14 +179,9 @@ def linear_topk_kd_loss(
     teacher_topk_indices: Tensor,
     labels: Tensor | None = ...,
     *,
-    student_bias: Tensor | None = ...,
-    student_softcap: float | None = ...,
-    student_logit_scale: float = ...,
-    tail: str = ...,
-    memory_budget: int | str = ...,
     return_components: Literal[True],
     return_entropy: Literal[False] = ...,
-    **options: Unpack[LabelOptions],
+    **options: Unpack[_OfTopk],
 ) -> KDLossComponents: ...
 @overload
 def linear_topk_kd_loss(
@@ -205,14 +191,9 @@ def linear_topk_kd_loss(
     teacher_topk_indices: Tensor,
     labels: Tensor | None = ...,
     *,
-    student_bias: Tensor | None = ...,
-    student_softcap: float | None = ...,
-    student_logit_scale: float = ...,
-    tail: str = ...,
-    memory_budget: int | str = ...,
     return_components: Literal[False] = ...,
     return_entropy: Literal[True],
-    **options: Unpack[LabelOptions],
+    **options: Unpack[_OfTopk],
 ) -> KDLossEntropy: ...
 @takes(WithLabels)
 @transformable
