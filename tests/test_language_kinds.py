@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from language_models import ARGUMENTS, PAD, RATE, completion_rows, llama, losses, plain_loss, same
 from peft import LoraConfig, get_peft_model
+from tiny_pairs import bart, initialised, plain_pairs, t5
 from torch import Tensor
 from transformers import TrainingArguments
 
@@ -24,32 +24,7 @@ from kdfast.objective._protocol import Missing
 from kdfast.train.on_policy import sample_completions
 
 OBJECTIVE = LanguageModel(alpha=0.6, temperature=2.0)
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "decoder_start_token_id": 0, "dropout_rate": 0.0}
-BART = {"d_model": 32, "decoder_start_token_id": 2, "forced_eos_token_id": None, "max_position_embeddings": 64}
-BART |= {
-    f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("ffn_dim", 48), ("attention_heads", 4))
-}
 BERT = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64}
-
-
-def initialised(model: Any, std: float) -> Any:
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=std)
-    return model.eval()
-
-
-def t5(seed: int, layers: int, **options: Any) -> Any:
-    torch.manual_seed(seed)
-    config = transformers.T5Config(vocab_size=64, num_layers=layers, **T5 | options)
-    return initialised(transformers.T5ForConditionalGeneration(config), 0.2)
-
-
-def bart(seed: int, layers: int) -> Any:
-    torch.manual_seed(seed)
-    config = transformers.BartConfig(vocab_size=64, encoder_layers=layers, decoder_layers=layers, **BART)
-    model = initialised(transformers.BartForConditionalGeneration(config), 0.2)
-    model.final_logits_bias.normal_()
-    return model
 
 
 def pairs(seed: int, rows: int, ends: bool = True) -> dict[str, Tensor]:
@@ -63,19 +38,6 @@ def pairs(seed: int, rows: int, ends: bool = True) -> dict[str, Tensor]:
         "attention_mask": (torch.arange(8) < 6 + torch.arange(rows)[:, None] % 3).long(),
         "labels": labels,
     }
-
-
-def plain_pairs(student: Any, teacher: Any, batch: dict[str, Tensor], objective: LanguageModel) -> Tensor:
-    """Nothing is shifted: each logit is of its own label."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    z = [
-        m(**inputs, decoder_input_ids=m.prepare_decoder_input_ids_from_labels(batch["labels"])).logits
-        for m in (student, teacher)
-    ]
-    on, T = batch["labels"] != -100, objective.temperature
-    log_s, log_t = (F.log_softmax(x[on] / T, -1) for x in (z[0], z[1].detach()))
-    soft = F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
-    return objective.alpha * T**2 * soft + (1 - objective.alpha) * F.cross_entropy(z[0][on], batch["labels"][on])
 
 
 def total(student: Any, teacher: Any, batch: dict[str, Tensor], objective: LanguageModel) -> Tensor:

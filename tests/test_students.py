@@ -211,7 +211,7 @@ def test_wrong_layers_and_teachers() -> None:
         students.from_layers(teacher, [0])
     t5 = transformers.AutoConfig.for_model("t5", vocab_size=60, d_model=32, d_kv=8, num_heads=4, num_layers=2, d_ff=32)
     with pytest.raises(ValueError, match=r"expected one list of its 2 layers, got .* in T5Model"):
-        students.from_layers(transformers.AutoModel.from_config(t5), [0])
+        students.narrower(transformers.AutoModel.from_config(t5), hidden_size=16)
 
 
 def test_spread() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 PER_LAYER = ("layer_types", "no_rope_layers")  # lists in configs: which attention, whether with rotary embeddings
+SIDES = ("encoder", "decoder")  # of an encoder-decoder
+# What configs call the number of layers: of a model, of either side.
+COUNTS = {
+    "": ("num_hidden_layers",),
+    "encoder": ("num_encoder_layers", "encoder_layers", "num_layers"),
+    "decoder": ("num_decoder_layers", "decoder_layers"),
+}
+OF_FIRST = "relative_attention_bias.weight"  # of T5, whose first layer has it for all of a side
+
+Layers = Mapping[str, Sequence[int]]  # those of each side; of other models under ""
 
 
 # ---- configs ----
@@ -19,29 +29,43 @@ def config_name(config: Any, name: str) -> str:
     return str(config.attribute_map.get(name, name))
 
 
-def config_of(op: str, teacher: Any, layers: Sequence[int], dropout: float | None) -> Any:
+def config_of(op: str, teacher: Any, layers: Layers, dropout: float | None) -> Any:
     """A copy of the teacher's config that fits these of its layers."""
     config = copy.deepcopy(teacher.config)
     vars(config).pop(
         "quantization_config", None
     )  # of a pruned teacher: shapes of its layers, which are not the student's
-    before, after = config.num_hidden_layers, len(layers)
-    if not after or any(layer not in range(before) for layer in layers):
-        raise ValueError(f"{op}: layers: expected numbers from 0 to {before - 1}, got {list(layers)}")
-    groups = getattr(config, "num_hidden_groups", 1)  # of ALBERT: neighbours that share their weights
-    if [layer * groups // before for layer in layers] != [i * groups // after for i in range(after)]:
-        raise ValueError(
-            f"{op}: layers: expected as many of each of the {groups} groups that share weights, got {list(layers)}"
-        )
-    config.num_hidden_layers = after
+    for side, chosen in layers.items():
+        _check_layers(op, config, side, chosen)
+        setattr(config, count_name(config, side), len(chosen))
     for name in PER_LAYER:
-        if vars(config).get(name):  # not Mamba's, which its config makes of the number of layers
-            setattr(config, name, [getattr(config, name)[layer] for layer in layers])
+        if "" in layers and vars(config).get(name):  # not Mamba's, which its config makes of the number of layers
+            setattr(config, name, [getattr(config, name)[layer] for layer in layers[""]])
     set_dropout(op, config, dropout)
     attention = config._attn_implementation
     if isinstance(attention, str):
         config._attn_implementation = attention.removeprefix("kdfast_")  # of a teacher that a Reader reads
     return config
+
+
+def count_name(config: Any, side: str = "") -> str:
+    """What the config calls the number of a side's layers."""
+    return next((name for name in COUNTS[side] if hasattr(config, name)), COUNTS[side][0])
+
+
+def _check_layers(op: str, config: Any, side: str, layers: Sequence[int]) -> None:
+    argument, before, after = _argument(side), getattr(config, count_name(config, side)), len(layers)
+    if not after or any(layer not in range(before) for layer in layers):
+        raise ValueError(f"{op}: {argument}: expected numbers from 0 to {before - 1}, got {list(layers)}")
+    groups = getattr(config, "num_hidden_groups", 1)  # of ALBERT: neighbours that share their weights
+    if [layer * groups // before for layer in layers] != [i * groups // after for i in range(after)]:
+        raise ValueError(
+            f"{op}: {argument}: expected as many of each of the {groups} groups that share weights, got {list(layers)}"
+        )
+
+
+def _argument(side: str) -> str:
+    return "decoder_layers" if side == "decoder" else "layers"
 
 
 def set_dropout(op: str, config: Any, dropout: float | None) -> None:
@@ -91,17 +115,29 @@ def follow(op: str, before: Any, config: Any, changes: dict[str, Any]) -> None:
 
 
 # ---- models ----
-def layers_path(op: str, teacher: Any, argument: str = "teacher") -> str | None:
-    """The name of the model's list of layers, with a dot at its end. None for ALBERT, whose layers are one."""
+def check_model(op: str, teacher: Any, argument: str = "teacher") -> None:
     if not isinstance(teacher, PreTrainedModel):
         raise TypeError(f"{op}: {argument}: expected a transformers model, got {type(teacher).__name__}")
+
+
+def has_decoder(model: Any) -> bool:
+    """Whether its layers are of an encoder and of a decoder."""
+    two = getattr(model.config, "is_encoder_decoder", False)  # also of the encoder of such a model alone
+    return bool(two) and all(hasattr(model.base_model, side) for side in SIDES)
+
+
+def layers_path(op: str, teacher: Any, argument: str = "teacher", side: str = "") -> str | None:
+    """The name of the model's list of layers, or of a side's, with a dot at its end. None for ALBERT, whose layers are
+    one."""
+    check_model(op, teacher, argument)
     if teacher.config.model_type == "albert":
         return None
     prefix = "" if teacher.base_model is teacher else f"{teacher.base_model_prefix}."
-    count = getattr(teacher.config, "num_hidden_layers", 0)
+    prefix += f"{side}." if side else ""
+    count = getattr(teacher.config, count_name(teacher.config, side), 0)
     lists = [
         f"{prefix}{name}."
-        for name, module in teacher.base_model.named_modules()
+        for name, module in teacher.base_model.get_submodule(side).named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
     outer = [name for name in lists if not any(name != other and name.startswith(other) for other in lists)]
@@ -112,14 +148,16 @@ def layers_path(op: str, teacher: Any, argument: str = "teacher") -> str | None:
     return outer[0]
 
 
-def renamed(path: str | None, layers: Sequence[int]) -> Callable[[str], str]:
-    """The student's names of parameters to the teacher's: with the numbers of their layers there."""
+def renamed(paths: Mapping[str, str | None], layers: Layers, theirs: Container[str]) -> Callable[[str], str]:
+    """The student's names of parameters to the teacher's, `theirs`: with the numbers of their layers there."""
 
     def name_of(name: str) -> str:
-        if path is None or not name.startswith(path):
-            return name
-        mine, _, rest = name.removeprefix(path).partition(".")
-        return f"{path}{layers[int(mine)]}.{rest}"
+        for side, path in paths.items():
+            if path is not None and name.startswith(path):
+                mine, _, rest = name.removeprefix(path).partition(".")
+                its = f"{path}{layers[side][int(mine)]}.{rest}"
+                return name if its not in theirs and rest.endswith(OF_FIRST) else its
+        return name
 
     return name_of
 

@@ -1,6 +1,7 @@
 """Students made of their teachers: some of the layers, a narrower model, or DistilBERT of BERT.
 
     student = students.from_layers(teacher, students.spread(12, 6))                       # Patient-KD, causal models
+    student = students.from_layers(teacher, range(12), decoder_layers=[0, 6, 11])         # encoder-decoders
     student, copied, fresh = students.narrower(teacher, hidden_size=312, intermediate_size=1200, num_hidden_layers=4)
     student = students.distilbert(teacher)                                                # Sanh et al., 2019
 
@@ -12,20 +13,24 @@ weights are float32, whatever the teacher's are (`dtype`): of small steps, weigh
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers.initialization import no_init_weights
 
 from kdfast.models.student_parts import (
+    SIDES,
+    check_model,
     check_names,
     config_name,
     config_of,
     copy_weights,
     follow,
+    has_decoder,
     layers_path,
     new_model,
     renamed,
@@ -53,50 +58,87 @@ def spread(teacher_layers: int, student_layers: int) -> list[int]:
 
 
 def from_layers(
-    teacher: Any, layers: Sequence[int], *, dropout: float | None = None, dtype: Dtype = torch.float32
+    teacher: Any,
+    layers: Sequence[int],
+    *,
+    decoder_layers: Sequence[int] | None = None,
+    dropout: float | None = None,
+    dtype: Dtype = torch.float32,
 ) -> Any:
     """A new model of the teacher's class with copies of the given layers and of all that is no layer: embeddings,
     pooler, head. Tied weights stay tied.
+
+    Of an encoder-decoder (T5, BART) these are some of both sides' layers: with all of the encoder's and a few of the
+    decoder's this is the student of "shrink and fine-tune" (Shleifer & Rush, 2020, arXiv:2010.13002). What T5's first
+    layer has for all of them, the biases of distances, stays with the first.
 
     ModernBERT has no attn_norm in its first layer: a layer that becomes the first loses its own, and the teacher's
     first gets a new one (weight 1) in any other place. Which layers attend locally comes along. ALBERT's layers share
     their weights: only their number counts.
 
     Args:
-        teacher: of transformers, with one list of layers.
-        layers: numbers from 0, in the student's order; one may be there more than once, in copies of its own.
+        teacher: of transformers, with one list of layers, or one of the encoder and one of the decoder.
+        layers: numbers from 0, in the student's order; one may be there more than once, in copies of its own. Of an
+            encoder-decoder: of the encoder's.
+        decoder_layers: of the decoder's; None: those of the same numbers.
         dropout: every probability of dropout; None: as the teacher's. With 0 the student matches the same function, as
             the teacher's targets are made without; on the CPU, random numbers take a fifth of a step.
         dtype: of the student's floating-point weights; None: as in the teacher, one by one.
 
     Raises:
         TypeError: teacher is no model of transformers.
-        ValueError: no layers, or numbers that the teacher does not have; a dropout outside [0, 1); a teacher whose
-            parameters are not those that its class makes of its config.
+        ValueError: no layers, or numbers that the teacher does not have; layers of a decoder that it does not have; a
+            dropout outside [0, 1); a teacher whose parameters are not those that its class makes of its config.
     """
     op = "kdfast.students.from_layers"
-    path = layers_path(op, teacher)
-    config = config_of(op, teacher, layers, dropout)
+    check_model(op, teacher)
+    chosen: dict[str, Sequence[int]] = {"": layers}
+    if has_decoder(teacher):
+        chosen = dict(zip(SIDES, (layers, layers if decoder_layers is None else decoder_layers), strict=True))
+    elif decoder_layers is not None:
+        got = f"{list(decoder_layers)} beside {type(teacher).__name__}"
+        raise ValueError(f"{op}: decoder_layers: expected none but of an encoder-decoder, got {got}")
+    paths = {side: layers_path(op, teacher, side=side) for side in chosen}
+    config = config_of(op, teacher, chosen, dropout)
     with no_init_weights():  # all of it is copied
         student = new_model(teacher, type(teacher), config)
-    if path is not None and len(student.get_submodule(path.removesuffix("."))) != len(layers):
-        raise ValueError(
-            f"{op}: teacher: expected a config whose num_hidden_layers makes its layers, got {type(config).__name__}"
-        )
-    name_of = renamed(path, layers)
+    for side, path in paths.items():
+        if path is not None and len(student.get_submodule(path.removesuffix("."))) != len(chosen[side]):
+            raise ValueError(
+                f"{op}: teacher: expected a config whose numbers of layers make its layers, got {type(config).__name__}"
+            )
+    _copy_all(op, teacher, student, renamed(paths, chosen, teacher.state_dict()), paths, dtype)
+    return student
+
+
+def _copy_all(
+    op: str,
+    teacher: Any,
+    student: Any,
+    name_of: Callable[[str], str],
+    paths: Mapping[str, str | None],
+    dtype: Dtype,
+) -> None:
+    """What a layer lacks in its new place may be new, if it is a norm; all else is the teacher's."""
+    in_layers = tuple(path for path in paths.values() if path is not None)
     _, fresh = copy_weights(teacher, student, name_of, dtype)
     theirs, ours = teacher.state_dict(), student.state_dict()
-    new = [name for name in fresh if name_of(name) not in theirs and path is not None and name.startswith(path)]
+    new = [
+        name
+        for name in fresh
+        if name_of(name) not in theirs
+        and name.startswith(in_layers)
+        and isinstance(student.get_submodule(name.rpartition(".")[0]), nn.LayerNorm)
+    ]
     for name in new:
         student.get_submodule(name.rpartition(".")[0]).reset_parameters()
     unlike = [name for name in fresh if name not in new]
-    unlike += [name for name in theirs if name not in ours and not (path is not None and name.startswith(path))]
+    unlike += [name for name in theirs if name not in ours and not name.startswith(in_layers)]
     if unlike:
         raise ValueError(
             f"{op}: teacher: expected the parameters that {type(teacher).__name__} makes of its config, got others for "
             f"{', '.join(unlike)}"
         )
-    return student
 
 
 class Narrowed(NamedTuple):
@@ -143,7 +185,7 @@ def narrower(
         layers = spread(teacher.config.num_hidden_layers, count)
     elif len(layers) != count:
         raise ValueError(f"{op}: layers: expected {count}, num_hidden_layers, got {list(layers)}")
-    config = config_of(op, teacher, layers, dropout)
+    config = config_of(op, teacher, {"": layers}, dropout)
     try:
         for name, value in changes.items():
             setattr(config, name, value)
@@ -152,7 +194,8 @@ def narrower(
     except StrictDataclassError as error:
         raise ValueError(f"{op}: config_changes: expected values that its config takes, got {error}") from None
     student = new_model(teacher, type(teacher), config)
-    return Narrowed(student, *copy_weights(teacher, student, renamed(path, layers), dtype))
+    name_of = renamed({"": path}, {"": layers}, teacher.state_dict())
+    return Narrowed(student, *copy_weights(teacher, student, name_of, dtype))
 
 
 # ---- DistilBERT ----
@@ -224,7 +267,7 @@ def distilbert(
         heads = heads | _TRANSFORM
     count = teacher.config.num_hidden_layers
     layers = spread(count, max(1, count // 2)) if layers is None else layers
-    config = _distilbert_config(config_of(op, teacher, layers, None))
+    config = _distilbert_config(config_of(op, teacher, {"": layers}, None))
     set_dropout(op, config, dropout)
     student = new_model(teacher, getattr(transformers, name), config)
     copy_weights(
