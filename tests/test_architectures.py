@@ -166,6 +166,14 @@ def causal_lm(name: str) -> bool:
     return trains(LanguageModel(), student, teacher, inputs | {"labels": inputs["input_ids"]})
 
 
+def seq2seq(name: str) -> bool:
+    if name in WITHOUT_IDS:  # of sounds: the recipe's rows are texts
+        return False
+    teacher = model_of(name, transformers.AutoModelForSeq2SeqLM)
+    inputs = batch(name) | {"labels": batch(name)["input_ids"][:, :5]}
+    return trains(LanguageModel(), students.from_layers(teacher, [0, 1], decoder_layers=[1]), teacher, inputs)
+
+
 COLUMNS: dict[str, Callable[[str], bool]] = {
     "hidden states": states,
     "attention": attention,
@@ -177,6 +185,7 @@ COLUMNS: dict[str, Callable[[str], bool]] = {
     "fastbert": fastbert,
     "prune": pruned,
     "causal-lm": causal_lm,
+    "seq2seq": seq2seq,
 }
 
 

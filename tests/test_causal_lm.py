@@ -37,7 +37,8 @@ from kdfast.models import loading
 from kdfast.objective import LanguageModel
 from kdfast.recipes import causal_lm
 from kdfast.runs import stages
-from kdfast.runs.causal_lm import CausalLMRun, quality
+from kdfast.runs.causal_lm import CausalLMRun
+from kdfast.runs.language import per_token
 from kdfast.teacher_cache._identity import tokenizer_sha256
 
 SETTINGS = causal_lm.Recipe(
@@ -92,7 +93,7 @@ def test_measured_as_plain_torch_does(tmp_path: Path) -> None:
     run = CausalLMRun(SETTINGS, tmp_path, Console(file=io.StringIO()))
     run.prepare()
     models = {"teacher": run.teacher, "start": run.start}
-    measured = quality(models, run.test[:6], run.collate)
+    measured = per_token(models, run.test[:6], run.collate)
     batch = run.collate(run.test[:6])
     for name, model in models.items():
         hard, soft = (

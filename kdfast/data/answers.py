@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 COLUMNS = ("question", "context", "answers")
@@ -38,6 +39,31 @@ class Questions:
     places: list[list[tuple[int, int]]]
     texts: list[str]
     right: list[list[str]]
+
+
+def flat(part: Any) -> Any:
+    """A dataset with a row for each question, of SQuAD's own files, which hold articles of paragraphs of questions;
+    another one as it is."""
+    if {"data", "paragraphs"}.isdisjoint(part.column_names) or "question" in part.column_names:
+        return part
+    articles = part.to_list()
+    if "data" in part.column_names:  # a whole file in a row, or an article, as it was read
+        articles = [article for row in articles for article in _listed(row["data"])]
+    try:
+        questions = [
+            {"question": asked["question"], "context": paragraph["context"], "answers": asked["answers"]}
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for asked in paragraph["qas"]
+        ]
+    except (KeyError, TypeError) as error:
+        expected = "articles with paragraphs, each with context and qas of question and answers"
+        raise ValueError(f"data: expected {expected}, got one without {error}") from None
+    return Dataset.from_list(questions)
+
+
+def _listed(one: Any) -> list[Any]:
+    return one if isinstance(one, list) else [one]
 
 
 def rows(part: Any, tokenizer: Any, max_length: int, stride: int) -> Questions:
@@ -90,16 +116,16 @@ def some(of_question: Any) -> bool:
 
 def _lists(asked: str, answers: Any) -> tuple[list[str], list[int]]:
     """Texts of answers and where they begin: of lists, as `datasets` has them, a list of single ones, as SQuAD's own
-    files, or None, where there is none."""
+    files, either as JSON in a table, or None, where there is none."""
     try:
-        single = [] if answers is None else answers
+        single = [] if answers is None else json.loads(answers) if isinstance(answers, str) else answers
         texts, starts = (
             [answer[name] for answer in single] if isinstance(single, list) else list(single[name])
             for name in ("text", "answer_start")
         )
         if len(texts) != len(starts) or not {*map(type, texts)} <= {str} or not {*map(type, starts)} <= {int}:
             raise TypeError
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, json.JSONDecodeError):
         expected = f'answers like {{"text": ["Rome"], "answer_start": [8]}} of the question {asked[:60]!r}'
         raise ValueError(f"data: expected {expected}, got {json.dumps(answers, default=str)[:60]}") from None
     return texts, starts

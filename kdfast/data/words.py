@@ -56,7 +56,7 @@ def rows(
 
     Args:
         part: a `datasets.Dataset` with lists of words and of as many labels, which are texts, numbers with names
-            (`ClassLabel`), or numbers of the model's.
+            (`ClassLabel`), or numbers of the model's; of tables, which have no lists, with texts that spaces divide.
         classes: the model's numbers of its labels, `label2id` of its config.
         tokenizer: a fast one.
         word_column, label_column: None: the first there is of `WORDS` and `TAGS`.
@@ -65,9 +65,11 @@ def rows(
         ValueError: no such columns, other labels than the model's, rows of more words than labels, or a tokenizer that
             takes no words.
     """
-    words = part[column_of(part.features, word_column, WORDS)]
     name = column_of(part.features, label_column, TAGS)
-    tags = part[name]
+    words, tags = (
+        [row.split() if isinstance(row, str) else row for row in part[column]]
+        for column in (column_of(part.features, word_column, WORDS), name)
+    )
     for row, of_row in zip(words, tags, strict=True):
         if not (isinstance(row, list) and isinstance(of_row, list) and len(row) == len(of_row)):
             got = " and ".join(

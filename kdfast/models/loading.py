@@ -18,6 +18,7 @@ from kdfast.models import pairing
 from kdfast.models.early_exit import EarlyExit, saved_in
 
 PLACES = "a folder or a name on the Hub"  # of models
+QUANTISERS = ("torchao", "bitsandbytes")  # packages whose models are run
 
 
 def classifier(task: tasks.Task, argument: str, source: str | Path) -> Any:
@@ -72,7 +73,7 @@ def pretrained(kind: Any, argument: str, source: str | Path, *, quantised: bool 
 
     Args:
         kind, argument, source, options: of what is loaded, how messages call it, from where, and how.
-        quantised: whether its weights may be torchao's, which is installed then: of models that are only run.
+        quantised: whether its weights may be quantised, by one of `QUANTISERS`: of models that are only run.
 
     Raises:
         ValueError: it cannot be loaded, or is a model whose weights are quantised.
@@ -96,18 +97,19 @@ def _loaded(kind: Any, who: str, source: str | Path, unreachable: str | None, **
         raise ValueError(f"{who}: expected what transformers loads, got {first_line(error)}") from None
 
 
-def _check_not_quantised(who: str, config: Any, torchao: bool) -> None:
+def _check_not_quantised(who: str, config: Any, may_be: bool) -> None:
     """Before weights are loaded, which needs the library of the quantisation, and may end in a crash of it."""
     if (found := getattr(config, "quantization_config", None)) is not None:
         method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+        method = getattr(method, "value", method)
         if method == METHOD:  # smaller, not quantised
             return
-        if torchao and getattr(method, "value", method) == "torchao":
-            if find_spec("torchao") is None:
-                raise ValueError(f"{who}: expected torchao, which quantised it, to be installed, got none")
+        if may_be and method in QUANTISERS:
+            if find_spec(method) is None:
+                raise ValueError(f"{who}: expected {method}, which quantised it, to be installed, got none")
             return
         raise ValueError(
-            f"{who}: expected weights that are not quantised, got {getattr(method, 'value', method)} "
+            f"{who}: expected weights that are not quantised, got {method} "
             "(quantization_config in its config.json); load it, dequantise it and save that"
         )
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import nn
+
 
 def check_tokens(named: str, tokenizer: Any, teachers: Any) -> None:
     """A student, or its base, reads the teacher's tokens: each must be of the same number in its own tokenizer.
@@ -50,14 +53,14 @@ def _counted_from_padding(model: Any) -> Any:
     return None
 
 
-def check_length(named: str, model: Any, max_length: int) -> None:
+def check_length(named: str, model: Any, max_length: int, argument: str = "max_length") -> None:
     """
     Raises:
         ValueError: rows of `max_length` tokens have more than the model's `positions`.
     """
     limit = positions(model)
     if limit is not None and max_length > limit:
-        raise ValueError(f"max_length: expected at most {limit}, the positions of {named}, got {max_length}")
+        raise ValueError(f"{argument}: expected at most {limit}, the positions of {named}, got {max_length}")
 
 
 def pad_alike(named: str, model: Any, tokenizer: Any) -> None:
@@ -148,3 +151,21 @@ def check_same_classes(who: str, student: Any, teacher: Any) -> None:
             f"{who}: expected the classes (id2label of its config) in the teacher's order, {', '.join(theirs)}, got "
             f"{', '.join(own)}"
         )
+
+
+def take_order(student: Any, own: Any, teacher: Any) -> None:
+    """Puts the classes of a student's head into the teacher's order, where they are the same by name.
+
+    Args:
+        student: a model whose head's last linear map has a row for each class.
+        own, teacher: the configs that name the student's classes as they are stored, and the teacher's.
+    """
+    mine, theirs = _classes(own), _classes(teacher)
+    if not _turned(mine, theirs):
+        return
+    inside = f"{student.base_model_prefix}."
+    maps = [m for name, m in student.named_modules() if isinstance(m, nn.Linear) and not name.startswith(inside)]
+    order = torch.tensor([mine.index(name) for name in theirs], device=student.device)
+    for rows in (maps[-1].weight, maps[-1].bias):
+        if rows is not None:
+            rows.data = rows.data[order]

@@ -16,6 +16,7 @@ from kdfast.recipes import (
     prune,
     question_answering,
     self_distillation,
+    seq2seq,
     tinybert,
     token_classification,
 )
@@ -36,6 +37,7 @@ RECIPES: tuple[type[Recipe], ...] = (
     prune.Recipe,
     distilbert.Recipe,
     causal_lm.Recipe,
+    seq2seq.Recipe,
     token_classification.Recipe,
     question_answering.Recipe,
 )

@@ -76,6 +76,12 @@ class Recipe:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
 
+    def none_beside(self, one: str, *names: str) -> None:
+        """That settings of which `one` takes the place are not given beside it."""
+        for name in names:
+            if getattr(self, one) is not None and (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name}: expected none beside {one}, got {list(value)}")
+
     def as_dict(self) -> dict[str, Any]:
         """As YAML and JSON have it: the recipe's name first, lists for tuples,
         files and folders that are there as absolute paths."""

@@ -15,13 +15,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kdfast.objective import LanguageModel
-from kdfast.recipes import base
 from kdfast.recipes.base import setting
+from kdfast.recipes.tokens import TokenRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(base.Recipe):
+class Recipe(TokenRecipe):
     """A causal language model into some of its layers, or a smaller one, on text: alpha · T² · D(student, teacher) + (1 - alpha) · CE.
 
     Logits of the whole vocabulary are only made for a chunk of tokens at a time. With on-policy 1 and js_div this is
@@ -52,13 +51,6 @@ class Recipe(base.Recipe):
         "Rank of adapters (LoRA) of all linear maps but the output: they alone are trained, and merged in the end. "
         "Default: the whole student is trained.",
     )
-    divergence: str = setting(
-        "kl_div", "kl_div, reverse_kl_div, js_div or another of kdfast, between teacher and student."
-    )
-    beta: float = setting(0.5, "Of js_div: the teacher's share of the mixture.")
-    skew: float = setting(0.1, "Of skew_kl_div and skew_reverse_kl_div.")
-    alpha: float = setting(0.9, "Weight of the teacher; the labels get 1 - alpha.")
-    temperature: float = setting(1.0, "Softens teacher and student alike.")
     on_policy: float = setting(
         0.0,
         "Share of the batches whose completions the student samples (lambda of GKD). Rows of packed text then have "
@@ -78,10 +70,5 @@ class Recipe(base.Recipe):
         self.at_least(8, "max_length")
         self.inside(0, 1, "learning_rate")
         self.between(0, 1, "on_policy")
-        if self.student is not None and self.student_layers is not None:
-            raise ValueError(f"student_layers: expected none beside student, got {list(self.student_layers)}")
+        self.none_beside("student", "student_layers")
         self.objective()  # checks the rest
-
-    def objective(self, vocabulary: int | None = None) -> LanguageModel:
-        """vocabulary: the tokens that teacher and student have in common, where one has embeddings of more."""
-        return LanguageModel(self.alpha, self.temperature, self.divergence, self.beta, self.skew, vocabulary)

@@ -1,11 +1,11 @@
-"""Recipes of encoders with heads that are not of whole sequences: what they have in common."""
+"""Recipes of given teachers whose heads are not of whole sequences: what they have in common."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kdfast.objective import Terms
+from kdfast.objective import Objective
 from kdfast.recipes.base import Recipe, setting
 
 
@@ -16,7 +16,7 @@ class HeadRecipe(Recipe):
     quick: ClassVar = {"epochs": 1, "train_rows": 400, "test_rows": 200}
 
     data: str | None = setting(
-        None, "Required. Labelled rows: a JSON or Parquet file, a folder (train*, test*), or a Hub name."
+        None, "Required. Labelled rows: a JSON, CSV or Parquet file, a folder (train*, test*), or a Hub name."
     )
     teacher: str | None = setting(None, "Required. Model of this task and its labels, a folder or Hub name.")
     student: str | None = setting(
@@ -42,10 +42,9 @@ class HeadRecipe(Recipe):
         self.inside(0, 1, "learning_rate")
         self.between(0, 1, "alpha", "warmup")
         self.positive("temperature")
-        if self.student is not None and self.student_layers is not None:
-            raise ValueError(f"student_layers: expected none beside student, got {list(self.student_layers)}")
+        self.none_beside("student", "student_layers")
         self.objective()  # checks the rest
 
-    def objective(self) -> Terms:
-        """What the student is trained on, with the terms `kl` and `ce`."""
+    def objective(self) -> Objective:
+        """What the student is trained on: a term of the teacher and one of the labels."""
         raise NotImplementedError

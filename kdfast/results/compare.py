@@ -26,9 +26,9 @@ class Run:
 
     Attributes:
         folder: as it was given.
-        family: "classifier", "causal-lm" or "distilbert"; runs of one are measured alike.
+        family: "classifier", "causal-lm", "seq2seq" or "distilbert"; runs of one are measured alike.
         metric: the task's.
-        test: what a classifier was measured on, a `kdfast.data.tasks.fingerprint`.
+        test: the rows that it was measured on, a `kdfast.data.tasks.fingerprint`, where the run tells.
         tokenizer: of language models, where the run tells a sum of it.
         settings: of the recipe.
         models: metrics by the names of the models.
@@ -59,12 +59,12 @@ class Run:
             models, settings = dict(stored["models"]), dict(stored["settings"])
             language = all("perplexity" in row for row in models.values())
             family = settings.get("recipe", "causal-lm") if language else "classifier"
-            metric, test = ("perplexity", None) if language else (stored["task"]["metric"], stored["task"]["test"])
+            task = stored.get("task", {"metric": "perplexity", "test": None}) if language else stored["task"]
             tokenizer = stored.get("tokenizer") if language else None
         except (ValueError, TypeError, KeyError) as error:
             expected = "what a run of this version of kdfast has"
             raise ValueError(f"{folder / METRICS}: expected {expected}, got {error!r}") from None
-        return cls(folder, family, metric, test, tokenizer, settings, models)
+        return cls(folder, family, task["metric"], task["test"], tokenizer, settings, models)
 
     @property
     def seed(self) -> int:
@@ -80,7 +80,7 @@ class Run:
 
     @property
     def measured_on(self) -> dict[str, Any]:
-        if self.family == "classifier":
+        if self.test is not None:
             return {"test": self.test}
         of_family = next((recipe for recipe in RECIPES if recipe.name == self.family), causal_lm.Recipe)
         rows = {name: self._of(name) for name in of_family.measured_on}

@@ -49,6 +49,8 @@ def run(recipe: Recipe, folder: Path, console: Any, fresh: bool = False) -> dict
         from kdfast.runs.distilbert import DistilBERTRun as kind
     elif isinstance(recipe, recipes.causal_lm.Recipe):
         from kdfast.runs.causal_lm import CausalLMRun as kind
+    elif isinstance(recipe, recipes.seq2seq.Recipe):
+        from kdfast.runs.seq2seq import Seq2SeqRun as kind
     elif isinstance(recipe, recipes.token_classification.Recipe):
         from kdfast.runs.token_classification import TokenClassificationRun as kind
     elif isinstance(recipe, recipes.question_answering.Recipe):

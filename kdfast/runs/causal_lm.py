@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,41 +17,12 @@ from transformers import AutoModelForCausalLM
 from kdfast.data import demo, text
 from kdfast.models import pairing, students
 from kdfast.models.last_hidden import last_hidden
-from kdfast.objective import LanguageModel
-from kdfast.results import measure, progress
+from kdfast.results import measure
 from kdfast.runs import arguments
-from kdfast.runs.language import LanguageRun, PeakMemory
+from kdfast.runs.language import LanguageRun, PeakMemory, common_vocabulary, per_token
 from kdfast.train.on_policy import OnPolicyTrainer
 
 CURVE_ROWS = 8  # of the held-out rows, for the points of the learning curve; the table is measured on all
-
-
-@torch.inference_mode()
-def quality(
-    models: Mapping[str, Any], rows: Sequence[text.Row], collate: text.Collator, vocabulary: int | None = None
-) -> dict[str, measure.Metrics]:
-    """Perplexity of the tokens that count, and mean KL(teacher ‖ model) at temperature 1 in nats,
-    of each of the models.
-
-    One of them is named "teacher". vocabulary: the tokens that all have, where some have embeddings of more.
-    """
-    halves = LanguageModel(alpha=0.5, temperature=1.0, vocab_size=vocabulary)
-    sums = {name: {"kd": 0.0, "ce": 0.0} for name in models}
-    tokens = 0
-    starts = range(0, len(rows), 4)
-    for start in progress.bar("held-out text", len(starts), starts):
-        batch = {k: v.to(models["teacher"].device) for k, v in collate(rows[start : start + 4]).items()}
-        count = int(halves.num_items(batch))
-        outputs = {name: halves.run(model, batch) for name, model in models.items()}
-        for name, output in outputs.items():
-            terms = halves(output, outputs["teacher"], batch)
-            for term in sums[name]:
-                sums[name][term] += 2 * count * terms[term].item()
-        tokens += count
-    return {
-        name: {"perplexity": math.exp(total["ce"] / tokens), "kl_to_teacher": total["kd"] / tokens}
-        for name, total in sums.items()
-    }
 
 
 @torch.inference_mode()
@@ -83,7 +53,7 @@ class CausalLMRun(LanguageRun):
     losses: ClassVar = {"kd": "teacher's term", "ce": "labels' term"}
     caption = "Perplexity, KL from the teacher's distribution at T = 1 in nats: of the next token"
     auto = AutoModelForCausalLM
-    kind = "causal language model"
+    kind = "a causal language model"
     data_files = (
         "a .jsonl file with prompt and completion, or messages, in each line, or a text file with empty lines between "
         "the texts",
@@ -116,8 +86,7 @@ class CausalLMRun(LanguageRun):
             raise ValueError(f"data {r.data or 'by default'}: expected {expected}, got {len(train) + len(test)}")
         for who, model in ((f"teacher {source}", self.teacher), (f"student {r.student}", self.start)):
             pairing.check_ids(who, model, [*self.train, *self.test, {"input_ids": [pad]}])
-        known = {model.get_output_embeddings().weight.shape[0] for model in (self.teacher, self.start)}
-        self.vocabulary = min(known) if len(known) > 1 else None
+        self.vocabulary = common_vocabulary(self.teacher, self.start)
 
     def _student(self) -> Any:
         r = self.recipe
@@ -196,7 +165,7 @@ class CausalLMRun(LanguageRun):
         )
 
     def quality(self, models: Mapping[str, Any]) -> dict[str, measure.Metrics]:
-        return quality(models, self.test, self.collate, self.vocabulary)
+        return per_token(models, self.test, self.collate, self.vocabulary)
 
     def timed_batch(self) -> Mapping[str, Tensor]:
         return self.collate(self.test[:4])

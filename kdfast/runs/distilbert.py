@@ -89,7 +89,7 @@ class DistilBERTRun(LanguageRun):
     losses: ClassVar = {"ce": "KL to the teacher", "mlm": "masked tokens", "cos": "cosine", "mse": "logits' squares"}
     caption = "Perplexity, accuracy: of masked words. KL: of all, from the teacher's distribution at T = 1, in nats"
     auto = AutoModelForMaskedLM
-    kind = "masked language model"
+    kind = "a masked language model"
     data_files = ("a text file with empty lines between the texts", ())
 
     # ---- models and rows ----

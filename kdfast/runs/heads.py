@@ -1,4 +1,4 @@
-"""Runs of encoders with a head for each token: rows, students and training that they have in common."""
+"""Runs of given teachers with a head for each token: rows, students and training that they have in common."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from kdfast.data import files, tasks
 from kdfast.models import pairing, students
 from kdfast.models.loading import pretrained
+from kdfast.objective import Objective
 from kdfast.results.measure import length
 from kdfast.runs import arguments
 from kdfast.runs.language import LanguageRun, PeakMemory
@@ -38,6 +39,10 @@ class HeadRun(LanguageRun):
     collate: Any
 
     # ---- a task's own ----
+    def flat(self, part: Any) -> Any:
+        """A dataset as the task reads it, of one that may be nested."""
+        return part
+
     @abstractmethod
     def labelled(self, part: Any) -> bool:
         """Whether rows of a dataset have labels."""
@@ -51,37 +56,44 @@ class HeadRun(LanguageRun):
         r = self.recipe
         needed = {
             "data": "labelled rows, a file, a folder or a Hub name",
-            "teacher": f"a {self.kind}, a folder or Hub name",
+            "teacher": f"{self.kind}, a folder or Hub name",
         }
         for name, expected in needed.items():
             if getattr(r, name) is None:
                 raise ValueError(f"{name}: expected {expected}, got none")
         datasets.disable_progress_bars()
         self.teacher = self.load_teacher(r.teacher, quantised=r.student is not None)
-        saved_as, task = self.teacher.config.architectures or [], type(self.teacher).__name__.partition("For")[2]
-        if saved_as and not any(name.endswith(f"For{task}") for name in saved_as):  # whose head has the same names
-            raise ValueError(f"teacher {r.teacher}: expected a {self.kind}, got {', '.join(saved_as)}")
-        self.start = self._student()
+        saved_as = self.teacher.config.architectures or []
+        tasks_of = {name.partition("For")[2] for name in (*saved_as, type(self.teacher).__name__)}
+        if len(tasks_of - {""}) > 1:  # another task's head may have the same names
+            raise ValueError(f"teacher {r.teacher}: expected {self.kind}, got {', '.join(saved_as)}")
+        transformers.set_seed(r.seed)  # for a new head
+        self.start = self.student_of_layers() if r.student is None else self.own_student()
         train, test = self._parts()
         self.train, self.test = self.rows(train, test=False), sorted(self.rows(test, test=True), key=length)
-        for who, model in ((f"teacher {r.teacher}", self.teacher), (f"student {r.student}", self.start)):
+        for who, model in self.both():
+            pairing.pad_alike(who, model, self.tokenizer)
             pairing.check_ids(who, model, [*self.train, *self.test])
 
-    def _student(self) -> Any:
-        r = self.recipe
-        transformers.set_seed(r.seed)  # for a new head
-        if r.student is not None:
-            theirs = self.teacher.config
-            own = pretrained(AutoConfig, "student", r.student)
-            pairing.check_same_classes(f"student {r.student}", own, theirs)
-            return self.load_student(r.student, new_head=True, id2label=theirs.id2label, label2id=theirs.label2id)
-        layers = r.student_layers or range(0, self.teacher.config.num_hidden_layers, 2)
+    def student_of_layers(self) -> Any:
+        layers = self.recipe.student_layers or range(0, self.teacher.config.num_hidden_layers, 2)
         return students.from_layers(self.teacher, layers, dropout=0.0)
+
+    def own_student(self) -> Any:
+        source, theirs = self.recipe.student, self.teacher.config
+        student = self.load_student(source, new_head=True, id2label=theirs.id2label, label2id=theirs.label2id)
+        pairing.take_order(student, pretrained(AutoConfig, "student", source), theirs)
+        return student
+
+    def both(self) -> tuple[tuple[str, Any], tuple[str, Any]]:
+        """Teacher and student, and what messages call them."""
+        return (f"teacher {self.recipe.teacher}", self.teacher), (f"student {self.recipe.student}", self.start)
 
     def _parts(self) -> tuple[Any, Any]:
         """To train on, and to test: a split with labels, or a tenth of the training rows."""
         r = self.recipe
-        parts = files.read(r.data, lambda expected, got: ValueError(f"data: expected {expected}, got {got}"))
+        read = files.read(r.data, lambda expected, got: ValueError(f"data: expected {expected}, got {got}"))
+        parts = {name: self.flat(part) for name, part in read.items()}
         if "train" not in parts:
             raise ValueError(f"data {r.data}: expected a split train, got {', '.join(parts)}")
         tests = [parts[name] for name in tasks.TEST_SPLITS if name in parts and self.labelled(parts[name])]
@@ -89,6 +101,11 @@ class HeadRun(LanguageRun):
         return tasks.first(train, r.train_rows), tasks.first(test, r.test_rows)
 
     # ---- training ----
+    def objective(self) -> Objective:
+        """What the student is trained on."""
+        its: Objective = self.recipe.objective()
+        return its
+
     def trainer(self, folder: Path) -> DistillationTrainer:
         r = self.recipe
         steps = -(-len(self.train) // r.batch_size) * r.epochs
@@ -112,7 +129,7 @@ class HeadRun(LanguageRun):
             copy.deepcopy(self.start),
             settings,
             teacher=self.teacher,
-            objective=r.objective(),
+            objective=self.objective(),
             train_dataset=self.train,
             eval_dataset=self.test[:CURVE],
             data_collator=self.collate,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ from transformers import Trainer, TrainerCallback
 from kdfast.data import files
 from kdfast.models import pairing
 from kdfast.models.loading import device, load_tokenizer, pretrained
+from kdfast.objective import LanguageModel
 from kdfast.recipes.base import Recipe
-from kdfast.results import measure, plots, tables
+from kdfast.results import measure, plots, progress, tables
 from kdfast.runs import stages
 from kdfast.teacher_cache._identity import tokenizer_sha256
 
@@ -33,6 +35,43 @@ class PeakMemory(TrainerCallback):  # type: ignore[misc]
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident
         state.log_history.append({"step": state.global_step, "peak_memory_mb": peak / 1e6})
+
+
+@torch.inference_mode()
+def per_token(
+    models: Mapping[str, Any],
+    rows: Sequence[Any],
+    collate: Callable[[Any], Mapping[str, Tensor]],
+    vocabulary: int | None = None,
+) -> dict[str, measure.Metrics]:
+    """Perplexity of the tokens that count, and mean KL(teacher ‖ model) at temperature 1 in nats,
+    of each of the models.
+
+    One of them is named "teacher". vocabulary: the tokens that all have, where some have embeddings of more.
+    """
+    halves = LanguageModel(alpha=0.5, temperature=1.0, vocab_size=vocabulary)
+    sums = {name: {"kd": 0.0, "ce": 0.0} for name in models}
+    tokens = 0
+    starts = range(0, len(rows), 4)
+    for start in progress.bar("held-out text", len(starts), starts):
+        batch = {k: v.to(models["teacher"].device) for k, v in collate(rows[start : start + 4]).items()}
+        count = int(halves.num_items(batch))
+        outputs = {name: halves.run(model, batch) for name, model in models.items()}
+        for name, output in outputs.items():
+            terms = halves(output, outputs["teacher"], batch)
+            for term in sums[name]:
+                sums[name][term] += 2 * count * terms[term].item()
+        tokens += count
+    return {
+        name: {"perplexity": math.exp(total["ce"] / tokens), "kl_to_teacher": total["kd"] / tokens}
+        for name, total in sums.items()
+    }
+
+
+def common_vocabulary(teacher: Any, student: Any) -> int | None:
+    """The tokens that both have, where one has embeddings of more; None where they have the same."""
+    known = {model.get_output_embeddings().weight.shape[0] for model in (teacher, student)}
+    return min(known) if len(known) > 1 else None
 
 
 class LanguageRun:
@@ -138,11 +177,15 @@ class LanguageRun:
         return self._load("student", source, new_head, **options)
 
     def _load(self, argument: str, source: str | Path, new_head: bool = False, **options: Any) -> Any:
-        options |= {"dtype": torch.float32, "output_loading_info": True}
+        options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, loading = pretrained(self.auto, argument, source, **options)
         if (lacking := sorted(loading["missing_keys"])) and not new_head:
             names = ", ".join(lacking[:4]) + (f" and {len(lacking) - 4} more" if len(lacking) > 4 else "")
-            raise ValueError(f"{argument} {source}: expected a {self.kind}, got a model without {names}")
+            raise ValueError(f"{argument} {source}: expected {self.kind}, got a model without {names}")
+        if unlike := sorted(loading["mismatched_keys"]):
+            name, found, wanted = unlike[0]
+            classes = f", for the teacher's {model.config.num_labels} classes" if "id2label" in options else ""
+            raise ValueError(f"{argument} {source}: expected {name} of {list(wanted)}{classes}, got {list(found)}")
         pairing.check_length(f"{argument} {source}", model, self.recipe.max_length)
         return model.eval().to(device())
 

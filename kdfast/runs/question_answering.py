@@ -20,13 +20,16 @@ class QuestionAnsweringRun(HeadRun):
         "F1, exact: of answers, as SQuAD has them. KL: from the teacher's distributions at T = 1, in nats"
     )
     auto = AutoModelForQuestionAnswering
-    kind = "model for question answering"
+    kind = "a model for question answering"
     metric = "f1"
     asked: answers.Questions
 
     def prepare(self) -> None:
         super().prepare()
         self.collate = DataCollatorWithPadding(self.tokenizer)
+
+    def flat(self, part: Any) -> Any:
+        return answers.flat(part)
 
     def labelled(self, part: Any) -> bool:
         return "answers" in part.column_names and any(map(answers.some, part["answers"]))

@@ -19,7 +19,7 @@ from kdfast.runs.heads import ROWS_OF_A_PASS, HeadRun
 class TokenClassificationRun(HeadRun):
     caption: ClassVar = "F1: of whole names. Accuracy: of words. KL: from the teacher's distribution at T = 1, in nats"
     auto = AutoModelForTokenClassification
-    kind = "token classifier"
+    kind = "a token classifier"
 
     def prepare(self) -> None:
         super().prepare()

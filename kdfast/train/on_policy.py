@@ -112,12 +112,13 @@ def sample_completions(model: Any, batch: dict[str, Tensor], max_new_tokens: int
             output = model.generate(start.to(device), attention_mask=shown.to(device), generation_config=settings)
     finally:
         model.train(training)
-    samples = [_until_end(row, ends) for row in output[:, start.shape[1] :].tolist()]
+    samples = [until_end(row, ends) for row in output[:, start.shape[1] :].tolist()]
     rows = [prompt + sample for prompt, sample in zip(prompts, samples, strict=True)]
     labels = [[OFF] * len(prompt) + sample for prompt, sample in zip(prompts, samples, strict=True)]
     return {name: tensor.to(device) for name, tensor in padded(rows, labels, ends[0]).items()}
 
 
-def _until_end(tokens: list[int], ends: list[int]) -> list[int]:
+def until_end(tokens: list[int], ends: list[int]) -> list[int]:
+    """Up to the first of the tokens that end a text; all of one that none ends."""
     places = [place for place, token in enumerate(tokens) if token in ends]
     return tokens[: places[0] + 1] if places else tokens

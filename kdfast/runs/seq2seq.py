@@ -1,0 +1,96 @@
+"""Runs the recipe of encoder-decoders in its folder. What is finished is not repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
+
+from kdfast.data import pairs
+from kdfast.data.hub import first_line
+from kdfast.models import pairing, students
+from kdfast.models.student_parts import count_name
+from kdfast.objective import Objective
+from kdfast.results import measure
+from kdfast.runs import written
+from kdfast.runs.heads import HeadRun
+from kdfast.runs.language import common_vocabulary, per_token
+
+WRITTEN = "targets.jsonl"  # of a run's folder
+
+
+class Seq2SeqRun(HeadRun):
+    losses: ClassVar = {"kd": "teacher's term", "ce": "labels' term"}
+    caption: ClassVar = "Perplexity, KL from the teacher's distribution at T = 1 in nats: of the targets' tokens"
+    auto = AutoModelForSeq2SeqLM
+    kind = "an encoder-decoder of text"
+    metric = "perplexity"
+
+    def prepare(self) -> None:
+        super().prepare()
+        r = self.recipe
+        self.collate = DataCollatorForSeq2Seq(self.tokenizer)
+        self.vocabulary = common_vocabulary(self.teacher, self.start)
+        known = self.vocabulary or self.teacher.get_output_embeddings().weight.shape[0]
+        if (largest := max(max(row["labels"]) for row in (*self.train, *self.test))) >= known:
+            expected = f"targets of the {known} tokens that teacher and student know"
+            raise ValueError(f"data {r.data}: expected {expected}, got token {largest}")
+        for who, model in self.both():
+            pairing.check_length(who, model, r.max_target_length, "max_target_length")
+            try:
+                with torch.inference_mode():
+                    r.objective().run(model, self.collate(self.train[:2]).to(model.device))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{who}: {first_line(error)}") from None
+
+    def student_of_layers(self) -> Any:
+        r, config = self.recipe, self.teacher.config
+        counts = [getattr(config, count_name(config, side), 0) for side in ("encoder", "decoder")]
+        decoder_layers = r.decoder_layers or students.spread(counts[1], -(-counts[1] // 2))
+        return students.from_layers(
+            self.teacher, r.student_layers or range(counts[0]), decoder_layers=decoder_layers, dropout=0.0
+        )
+
+    def own_student(self) -> Any:
+        return self.load_student(self.recipe.student)
+
+    # ---- rows ----
+    def flat(self, part: Any) -> Any:
+        return pairs.flat(part)
+
+    def labelled(self, part: Any) -> bool:
+        return pairs.has_targets(part, self.recipe.target_column)
+
+    def rows(self, part: Any, test: bool) -> list[Any]:
+        r = self.recipe
+        texts = pairs.texts(part, r.source_column, r.target_column)
+        if not texts:
+            raise ValueError(f"data {r.data}: expected rows with texts to train on and to test, got none")
+        if lacking := len(part) - len(texts):
+            what = "test" if test else "training"
+            self.notes = [*self.notes, f"{lacking:,} {what} rows without a source or a target are left out"]
+        return pairs.rows(texts, self.tokenizer, r.max_length, r.max_target_length, r.prefix)
+
+    def train_teacher(self) -> None:
+        """Where the targets are to be the teacher's, it writes them."""
+        r = self.recipe
+        if r.targets == "teacher":
+            self.train = written.rows(
+                self.teacher, self.train, self.tokenizer, self.folder / WRITTEN, r.beams, r.max_target_length
+            )
+
+    # ---- training and results ----
+    def objective(self) -> Objective:
+        its: Objective = self.recipe.objective(self.vocabulary)
+        return its
+
+    def quality(self, models: Mapping[str, Any]) -> dict[str, measure.Metrics]:
+        return per_token(models, self.test, self.collate, self.vocabulary)
+
+    def timed_batch(self) -> Mapping[str, Tensor]:
+        batch = dict(super().timed_batch())
+        batch["decoder_input_ids"] = self.teacher.prepare_decoder_input_ids_from_labels(batch["labels"])
+        return batch

@@ -1,0 +1,53 @@
+"""Targets that a teacher writes of sources: sequence-level distillation (Kim & Rush, 2016, arXiv:1606.07947)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DataCollatorWithPadding
+
+from kdfast.data.text import Row
+from kdfast.results.disk import saving
+from kdfast.results.measure import length
+from kdfast.results.progress import bar
+from kdfast.train.on_policy import until_end
+
+ROWS_OF_A_SEARCH = 16
+
+
+@torch.inference_mode()
+def rows(model: Any, given: Sequence[Row], tokenizer: Any, path: Path, beams: int, longest: int) -> list[Row]:
+    """The rows, in the order of their lengths, with what the model writes as `labels`.
+
+    Args:
+        model: an encoder-decoder; how it writes, but for the beams and the length, its generation_config says.
+        given: rows with `input_ids`.
+        path: a file of JSON lines, to which every search adds its targets: tokens, and the text that they are. Those
+            that are there are not searched for again.
+        beams: of the beam search.
+        longest: tokens of a target.
+    """
+    given = sorted(given, key=length)  # hardly any padding
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    begun = len(lines) if len(lines) == len(given) else len(lines) // ROWS_OF_A_SEARCH * ROWS_OF_A_SEARCH
+    made = [json.loads(line)["tokens"] for line in lines[:begun]]
+    collate = DataCollatorWithPadding(tokenizer)
+    with saving(path), path.open("w", encoding="utf-8") as file, bar("targets", len(given)) as shown:
+        file.writelines(f"{line}\n" for line in lines[:begun])
+        shown.update(begun)
+        for start in range(begun, len(given), ROWS_OF_A_SEARCH):
+            some = [{"input_ids": row["input_ids"]} for row in given[start : start + ROWS_OF_A_SEARCH]]
+            batch = collate(some).to(model.device)
+            found = model.generate(**batch, num_beams=beams, do_sample=False, max_new_tokens=longest)
+            targets = [until_end(row, [tokenizer.eos_token_id]) for row in found[:, 1:].tolist()]
+            for tokens in targets:
+                text = tokenizer.decode(tokens, skip_special_tokens=True)
+                file.write(json.dumps({"text": text, "tokens": tokens}, ensure_ascii=False) + "\n")
+            file.flush()
+            made += targets
+            shown.update(len(some))
+    return [{**row, "labels": tokens} for row, tokens in zip(given, made, strict=True)]
