@@ -27,6 +27,7 @@ from transformers import (
     BertForMaskedLM,
     BertLMHeadModel,
     BertModel,
+    BitsAndBytesConfig,
     TorchAoConfig,
     TrainerCallback,
 )
@@ -338,10 +339,18 @@ def test_students_that_do_not_fit(assets: dict[str, Path], tmp_path: Path) -> No
     _refused(tmp_path / "run", expected, student=str(own), student_layers=None)
 
 
-def test_quantised_teachers(assets: dict[str, Path], tmp_path: Path) -> None:
+QUANTISED: dict[str, dict[str, Any]] = {
+    "torchao": {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {"version": 2}}}},
+    "bitsandbytes": {"load_in_8bit": True},
+}
+LIBRARIES = pytest.mark.parametrize("library", QUANTISED)
+
+
+@LIBRARIES
+def test_quantised_teachers(library: str, assets: dict[str, Path], tmp_path: Path) -> None:
     """They are run, and no student is made of their layers."""
-    quantization = pytest.importorskip("torchao.quantization")
-    how = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    pytest.importorskip(library)
+    how = {"torchao": TorchAoConfig, "bitsandbytes": BitsAndBytesConfig}[library].from_dict(QUANTISED[library])
     source = assets[demo.SMOLLM2.folder]
     AutoModelForCausalLM.from_pretrained(source, quantization_config=how).save_pretrained(tmp_path / "teacher")
     AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "teacher")
@@ -349,20 +358,18 @@ def test_quantised_teachers(assets: dict[str, Path], tmp_path: Path) -> None:
     settings = dataclasses.replace(SETTINGS, teacher=str(tmp_path / "teacher"), student=str(own), student_layers=None)
     results, _ = _run(tmp_path / "run", settings)
     assert results["student"]["kl_to_teacher"] < results["start"]["kl_to_teacher"]
-    expected = f"teacher {tmp_path / 'teacher'}: expected weights that are not quantised, got torchao"
+    expected = f"teacher {tmp_path / 'teacher'}: expected weights that are not quantised, got {library}"
     _refused(tmp_path / "other", expected, teacher=str(tmp_path / "teacher"))
 
 
-def test_quantised_teachers_need_torchao(
-    assets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@LIBRARIES
+def test_quantised_teachers_need_their_library(
+    library: str, assets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = shutil.copytree(assets[demo.SMOLLM2.folder], tmp_path / "teacher")
     config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "torchao",
-        "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}},
-    }
+    config["quantization_config"] = {"quant_method": library, **QUANTISED[library]}
     (source / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    expected = f"teacher {source}: expected torchao, which quantised it, to be installed, got none"
+    expected = f"teacher {source}: expected {library}, which quantised it, to be installed, got none"
     _refused(tmp_path / "run", expected, teacher=str(source), student=str(tmp_path / "own"), student_layers=None)

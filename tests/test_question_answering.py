@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import io
 import json
@@ -128,22 +129,53 @@ def test_rows_that_do_not_fit(row: dict[str, Any], length: int, expected: str, t
 
 def test_forms_of_answers(tokenizer: Any) -> None:
     known = asked(CONTEXT, "rome")
-    single = [
-        {"text": text, "answer_start": start}
-        for text, start in zip(*(known["answers"][name] for name in ("text", "answer_start")), strict=True)
-    ]
     expected = answers.rows(Dataset.from_list([known]), tokenizer, 16, 4)
-    assert answers.rows(Dataset.from_list([known | {"answers": single}]), tokenizer, 16, 4) == expected
+    assert answers.rows(Dataset.from_list([known | {"answers": single(known)}]), tokenizer, 16, 4) == expected
     assert any(row["start_positions"] for row in expected.rows)
     none = answers.rows(Dataset.from_list([known | {"answers": None}, known]), tokenizer, 16, 4)
     assert none.right == [[], ["rome"]]
-    assert [answers.some(of) for of in (None, [], single, known["answers"], {"text": []})] == [
+    assert [answers.some(of) for of in (None, [], single(known), known["answers"], {"text": []})] == [
         False,
         False,
         True,
         True,
         False,
     ]
+
+
+@pytest.mark.parametrize("form", ["lines", "indented", "table"])
+def test_files_of_questions(form: str, recipe: question_answering.Recipe, tmp_path: Path) -> None:
+    """SQuAD's own, of articles of paragraphs, in a line or several; and tables, with answers as JSON."""
+    of_lines, path = questions(60), tmp_path / f"squad.{'csv' if form == 'table' else 'json'}"
+    if form == "table":
+        with path.open("w") as file:
+            written = csv.writer(file)
+            written.writerow(answers.COLUMNS)
+            written.writerows([one["question"], one["context"], json.dumps(one["answers"])] for one in of_lines)
+    else:
+        paragraphs = [
+            {
+                "context": one["context"],
+                "qas": [{"id": str(i), "question": one["question"], "is_impossible": False, "answers": single(one)}],
+            }
+            for i, one in enumerate(of_lines)
+        ]
+        articles = [{"title": f"t{i}", "paragraphs": paragraphs[i : i + 20]} for i in range(0, 60, 20)]
+        path.write_text(json.dumps({"version": "2.0", "data": articles}, indent=1 if form == "indented" else None))
+    expected, found = (
+        QuestionAnsweringRun(dataclasses.replace(recipe, data=str(data)), tmp_path / "run", Console())
+        for data in (recipe.data, path)
+    )
+    for run in (expected, found):
+        run.prepare()
+    assert found.train == expected.train
+    assert any(row["start_positions"] for row in found.train)
+
+
+def single(one: dict[str, Any]) -> list[dict[str, Any]]:
+    """Answers as a list of single ones."""
+    columns = zip(*(one["answers"][name] for name in ("text", "answer_start")), strict=True)
+    return [{"text": text, "answer_start": start} for text, start in columns]
 
 
 # ---- answers ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import io
 import json
@@ -179,11 +180,41 @@ def test_student_of_ones_own(recipe: token_classification.Recipe, tmp_path: Path
     short = dataclasses.replace(recipe, student=str(own), epochs=2, tokens="all")
     results = runs.run(short, tmp_path / "run", Console(file=io.StringIO()))
     assert results["student"]["kl_to_teacher"] < results["start"]["kl_to_teacher"]
-    turned = saved(tmp_path / "turned", layers=1, seed=3, names=NAMES[::-1])
-    with pytest.raises(ValueError, match=r"expected the classes .* in the teacher's order, o, b-per"):
-        TokenClassificationRun(
-            dataclasses.replace(recipe, student=str(turned)), tmp_path / "other", Console(file=io.StringIO())
-        ).prepare()
+
+
+def test_classes_of_a_student_take_the_teachers_order(recipe: token_classification.Recipe, tmp_path: Path) -> None:
+    own = saved(tmp_path / "own", layers=1, seed=3, names=NAMES[::-1])
+    run = TokenClassificationRun(dataclasses.replace(recipe, student=str(own)), tmp_path / "run", Console())
+    run.prepare()
+    ids = torch.tensor([[2, 5, 8, 3]])
+    with torch.no_grad():
+        expected = AutoModelForTokenClassification.from_pretrained(own)(ids).logits.flip(-1)
+        assert torch.equal(run.start(ids).logits, expected)
+    assert list(run.start.config.id2label.values()) == NAMES
+
+
+def test_student_of_other_classes(recipe: token_classification.Recipe, tmp_path: Path) -> None:
+    own = saved(tmp_path / "own", layers=1, seed=3, names=[*NAMES, "B-ORG"])
+    run = TokenClassificationRun(dataclasses.replace(recipe, student=str(own)), tmp_path / "run", Console())
+    with pytest.raises(ValueError, match=r"expected classifier.bias of \[4\], for .* 4 classes, got \[5\]$") as refusal:
+        run.prepare()
+    assert str(refusal.value).startswith(f"student {own}: ")
+
+
+def test_tables(recipe: token_classification.Recipe, tmp_path: Path) -> None:
+    """Their words and labels are divided by spaces."""
+    with (tmp_path / "rows.csv").open("w") as file:
+        written = csv.writer(file)
+        written.writerow(["words", "tags"])
+        written.writerows([" ".join(row["tokens"]), " ".join(row["ner_tags"])] for row in rows(60))
+    of_lists, of_texts = (
+        TokenClassificationRun(dataclasses.replace(recipe, data=str(tmp_path / name)), tmp_path / "run", Console())
+        for name in ("rows.jsonl", "rows.csv")
+    )
+    for run in (of_lists, of_texts):
+        run.prepare()
+    assert of_texts.train == of_lists.train
+    assert any(label not in (OFF, 0) for label in of_texts.train[0]["labels"])
 
 
 @pytest.mark.parametrize(
