@@ -128,6 +128,9 @@ def test_wrong_layers() -> None:
     )
     with pytest.raises(ValueError, match=r"decoder_layers: expected none but of an encoder-decoder, got \[0\] beside"):
         students.from_layers(bert, [0], decoder_layers=[0])
+    two = transformers.EncoderDecoderModel(encoder=bert, decoder=transformers.BertLMHeadModel(bert.config))
+    with pytest.raises(ValueError, match=r"teacher: expected one list of its 0 layers, got .* in EncoderDecoderModel"):
+        students.from_layers(two, [0])
 
 
 def test_layers_that_are_not_alike() -> None:

@@ -45,7 +45,7 @@ class Recipe(TokenRecipe, HeadRecipe):
     target_column: str | None = setting(
         None, "Column of the targets, or a language of a column translation. Default: found by name."
     )
-    prefix: str = setting("", 'What comes before every source, such as "summarize: " of T5.')
+    prefix: str | None = setting(None, 'What comes before every source, as "summarize: " for T5. Default: nothing.')
     targets: str = setting("data", "Of the training rows: data, or teacher, what the teacher writes of the sources.")
     beams: int = setting(5, "Of the beam search by which the teacher writes targets.")
     batch_size: int = setting(8, "Rows per step.")

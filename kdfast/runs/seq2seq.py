@@ -12,7 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 from kdfast.data import pairs
 from kdfast.data.hub import first_line
 from kdfast.models import pairing, students
-from kdfast.models.student_parts import count_name
+from kdfast.models.student_parts import SIDES, count_name
 from kdfast.objective import Objective
 from kdfast.results import measure
 from kdfast.runs import written
@@ -48,10 +48,12 @@ class Seq2SeqRun(HeadRun):
 
     def student_of_layers(self) -> Any:
         r, config = self.recipe, self.teacher.config
-        counts = [getattr(config, count_name(config, side), 0) for side in ("encoder", "decoder")]
-        decoder_layers = r.decoder_layers or students.spread(counts[1], -(-counts[1] // 2))
+        encoder, decoder = (getattr(config, count_name(config, side), 1) for side in SIDES)
         return students.from_layers(
-            self.teacher, r.student_layers or range(counts[0]), decoder_layers=decoder_layers, dropout=0.0
+            self.teacher,
+            r.student_layers or range(encoder),
+            decoder_layers=r.decoder_layers or students.spread(decoder, -(-decoder // 2)),
+            dropout=0.0,
         )
 
     def own_student(self) -> Any:
@@ -72,7 +74,7 @@ class Seq2SeqRun(HeadRun):
         if lacking := len(part) - len(texts):
             what = "test" if test else "training"
             self.notes = [*self.notes, f"{lacking:,} {what} rows without a source or a target are left out"]
-        return pairs.rows(texts, self.tokenizer, r.max_length, r.max_target_length, r.prefix)
+        return pairs.rows(texts, self.tokenizer, r.max_length, r.max_target_length, r.prefix or "")
 
     def train_teacher(self) -> None:
         """Where the targets are to be the teacher's, it writes them."""

@@ -36,8 +36,8 @@ def rows(model: Any, given: Sequence[Row], tokenizer: Any, path: Path, beams: in
     begun = len(lines) if len(lines) == len(given) else len(lines) // ROWS_OF_A_SEARCH * ROWS_OF_A_SEARCH
     made = [json.loads(line)["tokens"] for line in lines[:begun]]
     collate = DataCollatorWithPadding(tokenizer)
-    with saving(path), path.open("w", encoding="utf-8") as file, bar("targets", len(given)) as shown:
-        file.writelines(f"{line}\n" for line in lines[:begun])
+    with saving(path), path.open("a", encoding="utf-8") as file, bar("targets", len(given)) as shown:
+        file.truncate(sum(len(line.encode()) + 1 for line in lines[:begun]))  # without a search that was cut short
         shown.update(begun)
         for start in range(begun, len(given), ROWS_OF_A_SEARCH):
             some = [{"input_ids": row["input_ids"]} for row in given[start : start + ROWS_OF_A_SEARCH]]
