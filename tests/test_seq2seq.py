@@ -324,10 +324,16 @@ def test_models_that_do_not_fit(recipe: seq2seq.Recipe, tmp_path: Path) -> None:
     small = t5(0, 1, vocab_size=50)
     BartForSequenceClassification(bart(0, 1).config).save_pretrained(tmp_path / "classes")
     small.save_pretrained(tmp_path / "small")
+    t5(0, 1, decoder_start_token_id=None).save_pretrained(tmp_path / "beginless")
     for name, expected in (
+        ("beginless", "expected an encoder-decoder of text that takes these rows, got "),
         ("classes", "expected an encoder-decoder of text, got BartForSequenceClassification"),
         ("small", "expected a tokenizer of the 50 tokens that it knows, got one that made"),
     ):
         tokenizer.save_pretrained(tmp_path / name)
         wrong = dataclasses.replace(recipe, teacher=str(tmp_path / name))
         refused(wrong, tmp_path, f"teacher {tmp_path / name}: {expected}")
+    far = [json.dumps({"source": "w1", "target": "w55"})] * 20
+    (tmp_path / "far.jsonl").write_text("\n".join(far))
+    wrong = dataclasses.replace(recipe, teacher=str(tmp_path / "small"), data=str(tmp_path / "far.jsonl"))
+    refused(wrong, tmp_path, "expected targets of the 50 tokens that teacher and student know, got token 58")

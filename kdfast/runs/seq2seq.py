@@ -35,7 +35,7 @@ class Seq2SeqRun(HeadRun):
         self.collate = DataCollatorForSeq2Seq(self.tokenizer)
         self.vocabulary = common_vocabulary(self.teacher, self.start)
         known = self.vocabulary or self.teacher.get_output_embeddings().weight.shape[0]
-        if (largest := max(max(row["labels"]) for row in (*self.train, *self.test))) >= known:
+        if (largest := max(max(row["labels"], default=0) for row in (*self.train, *self.test))) >= known:
             expected = f"targets of the {known} tokens that teacher and student know"
             raise ValueError(f"data {r.data}: expected {expected}, got token {largest}")
         for who, model in self.both():
@@ -44,7 +44,9 @@ class Seq2SeqRun(HeadRun):
                 with torch.inference_mode():
                     r.objective().run(model, self.collate(self.train[:2]).to(model.device))
             except (TypeError, ValueError) as error:
-                raise ValueError(f"{who}: {first_line(error)}") from None
+                raise ValueError(
+                    f"{who}: expected {self.kind} that takes these rows, got {first_line(error)}"
+                ) from None
 
     def student_of_layers(self) -> Any:
         r, config = self.recipe, self.teacher.config
