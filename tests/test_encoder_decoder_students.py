@@ -25,6 +25,7 @@ T5_SIZES: dict[str, Any] = {"d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers":
 OTHERS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("mbart", "m2m_100", "pegasus", "blenderbot"), SIZES | SIDES | {"forced_eos_token_id": None}),
     "marian": SIZES | SIDES | {"decoder_start_token_id": 1, "forced_eos_token_id": None},
+    "led": SIZES | SIDES | {"attention_window": [4, 8, 4, 8], "max_encoder_position_embeddings": 64},
     **dict.fromkeys(("mt5", "umt5", "longt5"), SIZES | T5_SIZES),
 }
 KINDS = ("t5", "t5, untied", "bart", *OTHERS)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-PER_LAYER = ("layer_types", "no_rope_layers")  # lists in configs: which attention, whether with rotary embeddings
+# Lists in configs: which attention, whether with rotary embeddings, how far each of LED's encoder's sees.
+PER_LAYER = ("layer_types", "no_rope_layers", "attention_window")
 SIDES = ("encoder", "decoder")  # of an encoder-decoder
 # What configs call the number of layers: of a model, of either side.
 COUNTS = {
@@ -38,9 +39,11 @@ def config_of(op: str, teacher: Any, layers: Layers, dropout: float | None) -> A
     for side, chosen in layers.items():
         _check_layers(op, config, side, chosen)
         setattr(config, count_name(config, side), len(chosen))
+    of_each = layers[""] if "" in layers else layers["encoder"]
     for name in PER_LAYER:
-        if "" in layers and vars(config).get(name):  # not Mamba's, which its config makes of the number of layers
-            setattr(config, name, [getattr(config, name)[layer] for layer in layers[""]])
+        every = vars(config).get(name)  # not Mamba's, which its config makes of the number of layers
+        if isinstance(every, list):
+            setattr(config, name, [every[layer] for layer in of_each])
     set_dropout(op, config, dropout)
     attention = config._attn_implementation
     if isinstance(attention, str):
@@ -54,7 +57,8 @@ def count_name(config: Any, side: str = "") -> str:
 
 
 def _check_layers(op: str, config: Any, side: str, layers: Sequence[int]) -> None:
-    argument, before, after = _argument(side), getattr(config, count_name(config, side)), len(layers)
+    argument = "decoder_layers" if side == "decoder" else "layers"
+    before, after = getattr(config, count_name(config, side)), len(layers)
     if not after or any(layer not in range(before) for layer in layers):
         raise ValueError(f"{op}: {argument}: expected numbers from 0 to {before - 1}, got {list(layers)}")
     groups = getattr(config, "num_hidden_groups", 1)  # of ALBERT: neighbours that share their weights
@@ -62,10 +66,6 @@ def _check_layers(op: str, config: Any, side: str, layers: Sequence[int]) -> Non
         raise ValueError(
             f"{op}: {argument}: expected as many of each of the {groups} groups that share weights, got {list(layers)}"
         )
-
-
-def _argument(side: str) -> str:
-    return "decoder_layers" if side == "decoder" else "layers"
 
 
 def set_dropout(op: str, config: Any, dropout: float | None) -> None:
