@@ -33,9 +33,9 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { white-space: pre-line; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
 tbody tr:hover { background: var(--soft); }
-svg { fill: currentColor; width: 100%; min-width: 40rem; height: auto; }
-img { width: 100%; min-width: 40rem; background: white; border-radius: .4rem; }
-.narrow svg { min-width: 0; max-width: 36rem; }
+svg { fill: currentColor; width: 100%; max-width: 36rem; height: auto; }
+img { width: 100%; max-width: 48rem; background: white; border-radius: .4rem; }
+tbody th { padding-top: 1rem; max-width: 90vw; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
 </style>
 <h1>{{ title }}</h1>
@@ -44,12 +44,12 @@ details { margin: .5rem 0; } summary { cursor: pointer; }
 <div class="wide"><table>
 <thead><tr><th>{{ first }}</th>{% for heading in headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
 <tbody>
-{% for name, cells in rows %}<tr><td>{{ name }}</td>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% for name, cells in rows %}<tr>{% if cells %}<td>{{ name }}</td>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}{% else %}<th colspan="{{ headings | length + 1 }}">{{ name }}</th>{% endif %}</tr>
 {% endfor %}</tbody>
 </table></div>
 <p>{{ legend }}</p>
 {% for heading, drawing in drawings %}<h2>{{ heading }}</h2>
-<div class="{{ 'narrow' if narrow else 'wide' }}">{{ drawing }}</div>
+{{ drawing }}
 {% endfor %}
 <h2>Settings</h2>
 {% for name, settings, versions in runs %}<details><summary>{{ name }}</summary>
@@ -89,12 +89,11 @@ def render(
     runs: Sequence[tuple[str, dict[str, Any], str]],
     said: Sequence[str] = (),
     first: str = "model",
-    narrow: bool = False,
 ) -> str:
     """The page of anything that has a table.
 
     Args:
-        rows: name and cells of each. drawings: heading and image of each, `narrow` where they are made for a phone.
+        rows: name and cells of each; without cells a heading of those below. drawings: heading and image of each.
         runs: name, settings and a line about each. said: lines above the table. first: heading of the names.
     """
     given = dict(locals())
