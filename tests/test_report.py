@@ -52,7 +52,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] in ("td", "th", "b"):
+        if self.open and self.open[-1] in ("td", "th", "b", "span"):
             self.rows[-1].append(data)
 
 
@@ -99,7 +99,6 @@ def test_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [tuple(row) for row in page.rows[1 : 1 + len(results)]] == harness.table(results)
     assert ["threads", str(facts["threads"])] in page.rows
     assert text.count("<svg") == 2
-    assert "min-width" not in text
     assert "<h2>Roofline</h2>" in text
     assert "#ffffff" not in text
 

@@ -76,9 +76,14 @@ def _rows(axes: Any, title: str, named: Collection[str]) -> None:
 
 def _logarithmic(axes: Any, ticks: Sequence[float]) -> None:
     """Of these ticks those that lie within; written without powers, whose type would be small."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    axes.set_xticks([x for x in ticks if low <= x <= high], minor=False)
+    within = [x for x in ticks if low <= x <= high]
+    if len(within) < 3:  # a narrow range
+        within = [x for x in MaxNLocator(4).tick_values(low, high) if low <= x <= high]
+    axes.set_xticks(within, minor=False)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
 
@@ -178,8 +183,8 @@ def plot_peers(rows: Sequence[Row], facts: dict[str, Any], path: Path, quantity:
             of[row.way] = getattr(row, quantity)
     panels = {title: named for title, of in panels.items() if (named := {n: x for n, x in of.items() if OURS in x})}
     ways = dict.fromkeys(row.way for row in rows if row.way != OURS)
-    styles = {way: {"color": f"C{i % 10}", "marker": "osD^vP*X<>"[i % 10]} for i, way in enumerate(ways)}
-    titles = {title: fill(title, 44) for title in panels}
+    styles = {way: {"color": f"C{(i + 1) % 10}", "marker": "osD^vP*X<>"[i % 10]} for i, way in enumerate(ways)}
+    titles = {title: fill(title, 34) for title in panels}
     heights = [len(named) + 0.6 + 0.5 * titles[title].count("\n") for title, named in panels.items()]
     with figures.pyplot() as pyplot:
         size = figures.WIDTH, 1.6 + 0.34 * sum(heights) + 0.34 * len(panels)
@@ -187,11 +192,11 @@ def plot_peers(rows: Sequence[Row], facts: dict[str, Any], path: Path, quantity:
             len(panels), figsize=size, height_ratios=heights, layout="constrained", sharex=True, squeeze=False
         )
         for axes, (title, named) in zip(grid[:, 0], panels.items(), strict=True):
+            axes.axvline(1, color="#1b6ca8", linewidth=1.5, label=OURS)
             for place, of in enumerate(named.values()):
                 for way, value in of.items():
                     if way != OURS:
                         axes.plot(value / of[OURS], place, label=way, linestyle="none", alpha=0.85, **styles[way])
-            axes.axvline(1, color="#1b6ca8", linewidth=1.5, label=OURS)
             _rows(axes, titles[title], named)
         _logarithmic(grid[-1, 0], _TICKS)
         grid[-1, 0].set_xlabel(f"times as {'long' if quantity == 'milliseconds' else 'much memory'} as kdfast")

@@ -137,8 +137,9 @@ def plot_comparison(path: Path, comparison: Comparison) -> None:
         quality.set_ylim(len(rows) - 0.5, -0.5)
         several = any(len(row.runs) > 1 for row in rows)
         quality.set(xlabel=_label(comparison.metric) + ", ± standard error over seeds" * several)
+        quality.locator_params(axis="x", nbins=6)
         for speeds in against:
-            speeds.set(ylabel=_label(comparison.metric), title="against speed, colours and markers as above")
+            speeds.set(ylabel=_label(comparison.metric), title="against speed, marks as above")
             speeds.set_xlabel("ms of a forward pass, 1 row" if speed == LATENCY else str(speed).replace("_", " "))
         far_apart = [fmean(row.values[comparison.metric]) for row in rows]
         if comparison.metric == "perplexity" and max(far_apart) > 20 * min(far_apart):
@@ -158,7 +159,7 @@ def plot_costs(path: Path, comparison: Comparison) -> None:
             place = fmean(row.values[LATENCY_32]), factor * fmean(row.values[comparison.metric])
             size, color = fmean(row.values["parameters"]), _color(i, len(rows))
             axes.scatter(*place, s=900 * size / largest, color=color, alpha=0.35, linewidths=0)
-            axes.plot(*place, ".", color=color, label=f"{row.name}: {size / 1e6:.1f} M")
+            axes.plot(*place, "o", markersize=4, color=color, label=f"{row.name}: {size / 1e6:.1f} M")
         axes.margins(0.15)
         axes.set(xlabel="ms of a forward pass, 32 rows", ylabel=_label(comparison.metric), title="area: parameters")
         figure.legend(frameon=False, fontsize=9, loc="outside lower left")
