@@ -220,131 +220,102 @@ def test_teacher_of_whole_sequences_is_refused(recipe: token_classification.Reci
 
 
 # ---- the baseline, and models that are there already ----
+QUALITY = ("f1", "accuracy", "kl_to_teacher")
+
+
 def test_baseline_has_the_labels_alone(recipe: token_classification.Recipe, tmp_path: Path) -> None:
     """As the same student has where the teacher's term weighs nothing."""
-    shown = io.StringIO()
-    alone = dataclasses.replace(recipe, alpha=0.0, epochs=2, baseline=True)
-    results = runs.run(alone, tmp_path / "alone", Console(file=shown, width=100))
+    alone = dataclasses.replace(recipe, alpha=0.0, epochs=1, baseline=True)
+    results = runs.run(alone, tmp_path / "run", Console(file=io.StringIO()))
     assert list(results) == ["teacher", "start", "labels_only", "student"]
-    measured = [
-        {n: results[name][n] for n in ("f1", "accuracy", "kl_to_teacher")} for name in ("labels_only", "student")
-    ]
-    assert measured[0] == pytest.approx(measured[1], rel=1e-5)
-    assert measured[0]["kl_to_teacher"] != results["start"]["kl_to_teacher"]
-    assert "student, labels alone" in shown.getvalue()
-    history = stages.finished(tmp_path / "alone" / "labels_only") or []
+    start, baseline, student = ([results[name][of] for of in QUALITY] for name in ("start", "labels_only", "student"))
+    assert baseline == pytest.approx(student, rel=1e-5)
+    assert baseline[2] != start[2]
+    history = stages.finished(tmp_path / "run" / "labels_only") or []
     assert any("ce" in event for event in history)
     assert not any("kl" in event for event in history)
 
 
-def test_what_distillation_brought_is_said_and_compared(recipe: token_classification.Recipe, tmp_path: Path) -> None:
-    shown = io.StringIO()
-    short = dataclasses.replace(recipe, epochs=2)
-    results = runs.run(dataclasses.replace(short, baseline=True), tmp_path / "run", Console(file=shown, width=200))
-    alone, student = results["labels_only"], results["student"]
-    assert student["kl_to_teacher"] < alone["kl_to_teacher"]
-    gain = 100 * (student["f1"] - alone["f1"])
-    assert f"on the labels alone {100 * alone['f1']:.1f} % ({gain:+.1f} points)" in shown.getvalue()
-    without = runs.run(short, tmp_path / "without", Console(file=io.StringIO()))
-    assert "labels_only" not in without
-    assert not (tmp_path / "without" / "labels_only").exists()
-    assert without["student"]["kl_to_teacher"] == pytest.approx(student["kl_to_teacher"], rel=1e-5)
-    rows = {row.name: row.differences for row in compare([tmp_path / "run", tmp_path / "without"]).rows}
-    assert rows["run/student"] == rows["without/student"] == [pytest.approx(student["f1"] - alone["f1"])]
-    assert rows["run/start"] == rows["run/labels_only"] == []
-
-
-def test_run_of_before_a_setting_came_goes_on(recipe: token_classification.Recipe, tmp_path: Path) -> None:
-    short = dataclasses.replace(recipe, epochs=1)
-    results = runs.run(short, tmp_path / "run", Console(file=io.StringIO()))
-    config = tmp_path / "run" / "config.yaml"
-    assert "baseline: false\n" in config.read_text()
-    config.write_text(config.read_text().replace("baseline: false\n", ""))
-    assert runs.run(short, tmp_path / "run", Console(file=io.StringIO())) == results
-    with pytest.raises(ValueError, match="baseline: expected False, as the run in the output folder"):
-        runs.run(dataclasses.replace(short, baseline=True), tmp_path / "run", Console(file=io.StringIO()))
-
-
-@pytest.fixture
-def finished(recipe: token_classification.Recipe, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    short = dataclasses.replace(recipe, epochs=1, baseline=True)
-    return tmp_path / "run", runs.run(short, tmp_path / "run", Console(file=io.StringIO()))
+def test_a_run_of_before_a_setting_came_has_its_default(recipe: token_classification.Recipe, tmp_path: Path) -> None:
+    stages.write_config(tmp_path, {name: of for name, of in recipe.as_dict().items() if name != "baseline"})
+    stages.check_run_folder(tmp_path, recipe)
+    with pytest.raises(ValueError, match=r"baseline: expected False, as the run in the output folder .* has, got True"):
+        stages.check_run_folder(tmp_path, dataclasses.replace(recipe, baseline=True))
 
 
 def test_evaluate(
-    finished: tuple[Path, dict[str, Any]],
     recipe: token_classification.Recipe,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run, results = finished
-    output = tmp_path / "out.json"
+    run, output = tmp_path / "run", tmp_path / "out.json"
+    results = runs.run(dataclasses.replace(recipe, epochs=2, baseline=True), run, Console(width=200))
+    alone, student = results["labels_only"], results["student"]
+    gain = student["f1"] - alone["f1"]
+    assert student["kl_to_teacher"] < alone["kl_to_teacher"]
+    assert f"on the labels alone {100 * alone['f1']:.1f} % ({100 * gain:+.1f} points)" in capsys.readouterr().out
+    differences = {row.name: row.differences for row in compare([run]).rows}
+    assert differences == {
+        "teacher": [],
+        "run/start": [],
+        "run/labels_only": [],
+        "run/student": [pytest.approx(gain)],
+    }
+
     assert call(monkeypatch, "evaluate", run, "--output", output) == 0
     shown = capsys.readouterr().out
     assert width(shown) <= 80
     assert "rows.jsonl: on 6 test rows" in shown
     stored = json.loads(output.read_text())
-    assert stored["task"] == {
-        "data": recipe.data,
-        "kind": "token-classification",
-        "metric": "f1",
-        "rows": 6,
-        "max_length": 16,
-    }
+    task = {"data": recipe.data, "kind": "token-classification", "metric": "f1", "rows": 6, "max_length": 16}
+    assert stored["task"] == task
     titles = {"teacher": "teacher", "labels_only": "student, labels alone", "student": "student, distilled"}
     assert list(stored["models"]) == [*titles.values()]
     for name, title in titles.items():
-        own = {key: stored["models"][title][key] for key in ("f1", "accuracy", "kl_to_teacher", "parameters")}
+        measured = stored["models"][title]
+        own = {key: measured[key] for key in (*QUALITY, "parameters")}
         assert own == pytest.approx({key: results[name][key] for key in own}, rel=1e-5, abs=1e-6)
-        assert stored["models"][title]["gflop"] > 0
-        assert stored["models"][title]["latency_ms_batch_32"] > 0
+        assert measured["gflop"] > 0
+        assert measured["latency_ms_batch_32"] > 0
     assert call(monkeypatch, "evaluate", run / "student", "--batch-size", 4, "--output", output) == 0
-    alone = json.loads(output.read_text())
-    assert alone["task"] == stored["task"]
-    assert "kl_to_teacher" not in alone["models"]["student"]
-    assert alone["models"]["student"]["f1"] == stored["models"]["student, distilled"]["f1"]
+    of_student = json.loads(output.read_text())
+    assert of_student["task"] == task
+    assert "kl_to_teacher" not in of_student["models"]["student"]
+    assert of_student["models"]["student"]["f1"] == stored["models"]["student, distilled"]["f1"]
+
+    capsys.readouterr()
+    told = refused(monkeypatch, capsys, "evaluate", run, "--teacher", recipe.teacher)
+    assert f"teacher: expected none beside the run {run}, which has its own, got {recipe.teacher}" in told
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows(50))))
+    told = refused(monkeypatch, capsys, "evaluate", run)
+    assert f"run {run}: data: expected the test rows that it was measured on (6 rows, " in told
 
 
 def test_evaluate_a_model_of_no_run(
-    recipe: token_classification.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: token_classification.Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output, other = tmp_path / "out.json", saved(tmp_path / "other", layers=1, seed=5)
     arguments = ["evaluate", other, "--data", recipe.data, "--text-columns", "tokens", "--output", output]
     assert call(monkeypatch, *arguments, "--teacher", recipe.teacher, "--test-rows", 3, "--max-length", 8) == 0
+    capsys.readouterr()
     stored = json.loads(output.read_text())
     assert (stored["task"]["rows"], stored["task"]["max_length"]) == (3, 8)
     assert list(stored["models"]) == ["other", "teacher"]
     assert stored["models"]["other"]["kl_to_teacher"] > 0.01
     assert stored["models"]["teacher"]["kl_to_teacher"] == pytest.approx(0, abs=1e-6)
 
-
-def test_what_cannot_be_evaluated(
-    finished: tuple[Path, dict[str, Any]],
-    recipe: token_classification.Recipe,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    run, _ = finished
     fewer = saved(tmp_path / "fewer", layers=1, seed=5, names=["O", "B-PER"])
     turned = saved(tmp_path / "turned", layers=1, seed=5, names=NAMES[::-1])
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows(50))))
-    (tmp_path / "same.jsonl").write_text("\n".join(map(json.dumps, rows(60))))
-    data = ["--data", tmp_path / "same.jsonl"]
+    data, teacher = ("--data", recipe.data), ("--teacher", recipe.teacher)
     for given, expected in (
-        ((run,), "data: expected the test rows that it was measured on (6 rows, "),
-        ((run, "--teacher", fewer), f"teacher: expected none beside the run {run}, which has its own, got {fewer}"),
-        (
-            (run, *data, "--kind", "regression"),
-            "kind: expected none for models of token-classification, got regression",
-        ),
-        ((run, *data, "--label-column", "mood"), "data: expected a column mood, got columns tokens, ner_tags"),
-        ((fewer, *data, "--teacher", recipe.teacher), f"fewer {fewer}: expected 4 classes, as the teacher has, got 2"),
-        (
-            (turned, *data, "--teacher", recipe.teacher),
-            f"turned {turned}: expected the classes (id2label of its config)",
-        ),
-        ((fewer,), "data: expected labelled rows, a file, a folder or a Hub name, got none"),
+        ((other, *data, "--kind", "regression"), "kind: expected none for models of token-classification, got regr"),
+        ((other, *data, "--label-column", "mood"), "data: expected a column mood, got columns tokens, ner_tags"),
+        ((fewer, *data, *teacher), f"fewer {fewer}: expected 4 classes, as the teacher has, got 2"),
+        ((turned, *data, *teacher), f"turned {turned}: expected the classes (id2label of its config)"),
+        ((other,), "data: expected labelled rows, a file, a folder or a Hub name, got none"),
     ):
         assert expected in refused(monkeypatch, capsys, "evaluate", *given)
