@@ -179,8 +179,9 @@ def _of_heads(chosen: _Chosen, options: _Options) -> Measured:
     from kdfast.results import measured_rows
     from kdfast.runs import evaluate_heads
 
-    settings = {"teacher": str(chosen.sources[chosen.teacher or next(iter(chosen.sources))])}
-    recipe: HeadRecipe = replace(chosen.recipe or chosen.kind(), **settings)  # type: ignore[assignment]
+    settings: Any = chosen.recipe or chosen.kind()
+    known = chosen.sources[chosen.teacher or next(iter(chosen.sources))]
+    recipe: HeadRecipe = replace(settings, teacher=str(known))
     given = _given_to_heads(recipe, options)
     chosen.tell_elsewhere(options.data)
     if chosen.recipe is not None and options.data is None:
