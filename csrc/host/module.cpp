@@ -1,6 +1,7 @@
 // kdfast._C: what was built and what runs here. The operators themselves are torch.ops.kdfast.*.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/mman.h>
 
 #include <string>
 
@@ -13,6 +14,14 @@
 namespace py = pybind11;
 
 namespace {
+
+void ask_huge_pages([[maybe_unused]] uintptr_t data, [[maybe_unused]] size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t first = (data + page - 1) / page * page, last = (data + bytes) / page * page;
+  if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
+#endif
+}
 
 // `room`: the largest cluster that the device has room for.
 py::dict plan_of(const kdfast::cuda::RowCase& c, const kdfast::cuda::DeviceLimits& device, int room) {
@@ -101,6 +110,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_variant", &kdfast::set_cpu_variant, py::arg("name"), "Switches the CPU variant (for tests).");
   m.def("own_products", &kdfast::own_products, py::arg("bf16"),
         "Whether kdfast::matmul_ is faster here than torch's library: in float32, or of bfloat16 into float32.");
+  m.def("ask_huge_pages", &ask_huge_pages, py::arg("data"), py::arg("bytes"),
+        "Asks Linux to map memory that nobody has touched yet in pages of 2 MB.");
   using VectorFunction = void (*)(const float*, float*, int64_t);
   auto define_vector = [&](const char* name, VectorFunction function, const char* doc) {
     auto all = [function](const std::vector<float>& x) {
