@@ -24,13 +24,14 @@ def page(path: Path) -> str:
         ValueError: it is another file.
     """
     try:
-        if "way" in json.loads(path.read_text())["results"][0]:
-            rows, facts = measure.load(path)
-            return _peers(rows, facts)
-        results, facts = harness.load(path)
+        stored = json.loads(path.read_text())["results"]
+        of_peers = "way" in stored[0]
+        found: tuple[Any, Facts] = measure.load(path) if of_peers else harness.load(path)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, IndexError):
         raise ValueError(f"runs {path}: expected {EXPECTED}, got another file") from None
-    return _sweep(results, facts) if all(r.compiled is None for r in results) else _operators(results, facts)
+    if of_peers:
+        return _peers(*found)
+    return _sweep(*found) if all(result["compiled"] is None for result in stored) else _operators(*found)
 
 
 def _operators(results: list[harness.Result], facts: Facts) -> str:

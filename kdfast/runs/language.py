@@ -58,7 +58,6 @@ class LanguageRun:
         teacher, start, tokenizer: what `prepare` leaves; `start` is the student before it is trained.
         train, test: so does it the rows, to train on and held out.
         notes: and what to tell of them.
-
     """
 
     titles: ClassVar[Mapping[str, str]] = {
