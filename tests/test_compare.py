@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from command_line import call, classifier_run, refused, width
 
 from kdfast.recipes import hinton, minilm, patient_kd
+from kdfast.results import plots
 from kdfast.results.compare import compare
 
 
@@ -134,6 +136,7 @@ def test_table_at_80_columns_and_files(
 ) -> None:
     folder = tmp_path / "new" / "out"
     assert call(monkeypatch, "compare", *runs, "--output", folder) == 0
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     assert width(shown) <= 80
     assert "…" not in shown
@@ -150,7 +153,11 @@ def test_table_at_80_columns_and_files(
     assert lines[0].startswith("movie reviews: runs compared. n seeds: mean ± standard error. ")
     assert "| hinton/student | 3 | 83.0±2.1 | +3.0±1.5 | 0.1000±0.0000 | 90.0±0.0 | 17.4 | 13.2±0.0 |" in lines[6]
     assert len({line.count("|") for line in lines[2:]}) == 1
-    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    for plot in (plots.plot_comparison, plots.plot_costs):
+        plot(folder / "comparison.png", compare(runs))
+        across, down = struct.unpack(">II", (folder / "comparison.png").read_bytes()[16:24])
+        assert across == 780  # a phone's 390 points at twice the pixels
+        assert 600 < down < 1600
 
 
 def test_another_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kdfast import runs
-from kdfast.cli.results import _chosen
+from kdfast.cli.evaluate import _chosen
 from kdfast.data import demo, tasks
 from kdfast.elastic import Elastic
 from kdfast.recipes import dynabert

@@ -193,6 +193,17 @@ def test_a_stored_teacher(labelled: bool) -> None:
             torch.testing.assert_close(gradient * factor, wanted[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["plain", "lora"])
+def test_the_labels_alone_need_no_teacher(kind: str) -> None:
+    student, objective = HEADS[kind](llama(1, 2)), LanguageModel(alpha=0.0)
+    expected = plain_loss(student, llama(0, 3), BATCH, objective)
+    wanted = gradients(student, expected)
+    loss = torch.stack([*objective(objective.run(student, BATCH), None, BATCH).values()]).sum()
+    torch.testing.assert_close(loss, expected)
+    for name, gradient in gradients(student, loss).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("stored", [False, True], ids=["live", "stored"])
 def test_where_nothing_counts(stored: bool) -> None:
     """The loss is 0, not NaN, and so are the gradients."""

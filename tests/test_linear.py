@@ -337,3 +337,37 @@ def test_compiles_without_graph_breaks(settings: dict[str, Any]) -> None:
         loss = function(h, w)
         results.append((loss, *torch.autograd.grad(loss.sum(), (h, w))))
     assert all(map(torch.equal, *results))
+
+
+# ---- labels alone ----
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_labels_alone_need_no_teacher(dtype: torch.dtype, reduction: str) -> None:
+    h, w, _, _, labels = inputs(dtype)
+    labels[:5] = -100
+    bias, softcap, budget = torch.randn(VOCABULARY).to(dtype), 8.0, LEAST + 9 * ROW
+    settings: dict[str, Any] = {"student_bias": bias, "student_softcap": softcap, "memory_budget": budget}
+    loss = kdfast.linear_kd_loss(
+        h, w, labels=labels, alpha=0.0, label_smoothing=0.1, reduction=reduction, **settings, return_components=True
+    )
+    z = softcap * torch.tanh((h.double() @ w.double().T + bias.double()) / softcap)
+    exact = torch.nn.functional.cross_entropy(z, labels, label_smoothing=0.1, reduction=reduction)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    assert relative(loss.loss, exact) < tolerance
+    assert relative(loss.cross_entropy, exact) < tolerance
+    assert not loss.divergence.any()
+    rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}[dtype]
+    for got, expected in zip(*(torch.autograd.grad(x.sum(), (h, w)) for x in (loss.loss, exact)), strict=True):
+        assert relative(got, expected) < rounding
+
+
+@pytest.mark.parametrize("divergence", ["kl_div", "reverse_kl_div", "js_div", "logit_mse"])
+def test_labels_alone_with_columns_that_cannot_be(divergence: str) -> None:
+    """Whose divergence from anything would be infinite."""
+    h, w, _, _, labels = inputs()
+    bias = torch.zeros(VOCABULARY)
+    bias[::7], labels = -torch.inf, labels // 7 * 7 + 1
+    loss = kdfast.linear_kd_loss(h, w, labels=labels, alpha=0.0, student_bias=bias, divergence=divergence)
+    exact = torch.nn.functional.cross_entropy(h @ w.T + bias, labels)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    assert torch.autograd.grad(loss, w)[0].isfinite().all()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import call, refused, width
 from datasets import Dataset
 from rich.console import Console
 from transformers import AutoModelForQuestionAnswering, BertConfig, BertForQuestionAnswering, BertTokenizer
@@ -18,6 +19,7 @@ from transformers import AutoModelForQuestionAnswering, BertConfig, BertForQuest
 from kdfast import kl_div, runs
 from kdfast.data import answers
 from kdfast.recipes import question_answering
+from kdfast.runs import stages
 from kdfast.runs.question_answering import QuestionAnsweringRun
 
 WORDS = ["where", "who", "lives", "ada", "bob", "in", "rome", "oslo", "and", "now", "here", ".", "?"]
@@ -245,3 +247,37 @@ def test_measured_row_by_row(recipe: question_answering.Recipe, without: bool, t
 def test_stride_out_of_range() -> None:
     with pytest.raises(ValueError, match="stride: expected 0 to less than max_length 16 - 4, got 12"):
         question_answering.Recipe(max_length=16, stride=12)
+
+
+# ---- the baseline, and models that are there already ----
+def test_evaluate_gives_the_runs_table(
+    recipe: question_answering.Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    short = dataclasses.replace(recipe, epochs=2, baseline=True)
+    results = runs.run(short, tmp_path / "run", Console(file=io.StringIO()))
+    assert results["labels_only"]["kl_to_teacher"] > results["student"]["kl_to_teacher"] > 0
+    history = stages.finished(tmp_path / "run" / "labels_only") or []
+    assert any("ce" in event for event in history)
+    assert not any("kl" in event for event in history)
+    output = tmp_path / "out.json"
+    assert call(monkeypatch, "evaluate", tmp_path / "run", "--output", output) == 0
+    shown = capsys.readouterr().out
+    assert width(shown) <= 80
+    for word in ("F1", "exact", "KL to", "student, labels alone"):
+        assert word in shown
+    stored = json.loads(output.read_text())
+    assert (stored["task"]["kind"], stored["task"]["metric"]) == ("question-answering", "f1")
+    titles = {"teacher": "teacher", "labels_only": "student, labels alone", "student": "student, distilled"}
+    for name, title in titles.items():
+        own = {key: stored["models"][title][key] for key in ("f1", "exact_match", "kl_to_teacher")}
+        assert own == pytest.approx({key: results[name][key] for key in own}, rel=1e-5, abs=1e-6)
+    student = tmp_path / "run" / "student"
+    told = refused(monkeypatch, capsys, "evaluate", student, "--text-columns", "question")
+    assert "text_columns: expected none for models of question-answering, got question" in told
+    arguments = ("evaluate", student, "--data", recipe.data, "--teacher", recipe.teacher, "--output", output)
+    assert call(monkeypatch, *arguments) == 0
+    again = json.loads(output.read_text())["models"]["student"]
+    assert again["kl_to_teacher"] == pytest.approx(results["student"]["kl_to_teacher"], rel=1e-5)

@@ -24,8 +24,10 @@ from transformers import (
     TrainerCallback,
     get_linear_schedule_with_warmup,
 )
+from typer.testing import CliRunner
 
 from kdfast import runs
+from kdfast.cli.main import app
 from kdfast.data import pairs
 from kdfast.objective import LanguageModel
 from kdfast.recipes import seq2seq
@@ -236,10 +238,17 @@ def test_targets_that_the_teacher_writes(kind: str, recipe: seq2seq.Recipe, tmp_
 
 
 def test_run_on_targets_of_the_teacher(recipe: seq2seq.Recipe, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(recipe, targets="teacher", beams=2)
+    """The baseline has the data's own, and no teacher."""
+    recipe = dataclasses.replace(recipe, targets="teacher", beams=2, baseline=True, epochs=6)
     results = runs.run(recipe, tmp_path / "run", quiet())
+    assert list(results) == ["teacher", "start", "labels_only", "student"]
     assert results["student"]["kl_to_teacher"] < results["start"]["kl_to_teacher"]
+    assert results["labels_only"]["perplexity"] < 0.9 * results["student"]["perplexity"]  # the teacher is random
     assert "targets.jsonl" in {path.name for path in (tmp_path / "run").iterdir()}
+    told = CliRunner().invoke(app, ["evaluate", str(tmp_path / "run")])
+    assert told.exit_code == 2
+    assert "expected a run of classifiers" in re.sub(r"[│\s]+", " ", told.output)
+    assert "seq2seq" not in told.output
 
 
 def test_student_of_ones_own(recipe: seq2seq.Recipe, tmp_path: Path) -> None:

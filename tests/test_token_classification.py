@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from command_line import call, refused, width
 from datasets import ClassLabel, Dataset, Features, List, Value
 from rich.console import Console
 from transformers import (
@@ -28,6 +29,7 @@ from kdfast.data import words
 from kdfast.data.text import OFF
 from kdfast.recipes import token_classification
 from kdfast.results.compare import compare
+from kdfast.runs import stages
 from kdfast.runs.token_classification import TokenClassificationRun
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ada", "bo", "##b", "lives", "in", "rome", "and", "oslo"]
@@ -246,3 +248,105 @@ def test_teacher_of_whole_sequences_is_refused(recipe: token_classification.Reci
     wrong = dataclasses.replace(recipe, teacher=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="expected a token classifier, got BertForSequenceClassification"):
         runs.run(wrong, tmp_path / "run", Console(file=io.StringIO()))
+
+
+# ---- the baseline, and models that are there already ----
+QUALITY = ("f1", "accuracy", "kl_to_teacher")
+
+
+def test_baseline_has_the_labels_alone(recipe: token_classification.Recipe, tmp_path: Path) -> None:
+    """As the same student has where the teacher's term weighs nothing."""
+    alone = dataclasses.replace(recipe, alpha=0.0, epochs=1, baseline=True)
+    results = runs.run(alone, tmp_path / "run", Console(file=io.StringIO()))
+    assert list(results) == ["teacher", "start", "labels_only", "student"]
+    start, baseline, student = ([results[name][of] for of in QUALITY] for name in ("start", "labels_only", "student"))
+    assert baseline == pytest.approx(student, rel=1e-5)
+    assert baseline[2] != start[2]
+    history = stages.finished(tmp_path / "run" / "labels_only") or []
+    assert any("ce" in event for event in history)
+    assert not any("kl" in event for event in history)
+
+
+def test_a_run_of_before_a_setting_came_has_its_default(recipe: token_classification.Recipe, tmp_path: Path) -> None:
+    stages.write_config(tmp_path, {name: of for name, of in recipe.as_dict().items() if name != "baseline"})
+    stages.check_run_folder(tmp_path, recipe)
+    with pytest.raises(ValueError, match=r"baseline: expected False, as the run in the output folder .* has, got True"):
+        stages.check_run_folder(tmp_path, dataclasses.replace(recipe, baseline=True))
+
+
+def test_evaluate(
+    recipe: token_classification.Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, output = tmp_path / "run", tmp_path / "out.json"
+    results = runs.run(dataclasses.replace(recipe, epochs=2, baseline=True), run, Console(width=200))
+    alone, student = results["labels_only"], results["student"]
+    gain = student["f1"] - alone["f1"]
+    assert student["kl_to_teacher"] < alone["kl_to_teacher"]
+    assert f"on the labels alone {100 * alone['f1']:.1f} % ({100 * gain:+.1f} points)" in capsys.readouterr().out
+    differences = {row.name: row.differences for row in compare([run]).rows}
+    assert differences == {
+        "teacher": [],
+        "run/start": [],
+        "run/labels_only": [],
+        "run/student": [pytest.approx(gain)],
+    }
+
+    assert call(monkeypatch, "evaluate", run, "--output", output) == 0
+    shown = capsys.readouterr().out
+    assert width(shown) <= 80
+    assert "rows.jsonl: on 6 test rows" in shown
+    stored = json.loads(output.read_text())
+    task = {"data": recipe.data, "kind": "token-classification", "metric": "f1", "rows": 6, "max_length": 16}
+    assert stored["task"] == task
+    titles = {"teacher": "teacher", "labels_only": "student, labels alone", "student": "student, distilled"}
+    assert list(stored["models"]) == [*titles.values()]
+    for name, title in titles.items():
+        measured = stored["models"][title]
+        own = {key: measured[key] for key in (*QUALITY, "parameters")}
+        assert own == pytest.approx({key: results[name][key] for key in own}, rel=1e-5, abs=1e-6)
+        assert measured["gflop"] > 0
+        assert measured["latency_ms_batch_32"] > 0
+    assert call(monkeypatch, "evaluate", run / "student", "--batch-size", 4, "--output", output) == 0
+    of_student = json.loads(output.read_text())
+    assert of_student["task"] == task
+    assert "kl_to_teacher" not in of_student["models"]["student"]
+    assert of_student["models"]["student"]["f1"] == stored["models"]["student, distilled"]["f1"]
+
+    capsys.readouterr()
+    told = refused(monkeypatch, capsys, "evaluate", run, "--teacher", recipe.teacher)
+    assert f"teacher: expected none beside the run {run}, which has its own, got {recipe.teacher}" in told
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows(50))))
+    told = refused(monkeypatch, capsys, "evaluate", run)
+    assert f"run {run}: data: expected the test rows that it was measured on (6 rows, " in told
+
+
+def test_evaluate_a_model_of_no_run(
+    recipe: token_classification.Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output, other = tmp_path / "out.json", saved(tmp_path / "other", layers=1, seed=5)
+    arguments = ["evaluate", other, "--data", recipe.data, "--text-columns", "tokens", "--output", output]
+    assert call(monkeypatch, *arguments, "--teacher", recipe.teacher, "--test-rows", 3, "--max-length", 8) == 0
+    capsys.readouterr()
+    stored = json.loads(output.read_text())
+    assert (stored["task"]["rows"], stored["task"]["max_length"]) == (3, 8)
+    assert list(stored["models"]) == ["other", "teacher"]
+    assert stored["models"]["other"]["kl_to_teacher"] > 0.01
+    assert stored["models"]["teacher"]["kl_to_teacher"] == pytest.approx(0, abs=1e-6)
+
+    fewer = saved(tmp_path / "fewer", layers=1, seed=5, names=["O", "B-PER"])
+    turned = saved(tmp_path / "turned", layers=1, seed=5, names=NAMES[::-1])
+    data, teacher = ("--data", recipe.data), ("--teacher", recipe.teacher)
+    for given, expected in (
+        ((other, *data, "--kind", "regression"), "kind: expected none for models of token-classification, got regr"),
+        ((other, *data, "--label-column", "mood"), "data: expected a column mood, got columns tokens, ner_tags"),
+        ((fewer, *data, *teacher), f"fewer {fewer}: expected 4 classes, as the teacher has, got 2"),
+        ((turned, *data, *teacher), f"turned {turned}: expected the classes (id2label of its config)"),
+        ((other,), "data: expected labelled rows, a file, a folder or a Hub name, got none"),
+    ):
+        assert expected in refused(monkeypatch, capsys, "evaluate", *given)

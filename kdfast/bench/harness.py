@@ -278,11 +278,50 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
 
 
-def save(results: list[Result], facts: dict[str, Any], folder: Path, stem: str = "operators") -> Path:
-    """Writes `<stem>-<device>-<date>.json` and returns its path. What the file holds of other cases stays in it."""
+@dataclass(frozen=True)
+class Saved:
+    """Where results are, and how many of those that were there before are replaced, and how many others kept."""
+
+    path: Path
+    replaced: int
+    kept: int
+
+
+def save(results: list[Result], facts: dict[str, Any], folder: Path, stem: str = "operators") -> Saved:
+    """Writes `<stem>-<device>-<date>.json`. What the file holds of other cases stays in it.
+
+    Raises:
+        ValueError: as `environment_with`.
+    """
     path, cases = results_path(facts, folder, stem), {r.case for r in results}
-    kept = [r for r in load(path)[0] if r.case not in cases] if path.exists() else []
-    return write([asdict(r) for r in kept + results], facts, path)
+    facts, before = environment_with(path, facts), load(path)[0] if path.exists() else []
+    kept = [r for r in before if r.case not in cases]
+    write([asdict(r) for r in kept + results], facts, path)
+    return Saved(path, len(before) - len(kept), len(kept))
+
+
+def environment_with(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """What a file says of its environment once results are added to it that were measured in another run.
+
+    Raises:
+        ValueError: the file is of another processor or of other versions, or none of `kdfast bench`.
+    """
+    if not path.exists():
+        return facts
+    try:
+        there: dict[str, Any] = json.loads(path.read_text())["environment"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"output {path}: expected a file of kdfast bench, got another; choose another folder"
+        ) from None
+    own, theirs = ({**of, **of.get("peers", {})} for of in (facts, there))
+    compared = sorted(own.keys() & theirs.keys() - {"date", "load_before", "peers"})
+    if differing := [name for name in compared if own[name] != theirs[name]]:
+        expected, got = (", ".join(f"{name} {of[name]}" for name in differing) for of in (own, theirs))
+        raise ValueError(f"output {path}: expected results of {expected}, got those of {got}; choose another folder")
+    both = {name: max(there[name], facts[name]) for name in ("load_before",) if name in there and name in facts}
+    peers = {"peers": {**there["peers"], **facts["peers"]}} if "peers" in there and "peers" in facts else {}
+    return facts | both | peers
 
 
 def results_path(facts: dict[str, Any], folder: Path, stem: str) -> Path:

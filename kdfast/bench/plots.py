@@ -1,33 +1,23 @@
-"""Plots of what was measured, for a phone too: as wide as one at twice its pixels, with type that stays legible there."""
+"""Plots of what `kdfast bench` measures."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
-from kdfast.bench.harness import Result
+from kdfast.bench import figures
+from kdfast.bench.harness import SHORT, Result
+from kdfast.bench.peers.measure import OURS, Row
 from kdfast.bench.registry import FAMILIES, OPERATORS
 
-# Inches, and pixels of one: 780 across. A point of type is a pixel of a phone's 390 then.
-_WIDTH, _DPI = 5.2, 150
-_STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left"}
 _TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
-
-
-def _pyplot() -> Any:
-    """Without a screen; imported late, as it takes a second."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def _save(pyplot: Any, figure: Any, facts: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"{facts['device']}\ntorch {facts['torch']}, {facts['date']}", fontsize=10)
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=figures.DPI)
     pyplot.close(figure)
 
 
@@ -40,11 +30,10 @@ def plot(results: Sequence[Result], facts: dict[str, Any], path: Path) -> None:
     }
     panels = [(family, named) for family, named in families.items() if named]
     heights = [len(named) + 0.6 for _, named in panels]
-    pyplot = _pyplot()
-    with pyplot.rc_context(_STYLE):
+    with figures.pyplot() as pyplot:
         figure, grid = pyplot.subplots(
             len(panels),
-            figsize=(_WIDTH, 1.3 + 0.32 * sum(heights) + 0.3 * len(panels)),
+            figsize=(figures.WIDTH, 1.3 + 0.32 * sum(heights) + 0.3 * len(panels)),
             height_ratios=heights,
             layout="constrained",
             sharex=True,
@@ -87,9 +76,14 @@ def _rows(axes: Any, title: str, named: Collection[str]) -> None:
 
 def _logarithmic(axes: Any, ticks: Sequence[float]) -> None:
     """Of these ticks those that lie within; written without powers, whose type would be small."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    axes.set_xticks([x for x in ticks if low <= x <= high], minor=False)
+    within = [x for x in ticks if low <= x <= high]
+    if len(within) < 3:  # a narrow range
+        within = [x for x in MaxNLocator(4).tick_values(low, high) if low <= x <= high]
+    axes.set_xticks(within, minor=False)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
 
@@ -103,9 +97,8 @@ def plot_roofline(results: Sequence[Result], facts: dict[str, Any], path: Path) 
     }
     panels = [(title, unit, _by_operator(of)) for title, (unit, of) in bounds.items() if of]
     heights = [len(named) + 0.6 for _, _, named in panels]
-    pyplot = _pyplot()
-    with pyplot.rc_context(_STYLE):
-        size = _WIDTH, 1.2 + 0.28 * sum(heights) + 0.6 * len(panels)
+    with figures.pyplot() as pyplot:
+        size = figures.WIDTH, 1.2 + 0.28 * sum(heights) + 0.6 * len(panels)
         figure, grid = pyplot.subplots(
             len(panels), figsize=size, height_ratios=heights, layout="constrained", squeeze=False
         )
@@ -141,10 +134,15 @@ def plot_sweep(results: Sequence[Result], facts: dict[str, Any], path: Path) -> 
     """Times as fast as eager PyTorch over the width, a line per operator."""
     panels = sorted({(r.case.gradient, r.case.dtype) for r in results}, reverse=True)
     down = (len(panels) + 1) // 2
-    pyplot = _pyplot()
-    with pyplot.rc_context(_STYLE):
+    with figures.pyplot() as pyplot:
         figure, grid = pyplot.subplots(
-            down, 2, figsize=(_WIDTH, 2.0 + 2.6 * down), layout="constrained", sharex=True, sharey=True, squeeze=False
+            down,
+            2,
+            figsize=(figures.WIDTH, 2.0 + 2.6 * down),
+            layout="constrained",
+            sharex=True,
+            sharey=True,
+            squeeze=False,
         )
         for axes, (gradient, dtype) in zip(grid.flat, panels, strict=False):
             chosen = [r for r in results if (r.case.gradient, r.case.dtype) == (gradient, dtype)]
@@ -167,4 +165,40 @@ def plot_sweep(results: Sequence[Result], facts: dict[str, Any], path: Path) -> 
             axes.set_xlabel("vocabulary")
         figure.supylabel("times as fast as eager PyTorch", fontsize=10)
         figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        _save(pyplot, figure, facts, path)
+
+
+def plot_peers(rows: Sequence[Row], facts: dict[str, Any], path: Path, quantity: str = "milliseconds") -> None:
+    """What each way takes, in multiples of what kdfast takes, on one logarithmic axis: a panel per loss, a row per size, a
+    mark per way.
+
+    Args:
+        quantity: "milliseconds" or "megabytes".
+    """
+    panels: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if not row.error and getattr(row, quantity) > 0:
+            label = f"{'×'.join(map(str, row.shape))} {SHORT[row.dtype]}"
+            of = panels.setdefault(row.case.comparison.formula, {}).setdefault(label, {})
+            of[row.way] = getattr(row, quantity)
+    panels = {title: named for title, of in panels.items() if (named := {n: x for n, x in of.items() if OURS in x})}
+    ways = dict.fromkeys(row.way for row in rows if row.way != OURS)
+    styles = {way: {"color": f"C{(i + 1) % 10}", "marker": "osD^vP*X<>"[i % 10]} for i, way in enumerate(ways)}
+    titles = {title: fill(title, 34) for title in panels}
+    heights = [len(named) + 0.6 + 0.5 * titles[title].count("\n") for title, named in panels.items()]
+    with figures.pyplot() as pyplot:
+        size = figures.WIDTH, 1.6 + 0.34 * sum(heights) + 0.34 * len(panels)
+        figure, grid = pyplot.subplots(
+            len(panels), figsize=size, height_ratios=heights, layout="constrained", sharex=True, squeeze=False
+        )
+        for axes, (title, named) in zip(grid[:, 0], panels.items(), strict=True):
+            axes.axvline(1, color="#1b6ca8", linewidth=1.5, label=OURS)
+            for place, of in enumerate(named.values()):
+                for way, value in of.items():
+                    if way != OURS:
+                        axes.plot(value / of[OURS], place, label=way, linestyle="none", alpha=0.85, **styles[way])
+            _rows(axes, titles[title], named)
+        _logarithmic(grid[-1, 0], _TICKS)
+        grid[-1, 0].set_xlabel(f"times as {'long' if quantity == 'milliseconds' else 'much memory'} as kdfast")
+        _legend(figure, grid[:, 0])
         _save(pyplot, figure, facts, path)

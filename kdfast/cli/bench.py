@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kdfast.cli.shared import fail
+from kdfast.results.disk import why_not_writable
 
 
 def bench(
@@ -62,7 +63,8 @@ def _operators(only: str, seconds: float, sweep: bool, output: Path | None) -> N
     if not cases:
         known = ", ".join(case.name for case in harness.cases(device=device, sweep=sweep))
         raise typer.BadParameter(f"only: expected a pattern of case names, got {only!r}; there are {known}")
-    facts = harness.environment(device)
+    facts, stem = harness.environment(device), "sweep" if sweep else "operators"
+    _check_output(output, facts, stem)
     console = Console()
     progress = Console(stderr=True)
     measuring = track(cases, "measuring", console=progress)
@@ -78,11 +80,32 @@ def _operators(only: str, seconds: float, sweep: bool, output: Path | None) -> N
         table.add_row(*row)
     console.print(table)
     if output is not None:
-        path = harness.save(results, facts, output, "sweep" if sweep else "operators")
-        every, _ = harness.load(path)
-        path.with_suffix(".md").write_text(harness.markdown(every) + "\n")
-        (plots.plot_sweep if sweep else plots.plot)(every, facts, path.with_suffix(".png"))
-        console.print(f"In {output}: {path.name}, {path.stem}.md, {path.stem}.png")
+        saved = harness.save(results, facts, output, stem)
+        every, facts = harness.load(saved.path)
+        saved.path.with_suffix(".md").write_text(harness.markdown(every) + "\n")
+        (plots.plot_sweep if sweep else plots.plot)(every, facts, saved.path.with_suffix(".png"))
+        _tell(console, saved)
+
+
+def _check_output(output: Path | None, facts: dict[str, Any], stem: str) -> None:
+    """Before anything is measured."""
+    from kdfast.bench import harness
+
+    if output is None:
+        return
+    if reason := why_not_writable(output):
+        raise typer.BadParameter(f"output {output}: expected a folder that can be written, got {reason}")
+    try:
+        harness.environment_with(harness.results_path(facts, output, stem), facts)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _tell(console: Any, saved: Any) -> None:
+    path = saved.path
+    console.print(f"In {path.parent}: {path.name}, {path.stem}.md, {path.stem}.png", soft_wrap=True)
+    if saved.replaced or saved.kept:
+        console.print(f"The file was there: {saved.replaced} of its results are replaced, {saved.kept} others kept.")
 
 
 def _peers(only: str, seconds: float, names: Sequence[str], output: Path | None) -> None:
@@ -93,7 +116,7 @@ def _peers(only: str, seconds: float, names: Sequence[str], output: Path | None)
         from rich.progress import track
         from rich.table import Table
 
-        from kdfast.bench import harness
+        from kdfast.bench import harness, plots
         from kdfast.bench.peers import comparisons, measure, ways
     except ImportError as error:
         fail(f"{error}: pip install kdfast[bench]", 1)
@@ -107,6 +130,7 @@ def _peers(only: str, seconds: float, names: Sequence[str], output: Path | None)
         raise typer.BadParameter(f"only: expected a pattern of case names, got {only!r}; there are {known}")
     found = ways.find(names or list(ways.LIBRARIES), device)
     facts = harness.environment(device) | {"peers": found.versions}
+    _check_output(output, facts, "peers")
     console, progress = Console(), Console(stderr=True)
     if found.missing:
         missing = "; ".join(f"{name} ({why})" for name, why in found.missing.items())
@@ -125,5 +149,8 @@ def _peers(only: str, seconds: float, names: Sequence[str], output: Path | None)
     for line in measure.said(rows):
         console.print(line, markup=False)
     if output is not None:
-        path = measure.save(rows, facts, output)
-        console.print(f"In {output}: {path.name}, {path.stem}.md")
+        saved = measure.save(rows, facts, output)
+        every, facts = measure.load(saved.path)
+        saved.path.with_suffix(".md").write_text(measure.markdown(every) + "\n")
+        plots.plot_peers(every, facts, saved.path.with_suffix(".png"))
+        _tell(console, saved)

@@ -19,8 +19,9 @@ from kdfast.cli.bench import bench
 from kdfast.cli.cache import cache_teacher, check_cache
 from kdfast.cli.distill import add_prune, add_recipes
 from kdfast.cli.doctor import doctor
+from kdfast.cli.evaluate import evaluate
 from kdfast.cli.export import export
-from kdfast.cli.results import compare, evaluate, report
+from kdfast.cli.results import compare, report
 from kdfast.cli.shared import fail
 from kdfast.results.disk import of_the_user, told
 

@@ -27,10 +27,10 @@ def of_own_heads(
     settings: Mapping[str, Any],
     budget: int,
 ) -> KDLossComponents:
-    """As `kdfast.linear_kd_loss` and, where there is no teacher, `kdfast.linear_topk_kd_loss`.
+    """As `kdfast.linear_kd_loss` and, with a teacher's top-k, `kdfast.linear_topk_kd_loss`.
 
     columns: of the rows that count, N of them: `student` [N, H], `teacher` [N, Ht] or `topk_logprobs` and
-    `topk_indices` [N, k], `labels` [N] where there are any. settings: of `kdfast.kd_loss`, `num_items` among them, and
+    `topk_indices` [N, k] or neither, `labels` [N] where there are any. settings: of `kdfast.kd_loss`, `num_items` among them, and
     `tail`. budget: bytes, 0: a tenth of the device's memory.
 
     Raises:
@@ -46,10 +46,10 @@ def of_own_heads(
     def chunk(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         own = {name: column[rows] for name, column in columns.items()}
         logits = student.make_logits(own["student"])
-        if teacher is None:
+        if "topk_indices" in own:
             return _of_topk(logits, own, settings)
-        with torch.no_grad():
-            of_teacher = teacher.make_logits(own["teacher"])
+        with torch.no_grad():  # without a teacher (alpha = 0) whatever is there counts nothing
+            of_teacher = logits.detach() if teacher is None else teacher.make_logits(own["teacher"])
         others = {name: value for name, value in settings.items() if name != "tail"}
         return kd_loss(logits, of_teacher, own.get("labels"), return_components=True, **others)
 

@@ -48,7 +48,7 @@ class LanguageModel:
     `kl_div` and `reverse_kl_div`); the skewed ones of DistiLLM (arXiv:2402.03898) with `skew`.
 
     Args:
-        alpha: weight of the teacher; the labels get 1 - alpha.
+        alpha: weight of the teacher; the labels get 1 - alpha. With 0 there need be no teacher.
         temperature: of the divergence. T² is included.
         vocab_size: the tokens that both know, where one side's embeddings are padded wider.
         tail: of `kdfast.topk_kl_div`.
@@ -125,7 +125,7 @@ class LanguageModel:
         labels = None
         if self.alpha < 1:
             labels = inputs["labels"] if student_outputs.aligned else inputs["labels"][:, 1:]
-        if teacher_outputs is None:
+        if teacher_outputs is None and self.alpha > 0:
             self._check_cached(inputs, student_outputs)
         parts = self._parts(student_outputs, teacher_outputs, inputs, labels, counted)
         # The parts carry no gradient: the loss has that of both.
@@ -146,16 +146,14 @@ class LanguageModel:
             return self(student_outputs, teacher_outputs, inputs), {}
         if len(missing) == 2:
             return {}, missing
-        # One of the two alone; of the labels, beside the student in the teacher's place.
         taught = "kd" not in missing
-        alone = replace(self, alpha=float(taught), divergence=self.divergence if taught else "kl_div")
-        terms = alone(student_outputs, teacher_outputs if taught else student_outputs, inputs)
+        terms = replace(self, alpha=float(taught))(student_outputs, teacher_outputs, inputs)
         weight = self.alpha if taught else 1 - self.alpha
         return {n: x if n == "aux" else weight * x for n, x in terms.items() if n not in missing}, missing
 
     def _missing(self, teacher: LastHidden | None, inputs: Mapping[str, Any]) -> dict[str, Missing]:
         missing = {}
-        if teacher is None and _checks.TOPK[0] not in inputs:
+        if self.alpha > 0 and teacher is None and _checks.TOPK[0] not in inputs:
             expected = "one, or rows with its top-k (kdfast.teacher_cache)"
             missing["kd"] = Missing(f"LanguageModel: teacher: expected {expected}, got neither")
         if self.alpha < 1 and "labels" not in inputs:
@@ -179,10 +177,10 @@ class LanguageModel:
             "vocab_size": self.vocab_size,
             "num_items": inputs.get("num_items"),
         }
-        if teacher is None:
+        if teacher is None and self.alpha > 0:
             columns |= {name.removeprefix("teacher_"): inputs[name][:, :length] for name in _checks.TOPK}
             settings["tail"] = self.tail
-        else:
+        elif teacher is not None:
             columns["teacher"] = teacher.hidden[:, :length]
             settings |= {"divergence": self.divergence, "beta": self.beta, "skew": self.skew}
         if student.head is not None or (teacher is not None and teacher.head is not None):
@@ -196,12 +194,13 @@ class LanguageModel:
         settings |= {"student_bias": student.bias, "student_softcap": student.softcap}
         hidden, weight = columns["student"], student.weight
         assert weight is not None
-        if teacher is None:
+        if "topk_indices" in columns:
             topk = columns["topk_logprobs"], columns["topk_indices"]
             return linear_topk_kd_loss(hidden, weight, *topk, labels, return_components=True, **settings)
-        settings |= {"teacher_bias": teacher.bias, "teacher_softcap": teacher.softcap}
-        of_teacher = columns["teacher"], teacher.weight
-        return linear_kd_loss(hidden, weight, *of_teacher, labels, return_components=True, **settings)
+        if teacher is not None:
+            settings |= {"teacher_hidden": columns["teacher"], "teacher_weight": teacher.weight}
+            settings |= {"teacher_bias": teacher.bias, "teacher_softcap": teacher.softcap}
+        return linear_kd_loss(hidden, weight, labels=labels, return_components=True, **settings)
 
     def _check(self, student: LastHidden, teacher: LastHidden | None, inputs: Mapping[str, Any]) -> None:
         if teacher is not None and _checks.TOPK[0] in inputs:

@@ -112,7 +112,8 @@ def linear_kd_loss(
         labels: `[...]`, int64, or None with alpha = 1. Rows whose label is `ignore_index`, prompts and padding, are
             dropped; where a mask is given it decides instead, as in `kd_loss`.
         student_bias, teacher_bias: `[V]`.
-        teacher_logits: `[..., V]`, instead of hidden states and weight (as they are: no scale, no soft-cap).
+        teacher_logits: `[..., V]`, instead of hidden states and weight (as they are: no scale, no soft-cap). With
+            alpha = 0, the cross-entropy of the labels alone, there may be no teacher at all.
         student_softcap, teacher_softcap: cap of z (Gemma: `config.final_logit_softcapping`); None: none.
         student_logit_scale, teacher_logit_scale: scale of z (Cohere: `config.logit_scale`; Granite:
             1 / `config.logits_scaling`), applied in float32. `kdfast.models.last_hidden` has it in the hidden states.
@@ -143,18 +144,19 @@ def linear_kd_loss(
     student = _heads.checked(
         op, "student", student_hidden, student_weight, student_bias, student_softcap, student_logit_scale
     )
-    teacher = None
-    if teacher_logits is None:
+    teacher, of_teacher = None, (teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)
+    some = teacher_logit_scale != 1 or any(x is not None for x in of_teacher)
+    if teacher_logits is not None and some:
+        _checks.wrong_value(op, "teacher_logits", "no other argument of the teacher beside it", "some")
+    if teacher_logits is None and (some or of.alpha != 0):
         if teacher_hidden is None or teacher_weight is None:
             got = "neither" if teacher_hidden is None and teacher_weight is None else "one of the two"
-            _checks.wrong_value(op, "teacher_hidden", "teacher_hidden and teacher_weight, or teacher_logits", got)
+            expected = "teacher_hidden and teacher_weight, or teacher_logits"
+            remedy = "; alpha=0 is of the labels alone, without a teacher" * (not some)
+            _checks.wrong_value(op, "teacher_hidden", expected, got + remedy)
         teacher = _heads.checked(
             op, "teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale
         )
-    elif teacher_logit_scale != 1 or any(
-        x is not None for x in (teacher_hidden, teacher_weight, teacher_bias, teacher_softcap)
-    ):
-        _checks.wrong_value(op, "teacher_logits", "no other argument of the teacher beside it", "some")
     of_call = op, kind, student, teacher, teacher_logits, None, of, mixing, hard, memory_budget, return_entropy
     return _returned(*_run(*of_call), return_components, return_entropy)
 
@@ -263,6 +265,9 @@ def _run(
         head.hidden.new_empty(()).expand(*head.hidden.shape[:-1], head.weight.shape[0])
         for head in (student, of_teacher)
     )
+    alone = teacher is None and given is None
+    if alone:  # the labels: logits of 0 that take no memory, and a divergence from them that is always finite
+        given, kind = like.new_zeros(()).expand(like.shape), "reverse_kl_div"
     if given is not None and indices is None:
         t = given
     shard = _shards.shard_of(op, like, t, options.process_group, options.vocab_start, options.vocab_size)
@@ -285,6 +290,8 @@ def _run(
     loss, components, entropies = _linear.run(_linear.Inputs(op, student, teacher, given, group, budget, entropy, call))
     if topk is not None:
         _checks.check_topk_repeats(op, loss, *topk)
+    if alone:
+        components = torch.stack([torch.zeros_like(components[..., 0]), components[..., 1]], -1)
     entropies = entropies.view(leading) if entropy else entropies
     if options.reduction == "none":
         return loss.view(leading), components.view(*leading, 2), entropies

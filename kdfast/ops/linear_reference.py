@@ -78,6 +78,8 @@ def linear_kd_loss(
 ) -> Tensor:
     """`kdfast.linear_kd_loss`."""
     s = logits(student_hidden, student_weight, student_bias, student_softcap, student_logit_scale)
+    if teacher_logits is None and teacher_hidden is None:  # labels alone
+        teacher_logits = torch.zeros_like(s)
     if teacher_logits is None:
         assert teacher_hidden is not None
         assert teacher_weight is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kdfast.objective import Objective
+from kdfast.objective import Labels, Objective, Terms
 from kdfast.recipes.base import Recipe, setting
 
 
@@ -14,6 +14,8 @@ class HeadRecipe(Recipe):
     """A given teacher into some of its layers, or a student of one's own: soft targets beside the labels."""
 
     quick: ClassVar = {"epochs": 1, "train_rows": 400, "test_rows": 200}
+    labels: ClassVar[str]  # the kind of `Labels`
+    evaluated: ClassVar = True  # by `kdfast evaluate`
 
     data: str | None = setting(
         None, "Required. Labelled rows: a JSON, CSV or Parquet file, a folder (train*, test*), or a Hub name."
@@ -27,7 +29,8 @@ class HeadRecipe(Recipe):
     )
     alpha: float = setting(0.9, "Weight of the teacher; the labels get 1 - alpha.")
     temperature: float = setting(2.0, "Softens teacher and student alike.")
-    epochs: int = setting(3, "Passes of the student over the training rows.")
+    baseline: bool = setting(False, "Train the same student on the labels alone as well.")
+    epochs: int = setting(3, "Passes of each student over the training rows.")
     learning_rate: float = setting(1e-4, "Peak of the linear schedule.")
     warmup: float = setting(0.06, "Share of the steps before the peak.")
     batch_size: int = setting(16, "Rows per step.")
@@ -48,3 +51,7 @@ class HeadRecipe(Recipe):
     def objective(self) -> Objective:
         """What the student is trained on: a term of the teacher and one of the labels."""
         raise NotImplementedError
+
+    def labels_only(self) -> Objective:
+        """What the student of the baseline is trained on."""
+        return Terms(ce=Labels(self.labels))

@@ -21,6 +21,7 @@ class Recipe(HeadRecipe):
     """
 
     name = "question-answering"
+    labels = "spans"
 
     max_length: int = setting(384, "Tokens of a row, question included; longer texts are several.")
     stride: int = setting(128, "Tokens that neighbouring rows of a text have in common.")
@@ -32,4 +33,4 @@ class Recipe(HeadRecipe):
 
     def objective(self) -> Terms:
         soft = Spans(weight=self.alpha, temperature=self.temperature)
-        return Terms(kl=soft, ce=Labels("spans", weight=1 - self.alpha))
+        return Terms(kl=soft, ce=Labels(self.labels, weight=1 - self.alpha))

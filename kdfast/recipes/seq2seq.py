@@ -12,8 +12,9 @@ Logits of the whole vocabulary are never there for more than a chunk of tokens (
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from kdfast.objective import LanguageModel
 from kdfast.recipes.base import setting
 from kdfast.recipes.heads import HeadRecipe
 from kdfast.recipes.tokens import TokenRecipe
@@ -28,6 +29,7 @@ class Recipe(TokenRecipe, HeadRecipe):
     """
 
     name = "seq2seq"
+    evaluated = False
 
     data: str | None = setting(
         None, "Required. Pairs of texts: a JSON, CSV or Parquet file, a folder (train*, test*), or a Hub name."
@@ -58,3 +60,6 @@ class Recipe(TokenRecipe, HeadRecipe):
         self.at_least(2, "max_target_length")
         self.one_of(("data", "teacher"), "targets")
         self.none_beside("student", "decoder_layers")
+
+    def labels_only(self, vocabulary: int | None = None) -> LanguageModel:
+        return replace(self.objective(vocabulary), alpha=0.0)

@@ -21,6 +21,7 @@ class Recipe(HeadRecipe):
     """
 
     name = "token-classification"
+    labels = "tokens"
 
     word_column: str | None = setting(None, "Column of the words. Default: found by name.")
     label_column: str | None = setting(None, "Column of the labels. Default: found by name.")
@@ -32,4 +33,4 @@ class Recipe(HeadRecipe):
 
     def objective(self) -> Terms:
         soft = Logits(tokens=self.tokens, weight=self.alpha, temperature=self.temperature)
-        return Terms(kl=soft, ce=Labels("tokens", weight=1 - self.alpha))
+        return Terms(kl=soft, ce=Labels(self.labels, weight=1 - self.alpha))

@@ -18,6 +18,7 @@ from kdfast.recipes.classifier import ClassifierRecipe
 from kdfast.recipes.paths import METRICS, MODELS, located, run_settings
 
 LABELS_ONLY = "labels_only"
+SOFT_TARGETS = ("hinton", "token-classification", "question-answering")  # of alpha · teacher + (1 - alpha) · labels
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def _rows(groups: dict[str, list[Run]], metric: str) -> Iterator[Row]:
                 row.runs.append(run)
                 for key, value in measured.items():
                     row.values.setdefault(key, []).append(value)
-                if model not in ("teacher", LABELS_ONLY) and measured is not _trained_alone(run):
+                if model not in ("teacher", "start", LABELS_ONLY) and measured is not _trained_alone(run):
                     baseline = run.models.get(LABELS_ONLY, {}).get(metric, baselines.get(run.alone))
                     if baseline is not None and metric in measured:
                         row.differences.append(measured[metric] - baseline)
@@ -236,10 +237,10 @@ def _rows(groups: dict[str, list[Run]], metric: str) -> Iterator[Row]:
 
 
 def _trained_alone(run: Run) -> dict[str, float]:
-    """The metrics of a student trained on the labels alone: a baseline, or Hinton's with nothing of the teacher."""
+    """The metrics of a student trained on the labels alone: a baseline, or soft targets with nothing of the teacher."""
     if LABELS_ONLY in run.models:
         return run.models[LABELS_ONLY]
-    alone = run.recipe == "hinton" and run.settings.get("alpha") == 0
+    alone = run.recipe in SOFT_TARGETS and run.settings.get("alpha") == 0
     return run.models.get("student", {}) if alone else {}
 
 

@@ -119,12 +119,18 @@ def measure(
         results[name] = metrics.metrics(task.metric, logits[name], labels)
         if teacher is not None:
             results[name] |= against_teacher(logits[name], logits[teacher], task.kind)
-        results[name] |= size(of.model, Path(of.source))
-        if not results[name]["megabytes"]:  # of the Hub, or not in safetensors
-            results[name]["megabytes"] = cost.megabytes(of.model)
-        results[name]["gflop"] = cost.flops(_Ready(of, 1), {}) / 1e9
-    for name, times in _times(candidates).items():
-        results[name] |= times
+    of_all = costs(candidates)
+    return {name: row | of_all[name] for name, row in results.items()}
+
+
+def costs(candidates: Mapping[str, Candidate]) -> dict[str, Metrics]:
+    """Of `measure` what does not depend on what the models answer."""
+    results = _times(candidates)
+    for name, of in candidates.items():
+        its = size(of.model, Path(of.source))
+        if not its["megabytes"]:  # of the Hub, or not in safetensors
+            its["megabytes"] = cost.megabytes(of.model)
+        results[name] = its | {"gflop": cost.flops(_Ready(of, 1), {}) / 1e9} | results[name]
     return results
 
 

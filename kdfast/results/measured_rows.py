@@ -50,11 +50,22 @@ def check(run: Path, task: tasks.Task) -> None:
     Raises:
         ValueError: its test rows are not those of the run.
     """
+    check_rows(run, task.test, task.name)
+
+
+def check_rows(run: Path, rows: Any, data: str | None) -> None:
+    """
+    Args:
+        rows: to test on, as the run's settings lead to them; data: where they are from.
+
+    Raises:
+        ValueError: they are not those of the run.
+    """
     expected = stored(run)
-    if expected is not None and (found := tasks.fingerprint(task.test)) != expected:
+    if expected is not None and (found := tasks.fingerprint(rows)) != expected:
         raise ValueError(
             f"run {run}: data: expected the test rows that it was measured on ({expected}), "
-            f"got those of {task.name} ({found})"
+            f"got those of {data} ({found})"
         )
 
 

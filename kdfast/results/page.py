@@ -26,31 +26,43 @@ TEMPLATE = """<!doctype html>
 <title>{{ title }}</title>
 <style>
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } p, summary { max-width: 48rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+table { border-spacing: 0; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { white-space: pre-line; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
-tbody tr:hover { background: var(--soft); }
-svg { fill: currentColor; width: 100%; min-width: 40rem; height: auto; }
-img { width: 100%; min-width: 40rem; background: white; border-radius: .4rem; }
-.narrow svg { min-width: 0; max-width: 36rem; }
+th { white-space: pre-line; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
+tbody th { padding-top: 1rem; }
+tbody th span { position: sticky; left: .35rem; display: inline-block; max-width: calc(100vw - 3.2rem); }
+tbody tr:hover td { background: linear-gradient(var(--soft), var(--soft)) Canvas; }
+.plots { display: grid; gap: 0 2rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 34rem), 1fr)); }
+svg { fill: currentColor; width: 100%; height: auto; }
+img { width: 100%; background: white; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
+@media (max-width: 36rem) {
+  table { font-size: .8rem; } th, td { padding: .3rem .35rem; }
+  td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 7.4rem; }
+}
+@media (prefers-color-scheme: dark) {
+  svg { filter: brightness(1.4); } img { filter: invert(.93) hue-rotate(180deg); }
+}
 </style>
 <h1>{{ title }}</h1>
 {% for line in said %}<p>{{ line }}</p>
 {% endfor %}
-<div class="wide"><table>
+{% macro table() %}<div class="wide"><table>
 <thead><tr><th>{{ first }}</th>{% for heading in headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
 <tbody>
-{% for name, cells in rows %}<tr><td>{{ name }}</td>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% for name, cells in rows %}<tr>{% if cells %}<td>{{ name }}</td>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}{% else %}<th colspan="{{ headings | length + 1 }}"><span>{{ name }}</span></th>{% endif %}</tr>
 {% endfor %}</tbody>
 </table></div>
-<p>{{ legend }}</p>
-{% for heading, drawing in drawings %}<h2>{{ heading }}</h2>
-<div class="{{ 'narrow' if narrow else 'wide' }}">{{ drawing }}</div>
-{% endfor %}
+<p>{{ legend }}</p>{% endmacro %}
+{% if rows | length <= 20 %}{{ table() }}{% endif %}
+<div class="plots">
+{% for heading, drawing in drawings %}<section><h2>{{ heading }}</h2>{{ drawing }}</section>
+{% endfor %}</div>
+{% if rows | length > 20 %}<h2>Table</h2>{{ table() }}{% endif %}
 <h2>Settings</h2>
 {% for name, settings, versions in runs %}<details><summary>{{ name }}</summary>
 <p>{{ versions }}</p>
@@ -89,12 +101,11 @@ def render(
     runs: Sequence[tuple[str, dict[str, Any], str]],
     said: Sequence[str] = (),
     first: str = "model",
-    narrow: bool = False,
 ) -> str:
     """The page of anything that has a table.
 
     Args:
-        rows: name and cells of each. drawings: heading and image of each, `narrow` where they are made for a phone.
+        rows: name and cells of each; without cells a heading of those below. drawings: heading and image of each.
         runs: name, settings and a line about each. said: lines above the table. first: heading of the names.
     """
     given = dict(locals())

@@ -10,33 +10,40 @@ from typing import Any, ClassVar
 
 import datasets
 import transformers
+from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig
 
 from kdfast.data import files, tasks
 from kdfast.models import pairing, students
-from kdfast.models.loading import pretrained
+from kdfast.models.loading import load_tokenizer, named, pretrained
 from kdfast.objective import Objective
+from kdfast.recipes.heads import HeadRecipe
+from kdfast.results.compare import LABELS_ONLY
 from kdfast.results.measure import length
 from kdfast.runs import arguments
 from kdfast.runs.language import LanguageRun, PeakMemory
 from kdfast.train.trainer import DistillationTrainer
 
 CURVE = 500  # of the test rows, for the points of the learning curve; the table is measured on all
-ROWS_OF_A_PASS = 32  # without a backward
 
 
 class HeadRun(LanguageRun):
     """One run in its folder, as `LanguageRun` has it.
 
     Attributes:
-        metric: by which runs are compared, one of what `quality` gives.
         collate: makes batches.
+        rows_of_a_pass: without a backward.
     """
 
+    titles: ClassVar = {**LanguageRun.titles, LABELS_ONLY: "student, labels alone"}
     losses: ClassVar = {"kl": "teacher's term", "ce": "labels' term"}
-    metric: str
     collate: Any
+    rows_of_a_pass = 32
+
+    def __init__(self, recipe: HeadRecipe, folder: Path, console: Console) -> None:
+        super().__init__(recipe, folder, console)
+        self.students = (LABELS_ONLY,) * recipe.baseline + ("student",)
 
     # ---- a task's own ----
     def flat(self, part: Any) -> Any:
@@ -52,7 +59,8 @@ class HeadRun(LanguageRun):
         """Rows of a dataset, to train on or to test."""
 
     # ---- models and rows ----
-    def prepare(self) -> None:
+    def read_teacher(self) -> None:
+        """The teacher, and what depends on it alone."""
         r = self.recipe
         needed = {
             "data": "labelled rows, a file, a folder or a Hub name",
@@ -63,10 +71,38 @@ class HeadRun(LanguageRun):
                 raise ValueError(f"{name}: expected {expected}, got none")
         datasets.disable_progress_bars()
         self.teacher = self.load_teacher(r.teacher, quantised=r.student is not None)
-        saved_as = self.teacher.config.architectures or []
-        tasks_of = {name.partition("For")[2] for name in (*saved_as, type(self.teacher).__name__)}
+        self._check_task(f"teacher {r.teacher}", self.teacher)
+
+    def _check_task(self, who: str, model: Any) -> None:
+        saved_as = model.config.architectures or []
+        tasks_of = {name.partition("For")[2] for name in (*saved_as, type(model).__name__)}
         if len(tasks_of - {""}) > 1:  # another task's head may have the same names
-            raise ValueError(f"teacher {r.teacher}: expected {self.kind}, got {', '.join(saved_as)}")
+            raise ValueError(f"{who}: expected {self.kind}, got {', '.join(saved_as)}")
+
+    def read_test(self) -> None:
+        """The test rows alone: for models that are there already."""
+        self.test = sorted(self.rows(self._parts()[1], test=True), key=length)
+        pairing.check_ids(f"teacher {self.recipe.teacher}", self.teacher, self.test)
+
+    def load_beside(self, name: str, source: str | Path) -> Any:
+        """A model to be measured beside the teacher.
+
+        Raises:
+            ValueError: it cannot be loaded, is of another task, or has other tokens or classes.
+        """
+        who, theirs = named(name, source), self.teacher.config
+        pairing.check_tokens(who, load_tokenizer(name, source), self.tokenizer)
+        model = self._load(name, source)
+        self._check_task(who, model)
+        if model.config.num_labels != theirs.num_labels:
+            expected = f"{theirs.num_labels} classes, as the teacher has"
+            raise ValueError(f"{who}: expected {expected}, got {model.config.num_labels}")
+        pairing.check_same_classes(who, model, theirs)
+        return model
+
+    def prepare(self) -> None:
+        r = self.recipe
+        self.read_teacher()
         transformers.set_seed(r.seed)  # for a new head
         self.start = self.student_of_layers() if r.student is None else self.own_student()
         train, test = self._parts()
@@ -101,19 +137,19 @@ class HeadRun(LanguageRun):
         return tasks.first(train, r.train_rows), tasks.first(test, r.test_rows)
 
     # ---- training ----
-    def objective(self) -> Objective:
-        """What the student is trained on."""
-        its: Objective = self.recipe.objective()
+    def objective(self, alone: bool) -> Objective:
+        """What a student is trained on; `alone`: without the teacher."""
+        its: Objective = self.recipe.labels_only() if alone else self.recipe.objective()
         return its
 
     def trainer(self, folder: Path) -> DistillationTrainer:
-        r = self.recipe
+        r, alone = self.recipe, folder.name == LABELS_ONLY
         steps = -(-len(self.train) // r.batch_size) * r.epochs
         settings = arguments.training(
             r,
             folder,
             num_train_epochs=r.epochs,
-            per_device_eval_batch_size=ROWS_OF_A_PASS,
+            per_device_eval_batch_size=self.rows_of_a_pass,
             learning_rate=r.learning_rate,
             lr_scheduler_type="linear",
             warmup_steps=r.warmup,
@@ -128,8 +164,8 @@ class HeadRun(LanguageRun):
         return DistillationTrainer(
             copy.deepcopy(self.start),
             settings,
-            teacher=self.teacher,
-            objective=self.objective(),
+            teacher=None if alone else self.teacher,
+            objective=self.objective(alone),
             train_dataset=self.train,
             eval_dataset=self.test[:CURVE],
             data_collator=self.collate,
@@ -140,9 +176,10 @@ class HeadRun(LanguageRun):
     # ---- results ----
     def timed_batch(self) -> Mapping[str, Tensor]:
         """A batch of median length."""
-        batch: Mapping[str, Tensor] = self.collate(self.test[len(self.test) // 2 :][:ROWS_OF_A_PASS])
+        batch: Mapping[str, Tensor] = self.collate(self.test[len(self.test) // 2 :][: self.rows_of_a_pass])
         return batch
 
     def facts(self) -> dict[str, Any]:
         task = {"data": self.recipe.data, "metric": self.metric, "test": tasks.fingerprint(self.test)}
-        return {"task": {**task, "titles": dict(self.titles)}}
+        models = ("teacher", "start", *self.students)
+        return {"task": {**task, "titles": {name: self.titles[name] for name in models}}}

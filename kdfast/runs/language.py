@@ -88,6 +88,8 @@ class LanguageRun:
 
     Attributes:
         titles: of the models, by which `execute` names its results.
+        students: those that are trained, the last one "student".
+        metric: one of what `quality` gives.
         losses: names of the loss in the training's history, with what the plot calls them.
         caption: of the table.
         auto: class that loads teacher and student.
@@ -96,9 +98,6 @@ class LanguageRun:
         teacher, start, tokenizer: what `prepare` leaves; `start` is the student before it is trained.
         train, test: so does it the rows, to train on and held out.
         notes: and what to tell of them.
-
-    Raises:
-        ValueError: the folder holds a run with other settings, or something that is not a run.
     """
 
     titles: ClassVar[Mapping[str, str]] = {
@@ -106,6 +105,8 @@ class LanguageRun:
         "start": "student, before",
         "student": "student, distilled",
     }
+    students: tuple[str, ...] = ("student",)
+    metric: str = "perplexity"
     losses: ClassVar[Mapping[str, str]]
     caption: ClassVar[str]
     auto: ClassVar[Any]
@@ -121,7 +122,6 @@ class LanguageRun:
     def __init__(self, recipe: Recipe, folder: Path, console: Console) -> None:
         self.recipe: Any = recipe
         self.folder, self.console = folder, console
-        stages.begin(recipe, folder, console)
 
     # ---- a recipe's own ----
     def prepare(self) -> None:
@@ -137,7 +137,7 @@ class LanguageRun:
         """Where the teacher is not ready, makes it, and the student's start anew."""
 
     def trainer(self, folder: Path) -> Trainer:
-        """The training of the student, with its checkpoints in a folder `checkpoints` there."""
+        """The training of the student in this folder, with its checkpoints in a folder `checkpoints` there."""
         raise NotImplementedError
 
     def quality(self, models: Mapping[str, Any]) -> dict[str, measure.Metrics]:
@@ -225,8 +225,10 @@ class LanguageRun:
         """Trains, measures and shows; returns the metrics of the models, by the names of `titles`.
 
         Raises:
+            ValueError: as `prepare`; or the folder holds a run with other settings, or something that is not a run.
             kdfast.runs.stages.StageInterrupted: stopped by a signal, with the state saved.
         """
+        stages.begin(self.recipe, self.folder, self.console)
         transformers.utils.logging.disable_progress_bar()
         self.prepare()
         source = files.shown_name(self.recipe.data or "demonstration")
@@ -235,19 +237,24 @@ class LanguageRun:
             self.console.print(note, markup=False)
         stages.write_config(self.folder, self.recipe.as_dict())
         self.train_teacher()
-        folder = self.folder / "student"
-        if stages.finished(folder) is None:
-            stages.train_stage(self.trainer(folder), folder, self.titles["student"], self.recipe.save_dtype)
-        student = self.auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(device())
-        history = stages.finished(folder) or []
-        results = self._measured({"teacher": self.teacher, "start": self.start, "student": student}, history)
+        students = {name: self._finished(name) for name in self.students}
+        history = stages.finished(self.folder / "student") or []
+        results = self._measured({"teacher": self.teacher, "start": self.start, **students}, history)
         plots.plot_losses(self.folder / "learning_curve.png", history, self.losses)
         self.console.print(
-            tables.language_table({self.titles[name]: row for name, row in results.items()}, self.caption)
+            tables.language_table({self.titles[name]: row for name, row in results.items()}, self.caption),
+            *tables.gain(results, self.metric),
+            sep="\n",
         )
         saved = f"student/ ({self.auto.__name__} loads it), metrics.json, learning_curve.png"
         self.console.print(f"In {self.folder}: {saved}")
         return results
+
+    def _finished(self, name: str) -> Any:
+        folder = self.folder / name
+        if stages.finished(folder) is None:
+            stages.train_stage(self.trainer(folder), folder, self.titles[name], self.recipe.save_dtype)
+        return self.auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(device())
 
     def _measured(self, models: dict[str, Any], history: stages.History) -> dict[str, measure.Metrics]:
         stored = self.folder / "metrics.json"

@@ -12,7 +12,7 @@ from kdfast.data import answers
 from kdfast.models.inputs import model_inputs
 from kdfast.objective import Spans, Terms
 from kdfast.results import measure, progress
-from kdfast.runs.heads import ROWS_OF_A_PASS, HeadRun
+from kdfast.runs.heads import HeadRun
 
 
 class QuestionAnsweringRun(HeadRun):
@@ -24,8 +24,8 @@ class QuestionAnsweringRun(HeadRun):
     metric = "f1"
     asked: answers.Questions
 
-    def prepare(self) -> None:
-        super().prepare()
+    def read_teacher(self) -> None:
+        super().read_teacher()
         self.collate = DataCollatorWithPadding(self.tokenizer)
 
     def flat(self, part: Any) -> Any:
@@ -45,10 +45,10 @@ class QuestionAnsweringRun(HeadRun):
         asked, apart = self.asked, dict.fromkeys(models, 0.0)
         found: dict[str, list[tuple[float, str]]] = {name: [(float("-inf"), "")] * len(asked.texts) for name in models}
         order = sorted(range(len(asked.rows)), key=lambda i: len(asked.rows[i]["input_ids"]))
-        starts = range(0, len(order), ROWS_OF_A_PASS)
+        starts = range(0, len(order), self.rows_of_a_pass)
         objective = Terms(kl=Spans())
         for start in progress.bar("test rows", len(starts), starts):
-            numbers = order[start : start + ROWS_OF_A_PASS]
+            numbers = order[start : start + self.rows_of_a_pass]
             batch = {k: v.to(self.teacher.device) for k, v in self.collate([asked.rows[i] for i in numbers]).items()}
             outputs = {name: model(**model_inputs(model, batch)) for name, model in models.items()}
             for name, output in outputs.items():

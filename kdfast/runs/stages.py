@@ -7,6 +7,7 @@ So `stage.json` marks a finished stage, and an interrupted one goes on from its 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdfast.recipes.base import Recipe
-from kdfast.recipes.paths import CONFIG, PATHS, each, located, moved, run_settings
+from kdfast.recipes.paths import CONFIG, PATHS, absolute, each, located, moved, run_settings
 from kdfast.results.disk import saving, why_not_writable
 from kdfast.results.progress import bar
 from kdfast.runs import arguments
@@ -148,13 +149,13 @@ def begin(recipe: Recipe, folder: Path, console: Any) -> None:
         ValueError: as `check_run_folder`, or a precision that this machine has not.
     """
     arguments.chosen(recipe.precision)
-    check_run_folder(folder, recipe.as_dict())
+    check_run_folder(folder, recipe)
     for line in moved(run_settings(folder) or {}, folder):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def check_run_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """A run's folder may be new, or hold a run with the same settings.
+def check_run_folder(folder: Path, recipe: Recipe) -> None:
+    """A run's folder may be new, or hold a run with the same settings; one of before a setting came has its default.
 
     Raises:
         ValueError: the folder holds a run with other settings, or something that is not a run, or it cannot be written.
@@ -169,8 +170,9 @@ def check_run_folder(folder: Path, settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"output {folder}: expected an empty folder or one with a run, got other files; choose another"
         )
-    stored = yaml.safe_load((folder / CONFIG).read_text())
-    for name, value in settings.items():
+    defaults = {field.name: absolute(field.name, field.default) for field in dataclasses.fields(recipe)}
+    stored = defaults | yaml.safe_load((folder / CONFIG).read_text())
+    for name, value in recipe.as_dict().items():
         if located(name, stored.get(name), folder) != located(name, value, folder):
             keep = f" (with --teacher {folder / 'teacher'}: its own)" if finished(folder / "teacher") else ""
             raise ValueError(

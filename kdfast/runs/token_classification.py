@@ -13,7 +13,7 @@ from kdfast.data import words
 from kdfast.data.text import OFF
 from kdfast.models.inputs import model_inputs
 from kdfast.results import measure, progress
-from kdfast.runs.heads import ROWS_OF_A_PASS, HeadRun
+from kdfast.runs.heads import HeadRun
 
 
 class TokenClassificationRun(HeadRun):
@@ -21,8 +21,8 @@ class TokenClassificationRun(HeadRun):
     auto = AutoModelForTokenClassification
     kind = "a token classifier"
 
-    def prepare(self) -> None:
-        super().prepare()
+    def read_teacher(self) -> None:
+        super().read_teacher()
         self.collate = DataCollatorForTokenClassification(self.tokenizer)
         names = self.teacher.config.id2label.values()
         self.metric = "f1" if any(str(name).startswith(("B-", "I-")) for name in names) else "accuracy"
@@ -45,10 +45,11 @@ class TokenClassificationRun(HeadRun):
         found: dict[str, list[list[str]]] = {name: [] for name in models}
         right: list[list[str]] = []
         apart = dict.fromkeys(models, 0.0)
-        starts = range(0, len(self.test), ROWS_OF_A_PASS)
+        starts = range(0, len(self.test), self.rows_of_a_pass)
         for start in progress.bar("test rows", len(starts), starts):
             batch = {
-                k: v.to(self.teacher.device) for k, v in self.collate(self.test[start : start + ROWS_OF_A_PASS]).items()
+                k: v.to(self.teacher.device)
+                for k, v in self.collate(self.test[start : start + self.rows_of_a_pass]).items()
             }
             counted = batch["labels"] != OFF
             logits = {name: model(**model_inputs(model, batch)).logits.float() for name, model in models.items()}

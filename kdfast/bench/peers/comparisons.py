@@ -97,13 +97,6 @@ def _labels_in_chunks(inputs: Inputs) -> Tensor:
     return F.linear_cross_entropy(hidden, weight, inputs.labels, options=options)
 
 
-def _no_teacher(inputs: Inputs) -> dict[str, Any]:
-    """Logits of 0 that take no memory: kdfast has no operator of labels alone."""
-    hidden, weight = inputs.student
-    zeros = hidden.new_zeros(()).expand(len(hidden), len(weight))
-    return {"teacher_logits": zeros, "labels": inputs.labels, "alpha": 0.0}
-
-
 _WIDE, _WIDE_16 = ((64, 152064), "float32"), ((128, 128256), "bfloat16")
 _ON_GPU = (((8192, 128256), "bfloat16"), ((4096, 151936), "float32"))
 _LINEAR: dict[str, Any] = {
@@ -143,7 +136,7 @@ _ALL = (
         # torch 2.13 and later.
         torch={"torch": way(_labels)}
         | ({"torch, linear_cross_entropy": way(_labels_in_chunks)} if hasattr(F, "linear_cross_entropy") else {}),
-        settings=_no_teacher,
+        settings=lambda inputs: {"alpha": 0.0, "labels": inputs.labels},
         taught=False,
         **_LINEAR,
     ),

@@ -107,17 +107,20 @@ def _recorded(found: dict[str, Any], device: str) -> Iterator[None]:
 
 
 # ---- files and tables ----
-def save(rows: Sequence[Row], facts: dict[str, Any], folder: Path) -> Path:
-    """Writes `peers-<device>-<date>.json` and the table beside it, and returns the former's path. What the file holds of
-    other ways and cases stays in it."""
+def save(rows: Sequence[Row], facts: dict[str, Any], folder: Path) -> harness.Saved:
+    """Writes `peers-<device>-<date>.json`. What the file holds of other ways and cases stays in it.
+
+    Raises:
+        ValueError: as `harness.environment_with`.
+    """
     path = harness.results_path(facts, folder, "peers")
     new = {(row.case.name, row.way) for row in rows}
-    kept = [row for row in load(path)[0] if (row.case.name, row.way) not in new] if path.exists() else []
+    facts, before = harness.environment_with(path, facts), load(path)[0] if path.exists() else []
+    kept = [row for row in before if (row.case.name, row.way) not in new]
     order = list(COMPARISONS)
     every = sorted([*rows, *kept], key=lambda row: (order.index(row.comparison), row.dtype != "float32", row.shape))
     harness.write([asdict(row) for row in every], facts, path)
-    path.with_suffix(".md").write_text(markdown(every) + "\n")
-    return path
+    return harness.Saved(path, len(before) - len(kept), len(kept))
 
 
 def load(path: Path) -> tuple[list[Row], dict[str, Any]]:
