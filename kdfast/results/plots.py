@@ -59,13 +59,13 @@ def plot_losses(path: Path, history: Sequence[Mapping[str, float]], terms: Mappi
     for (name, title), dash in zip(terms.items(), dashes, strict=False):
         styles[name] = {"label": f"training, {title}", "color": "#1b6ca8", "linestyle": dash, "linewidth": 1.2}
     styles["eval_loss"] = {"label": "held out, loss", "color": "#d95f02", "marker": "o"}
-    with _drawn(path, 3.6) as (_, (axes,)):
+    with _drawn(path, 4.0) as (figure, (axes,)):
         for name, style in styles.items():
             points = [(event["step"], event[name]) for event in history if name in event]
             if points:
                 axes.plot(*zip(*points, strict=True), **style)
         axes.set(title="Distillation", xlabel="step", ylabel="loss", yscale="log")
-        axes.legend(frameon=False)
+        figure.legend(frameon=False, loc="outside lower center", ncols=2)
 
 
 # What the trainer compares with the teacher: title and unit.
@@ -140,6 +140,7 @@ def plot_comparison(path: Path, comparison: Comparison) -> None:
         quality.locator_params(axis="x", nbins=6)
         for speeds in against:
             speeds.set(ylabel=_label(comparison.metric), title="against speed, marks as above")
+            speeds.locator_params(axis="x", nbins=6)
             speeds.set_xlabel("ms of a forward pass, 1 row" if speed == LATENCY else str(speed).replace("_", " "))
         far_apart = [fmean(row.values[comparison.metric]) for row in rows]
         if comparison.metric == "perplexity" and max(far_apart) > 20 * min(far_apart):
