@@ -232,9 +232,7 @@ def test_shards(shim: ctypes.CDLL, tail: str, device: str, gap: float, monkeypat
     ]
     states = torch.stack([ops.divergence(*part, None, KNOWN_NOTHING, SAVE_STATE)[2] for part in parts])
     states = _shards.merged(states, len(KINDS) + TAILS.index(tail), None, 2.0, None)
-    made = [
-        ops.divergence(*p, state, KNOWN_EVERYTHING, SAVE_GRADIENT) for p, state in zip(parts, states, strict=True)
-    ]
+    made = [ops.divergence(*p, state, KNOWN_EVERYTHING, SAVE_GRADIENT) for p, state in zip(parts, states, strict=True)]
     loss, _, gradient = exact(s, t, of)
     for value, _, _ in made:
         assert_close(value, loss, torch.float32)

@@ -78,9 +78,17 @@ def test_few_wide_rows(dtype: torch.dtype, gap: float) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_finite_mask(cpu_variant: str, dtype: torch.dtype, temperature: float) -> None:
+    """Whose size is all of the loss, and nothing of the gradient."""
     student, *teacher, rest = inputs(9, 1501, 0.0, dtype)
-    student[:, rest] = torch.finfo(dtype).min
-    check(student, *teacher, rest, temperature=torch.full((9,), temperature), reduction="none")
+    lowest = torch.finfo(dtype).min
+    gradients = []
+    for masked in (lowest, -5000.0):
+        student = student.detach().masked_fill(rest, masked).requires_grad_()
+        loss = kdfast.topk_kl_div(student, *teacher, temperature=temperature, reduction="sum")
+        torch.testing.assert_close(loss, torch.tensor(-9 * (1 - KEPT) * masked / temperature), rtol=1e-2, atol=0)
+        gradients.append(torch.autograd.grad(loss, student)[0])
+    assert gradients[0][:, rest].all()
+    assert torch.equal(*gradients)
 
 
 @DTYPES
@@ -107,7 +115,10 @@ def test_beside_labels(smoothing: float, temperature: float, gap: float) -> None
     labels = torch.where(torch.arange(rows) % 2 == 0, int(indices[0, 3]), int(some.nonzero()[-2]))
     given = {"alpha": 0.5, "temperature": temperature, "label_smoothing": smoothing if gap < INF else 0.0}
     results = []
-    for function, dtype in ((kdfast.linear_topk_kd_loss, torch.float32), (linear_reference.linear_topk_kd_loss, torch.float64)):
+    for function, dtype in (
+        (kdfast.linear_topk_kd_loss, torch.float32),
+        (linear_reference.linear_topk_kd_loss, torch.float64),
+    ):
         h, w = (x.to(dtype).requires_grad_() for x in (hidden, weight))
         loss = function(h, w, logprobs.to(dtype), indices, labels, student_bias=bias.to(dtype), **given)
         results.append([loss.detach(), *torch.autograd.grad(loss, (h, w))])
