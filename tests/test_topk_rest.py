@@ -93,7 +93,7 @@ def test_a_finite_mask(cpu_variant: str, dtype: torch.dtype, temperature: float)
 
 @DTYPES
 def test_rows_unlike_each_other(dtype: torch.dtype) -> None:
-    """Some as usual, some low, some without a rest, some without a column that the teacher has."""
+    """Some as usual, some low, some without a rest."""
     parts = [inputs(9, 1501, gap, dtype) for gap in (0, 20, 60, 104, 2000, INF)]
     student = torch.cat([part[0][i : i + 1] for i, part in enumerate(parts)])
     _, logprobs, indices, rest = parts[0]
