@@ -23,8 +23,8 @@ struct Constant {
   static constexpr bool value = x;
 };
 
-// By which power of two the student's rest (csrc/common/row_state.h) may be less likely than other columns for its
-// powers to be relative to the maximum of all.
+// Up to this power of two the student's rest (csrc/common/row_state.h) may be less likely than other columns for its
+// powers to be relative to the maximum of all: then they also serve the cross-entropy of labels.
 constexpr int kWithinReach = 64;
 
 template <class T, bool kTeacher, class Real>
@@ -45,7 +45,7 @@ void find_maxima(Block<Real>& block, Real k) {
   if (T::kRest && (!kTeacher || (block.max_s - block.max_t) * k <= kWithinReach)) block.max_t = block.max_s;
 }
 
-// Whether all powers of a block are of its maximum.
+// Whether all of a block's powers are relative to one maximum.
 template <class T, class Real>
 bool of_one_maximum(const Block<Real>& block) {
   return !T::kDifference && (!T::kRest || block.max_t == block.max_s);
@@ -98,9 +98,7 @@ RowState<double> look_at_block(const Block<Real>& block, Real k, int bytes_s, in
   });
   auto all = [](const V* v) { return sum(v[0] + v[1]); };
   RowState<double> state = {block.max_s, all(s), block.max_t, all(t), all(a), all(b), 0, 0, 0};
-  if constexpr (T::kRest) {
-    state.sum_s += state.moment_s * moved((state.max_t - state.max_s) * k);
-  }
+  if constexpr (T::kRest) state.sum_s += state.moment_s * moved((state.max_t - state.max_s) * k);
   return state;
 }
 
