@@ -184,30 +184,55 @@ def test_what_cannot_be(shim: ctypes.CDLL) -> None:
             assert gradient.isnan().any(-1).tolist() == [False, True, True, False]
 
 
+@pytest.mark.parametrize("gap", [30, 69, 104, 461, 2000, torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("columns", "device"),
+    [(1501, Device()), (5003, TINY), (5003, AMPERE)],
+    ids=["block", "cluster", "two reads"],
+)
+def test_a_rest_far_below(shim: ctypes.CDLL, columns: int, device: Device, dtype: torch.dtype, gap: float) -> None:
+    """Of which a thread sees some before, some beside columns that the teacher has, or nothing else."""
+    case = Case(shim, device)
+    s = logits(5, columns, torch.float32)
+    t, indices = topk_of(3 * torch.randn(5, columns), 9)
+    indices[1:] = torch.arange(9) + torch.tensor([[0], [columns - 9], [columns // 2], [8]])
+    s -= torch.tensor([gap]).where(torch.ones(5, columns, dtype=torch.bool).scatter(1, indices, False), 0.0)
+    s = s.to(dtype)
+    check(case, s, t, call(columns, "topk_bucket", indices=indices, temperature=1.0))
+    labels = torch.tensor([0, columns - 1, IGNORED, columns // 2 + 100, 8])
+    if gap == torch.inf:
+        labels = indices[:, 2]
+    of = {"indices": indices, "labels": labels, "distillation": True, "alpha": 0.6}
+    check(case, s, t, call(columns, "topk_bucket", temperature=1.0, per_row=True, **of))
+
+
+@pytest.mark.parametrize("gap", [0, 461])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("tail", TAILS)
-def test_shards(shim: ctypes.CDLL, tail: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards(shim: ctypes.CDLL, tail: str, device: str, gap: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of the vocabulary, one empty, one without any of the teacher's columns."""
 
     def all_reduce(x: Tensor, op: Any, group: Any) -> None:  # of states that are stacked over the parts
         x.copy_((x.amax(1, True) if op == torch.distributed.ReduceOp.MAX else x.sum(0, True)).expand_as(x))
 
     monkeypatch.setattr(_shards.dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(torch.ops.kdfast, "divergence_referred", torch.ops.kdfast_cuda_host.divergence_referred)
     case = Case(shim, Device())
+    ops = torch.ops.kdfast if device == "cpu" else case.ops
+    monkeypatch.setattr(torch.ops.kdfast, "divergence_referred", ops.divergence_referred)
     s, teacher = logits(6, 1025, torch.float32), 3 * torch.randn(6, 1025)
     teacher[:, 700:] -= 100
     t, indices = topk_of(teacher, 20)
+    s -= torch.full((6, 1025), 2.0 * gap).scatter(1, indices, 0.0)
     of = call(1025, f"topk_{tail}", indices=indices, temperature=2.0)
     starts = [0, 300, 300, 700, 1025]
     parts = [
         (s[:, a:b], t, *of._replace(numbers=of.numbers._replace(columns=b - a, vocab_start=a)).flat())
         for a, b in itertools.pairwise(starts)
     ]
-    states = torch.stack([case.ops.divergence(*part, None, KNOWN_NOTHING, SAVE_STATE)[2] for part in parts])
+    states = torch.stack([ops.divergence(*part, None, KNOWN_NOTHING, SAVE_STATE)[2] for part in parts])
     states = _shards.merged(states, len(KINDS) + TAILS.index(tail), None, 2.0, None)
-    made = [
-        case.ops.divergence(*p, state, KNOWN_EVERYTHING, SAVE_GRADIENT) for p, state in zip(parts, states, strict=True)
-    ]
+    made = [ops.divergence(*p, state, KNOWN_EVERYTHING, SAVE_GRADIENT) for p, state in zip(parts, states, strict=True)]
     loss, _, gradient = exact(s, t, of)
     for value, _, _ in made:
         assert_close(value, loss, torch.float32)

@@ -43,7 +43,8 @@ enum class Divergence : int {
 enum class Known : int { nothing, normalisers, everything };
 
 // Numbers of a call: beta or skew, and 1 / the width of the whole vocabulary; and of a row, where terms ask for them
-// (kOfRow): the teacher's probability that is kept, and what is left of it over what is left of the student's.
+// (kOfRow, kRest): the teacher's probability that is kept, and the gradient of a column that it does not have, over its
+// power.
 template <class V>
 struct Settings {
   V mixing, per_vocabulary, kept{}, rest{};
@@ -64,7 +65,8 @@ struct TermsBase {
   // Whether it is of logits, without a softmax: log_ratio = (z_s - z_t) * k, and moment_t = the sum of its squares.
   static constexpr bool kDifference = false;
   static constexpr bool kTopk = false;   // the teacher is known in some columns, and -inf elsewhere
-  static constexpr bool kOfRow = false;  // u asks for the row's `kept` and `rest`
+  static constexpr bool kRest = false;   // moment_s = the sum of 2^((z - max_t) * k) where the teacher has no column
+  static constexpr bool kOfRow = false;  // u asks for the row's `kept`
   // Of a mixture: what Python calls `mixing`, and the divergences that it is by definition where that is 0 or 1.
   static constexpr const char* kMixing = "";
   static constexpr Divergence kAtZero = Divergence::count, kAtOne = Divergence::count;  // count: itself
@@ -251,7 +253,7 @@ struct TotalVariation : SecondLook {
 };
 
 // KL of a teacher that is known in its top-k columns K: there its logits are T * log-probability, elsewhere -inf, and
-// what they sum to is the probability q that is kept. As if it were all: KL(t / q || s).
+// what their powers sum to is the probability q that is kept. As if it were all: KL(t / q || s).
 template <class Math>
 struct TopkRenormalize : KlDiv<Math> {
   static constexpr bool kTopk = true;
@@ -263,46 +265,38 @@ struct TopkDrop : TopkRenormalize<Math> {
   using V = typename Math::V;
   using Real = typename Math::Real;
   static constexpr bool kOfRow = true;
-  KDFAST_HD_MEMBER static V kept(const RowState<V>& r, V k) { return r.sum_t * Math::exp2(r.max_t * k); }
-  KDFAST_HD_MEMBER static V rest(const RowState<V>&, V) { return V{}; }
+  KDFAST_HD_MEMBER static V kept(const RowState<V>& r) { return r.sum_t == V{} ? V{} + NAN : r.sum_t; }
   KDFAST_HD_MEMBER static V loss(const RowState<V>& r, V k, const Settings<V>& with) {
-    const V q = kept(r, k);
+    const V q = kept(r);
     return q * (KlDiv<Math>::loss(r, k, with) + Real(kLn2) * Math::log2(q));
   }
-  KDFAST_HD_MEMBER static V mean_u(const RowState<V>& r, V k, const Settings<V>&) { return -kept(r, k); }
+  KDFAST_HD_MEMBER static V mean_u(const RowState<V>& r, V, const Settings<V>&) { return -kept(r); }
   KDFAST_HD_MEMBER static V u(V, V p_t, V, const Settings<V>& with) { return -with.kept * p_t; }
 };
 
-// The same with all other columns as one: + (1 - q) (log(1 - q) - log of what s has there). moment_s sums the student's
-// powers there: 1 less the others would lose it to rounding.
+// The same with all other columns as one: + (1 - q) (log(1 - q) - log of what s has there), which is summed by itself:
+// 1 less the others would lose it to rounding.
 template <class Math>
 struct TopkBucket : TopkDrop<Math> {
   using V = typename Math::V;
   using Real = typename Math::Real;
-  static constexpr bool kOfStudent = true;
-  template <class X>
-  KDFAST_HD_MEMBER static X of_student(X, X y) {
-    const X zero{}, one = zero + 1;
-    return y == zero - __builtin_inff() ? one : zero;
-  }
+  using TopkDrop<Math>::kept;
+  static constexpr bool kRest = true;
   // Nothing where the student has no such column: there rounding has left it.
-  KDFAST_HD_MEMBER static V missing(const RowState<V>& r, V k) {
-    const V zero{}, q = Real(1) - TopkDrop<Math>::kept(r, k);
+  KDFAST_HD_MEMBER static V missing(const RowState<V>& r) {
+    const V zero{}, q = Real(1) - kept(r);
     return q < zero || r.moment_s == zero ? zero : q;
   }
-  KDFAST_HD_MEMBER static V rest(const RowState<V>& r, V k) {
-    const V q = missing(r, k);
-    return q == V{} ? q : q * (r.sum_s / r.moment_s);
-  }
   KDFAST_HD_MEMBER static V loss(const RowState<V>& r, V k, const Settings<V>& with) {
-    const V q = missing(r, k), of_kept = TopkDrop<Math>::loss(r, k, with);
-    return q == V{} ? of_kept : of_kept + Real(kLn2) * q * Math::log2(rest(r, k));
+    const V q = missing(r), of_kept = TopkDrop<Math>::loss(r, k, with);
+    const V maxima_apart = Real(kLn2) * k * (r.max_s - r.max_t);
+    return q == V{} ? of_kept : of_kept + q * (maxima_apart + Real(kLn2) * Math::log2(q * (r.sum_s / r.moment_s)));
   }
-  KDFAST_HD_MEMBER static V mean_u(const RowState<V>& r, V k, const Settings<V>&) {
-    return -(TopkDrop<Math>::kept(r, k) + missing(r, k));
-  }
-  KDFAST_HD_MEMBER static V u(V p_s, V p_t, V, const Settings<V>& with) {
-    return p_t == V{} ? -with.rest * p_s : -with.kept * p_t;
+  KDFAST_HD_MEMBER static V mean_u(const RowState<V>& r, V, const Settings<V>&) { return -(kept(r) + missing(r)); }
+  // The gradient of a column that the teacher does not have, over its power of z less max_t.
+  KDFAST_HD_MEMBER static V rest(const RowState<V>& r, V k) {
+    const V q = missing(r), of_all = Math::exp2((r.max_t - r.max_s) * k) / r.sum_s;
+    return (kept(r) + q) * of_all - (q == V{} ? q : q / r.moment_s);
   }
 };
 

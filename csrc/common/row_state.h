@@ -24,7 +24,10 @@ constexpr double kLn2 = 0.6931471805599453;
 constexpr float kNoMaximum = -3.4028234663852886e38f;
 
 // Over the columns seen, with x and y the student's and teacher's logits less their maxima. As numbers in memory, a
-// row's state is these in this order.
+// row's state is these in this order. Of a teacher that is known in some columns (Terms::kTopk) the powers are
+// probabilities, which need no maximum: y is its logit itself. The second maximum is then of the student's rest, the
+// columns that the teacher does not have, where that is asked for (Terms::kRest): these may all be less likely than
+// others by more than a power can tell.
 template <class Real>
 struct RowState {
   Real max_s, sum_s;        // sum of 2^(x * k)
@@ -51,7 +54,7 @@ KDFAST_HD float log2_of(float x) { return ::log2f(x); }
 // takes them along: 0 * inf would be NaN where a -inf met a power too small to represent.
 template <class Terms, class Real>
 KDFAST_HD RowState<Real> referred(const RowState<Real>& r, Real max_s, Real max_t, Real k) {
-  const Real shift_s = r.max_s - max_s, shift_t = r.max_t - max_t;
+  const Real shift_s = r.max_s - max_s, shift_t = Terms::kTopk ? Real(0) : r.max_t - max_t;
   auto scale = [](Real shift, Real k) { return shift == 0 ? Real(1) : exp2_of(shift * k); };
   const Real scale_s = scale(shift_s, k), scale_t = scale(shift_t, k);
   RowState<Real> to = r;
@@ -63,6 +66,7 @@ KDFAST_HD RowState<Real> referred(const RowState<Real>& r, Real max_s, Real max_
   if constexpr (Terms::kOfStudent) {
     to.moment_s = to.sum_s == 0 ? Real(0) : scale_s * (r.moment_s + r.sum_s * Terms::of_student(shift_s, shift_t));
   }
+  if constexpr (Terms::kRest) to.moment_s = r.moment_s * scale(r.max_t - max_t, k);
   to.sum_one = r.sum_one == 0 ? Real(0) : r.sum_one * scale(shift_s, Real(kLog2e));
   return to;
 }

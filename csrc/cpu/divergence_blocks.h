@@ -28,7 +28,7 @@ struct Block {
   int64_t n;
   const Real *s, *t;            // logits
   Real *es, *et;                // their powers, in whole vectors
-  Real max_s, max_t;            // that the powers are relative to
+  Real max_s, max_t;            // that the powers are relative to; of a top-k see LessMaxima
   bool teacher;                 // has a column here; else t is not there
   const char *next_s, *next_t;  // the logits of the next block, in memory
 };

@@ -23,67 +23,108 @@ struct Constant {
   static constexpr bool value = x;
 };
 
-template <bool kTeacher, class Real>
-void find_maxima(Block<Real>& block) {
+// Up to this power of two the student's rest (csrc/common/row_state.h) may be less likely than other columns for its
+// powers to be relative to the maximum of all: then they also serve the cross-entropy of labels.
+constexpr int kWithinReach = 64;
+
+template <class T, bool kTeacher, class Real>
+void find_maxima(Block<Real>& block, Real k) {
   using V = Vector<Real>;
-  V s[2] = {broadcast(Real(-__builtin_inff())), broadcast(Real(-__builtin_inff()))}, t[2] = {s[0], s[0]};
+  const V none = broadcast(Real(-__builtin_inff()));
+  V s[2] = {none, none}, t[2] = {none, none};
   for_vectors<Real>(block.n, [&](int64_t i, int count, int u) __attribute__((always_inline)) {
-    s[u] = maximum(s[u], load(block.s + i, count));
-    if constexpr (kTeacher) t[u] = maximum(t[u], load(block.t + i, count));
+    const V z_s = load(block.s + i, count);
+    s[u] = maximum(s[u], z_s);
+    if constexpr (kTeacher) {
+      const V z_t = load(block.t + i, count);
+      t[u] = maximum(t[u], T::kRest ? (z_t == none ? z_s : none) : z_t);
+    }
   });
   block.max_s = maximum(Real(kNoMaximum), top(maximum(s[0], s[1])));
   block.max_t = maximum(Real(kNoMaximum), top(maximum(t[0], t[1])));
+  if (T::kRest && (!kTeacher || (block.max_s - block.max_t) * k <= kWithinReach)) block.max_t = block.max_s;
 }
+
+// Whether all of a block's powers are relative to one maximum.
+template <class T, class Real>
+bool of_one_maximum(const Block<Real>& block) {
+  return !T::kDifference && (!T::kRest || block.max_t == block.max_s);
+}
+
+KDFAST_LOCAL double moved(double exponent) { return exponent == 0 ? 1 : ::exp2(exponent); }
+
+// Logits less the maxima that their powers are relative to.
+template <class T, class Real>
+struct LessMaxima {
+  using V = Vector<Real>;
+  V x, y;
+  KDFAST_HD_MEMBER LessMaxima(const Block<Real>& block, V z_s, V z_t)
+      : x(z_s - block.max_s), y(T::kTopk ? z_t : z_t - block.max_t) {
+    if constexpr (T::kRest) x = z_t == V{} - Real(__builtin_inff()) ? z_s - block.max_t : x;
+  }
+};
 
 // The powers of a block and their sums, and the moments of divergences that make them in the first look. A power
 // of 0 counts nothing, whatever the other side holds. A teacher without a column in the block is not looked at.
 template <class T, bool kTeacher, class Real>
 RowState<double> look_at_block(const Block<Real>& block, Real k, int bytes_s, int bytes_t) {
   using V = Vector<Real>;
+  const V none = broadcast(Real(-__builtin_inff()));
   const Scale<Real> scale(broadcast(k));
   V s[2]{}, t[2]{}, a[2]{}, b[2]{};
   for_vectors<Real>(block.n, [&](int64_t i, int count, int u) __attribute__((always_inline)) {
     // The next block comes from memory while this one keeps the arithmetic busy.
     __builtin_prefetch(block.next_s + i * bytes_s);
     __builtin_prefetch(block.next_t + i * bytes_t);
-    const V z_s = load(block.s + i, count), z_t = kTeacher ? load(block.t + i, count) : V{} - Real(__builtin_inff());
+    const V z_s = load(block.s + i, count), z_t = kTeacher ? load(block.t + i, count) : none;
     if constexpr (T::kDifference) {
       const V d = z_s == z_t ? V{} : k * (z_s - z_t);
       a[u] += d * d;
       return;
     }
-    const V x = z_s - block.max_s, y = z_t - block.max_t, es = scale.power(x), et = kTeacher ? scale.power(y) : V{};
+    const LessMaxima<T, Real> less(block, z_s, z_t);
+    const V es = scale.power(less.x), et = kTeacher ? scale.power(less.y) : V{};
     store(block.es + i, es);
     store(block.et + i, et);
-    s[u] += es;
+    if constexpr (T::kRest) {
+      s[u] += z_t == none ? V{} : es;
+      b[u] += z_t == none ? es : V{};
+    } else {
+      s[u] += es;
+    }
     t[u] += et;
-    if constexpr (T::kOfTeacher) a[u] += et * (et > 0 ? T::of_teacher(x, y) : V{});
-    if constexpr (T::kOfStudent) b[u] += es * (es > 0 ? T::of_student(x, y) : V{});
+    if constexpr (T::kOfTeacher) a[u] += et * (et > 0 ? T::of_teacher(less.x, less.y) : V{});
+    if constexpr (T::kOfStudent) b[u] += es * (es > 0 ? T::of_student(less.x, less.y) : V{});
   });
   auto all = [](const V* v) { return sum(v[0] + v[1]); };
-  return {block.max_s, all(s), block.max_t, all(t), all(a), all(b), 0, 0, 0};
+  RowState<double> state = {block.max_s, all(s), block.max_t, all(t), all(a), all(b), 0, 0, 0};
+  if constexpr (T::kRest) state.sum_s += state.moment_s * moved((state.max_t - state.max_s) * k);
+  return state;
 }
 
 // The powers alone, relative to the row's maxima.
-template <class Real>
+template <class T, class Real>
 void make_powers(const Block<Real>& block, Real k) {
+  using V = Vector<Real>;
   const Scale<Real> scale(broadcast(k));
   for_vectors<Real>(block.n, [&](int64_t i, int count, int) __attribute__((always_inline)) {
-    store(block.es + i, scale.power(load(block.s + i, count) - block.max_s));
-    store(block.et + i, block.teacher ? scale.power(load(block.t + i, count) - block.max_t) : Vector<Real>{});
+    const V z_t = block.teacher ? load(block.t + i, count) : broadcast(Real(-__builtin_inff()));
+    const LessMaxima<T, Real> less(block, load(block.s + i, count), z_t);
+    store(block.es + i, scale.power(less.x));
+    store(block.et + i, block.teacher ? scale.power(less.y) : V{});
   });
 }
 
 // What makes a block's powers probabilities, and logits less the block's maxima d of divergence_terms.h.
-template <class Real>
+template <class T, class Real>
 struct Normalised {
   Real n_s, n_t, k, shift;
 
   Normalised(const DivergenceRow& row, const Block<Real>& block) : k(Real(row.k)) {
     const RowState<double>& r = row.state;
-    const double move_s = (block.max_s - r.max_s) * row.k, move_t = (block.max_t - r.max_t) * row.k;
-    n_s = Real((move_s == 0 ? 1 : ::exp2(move_s)) / r.sum_s);
-    n_t = Real((move_t == 0 ? 1 : ::exp2(move_t)) / r.sum_t);
+    const double move_s = (block.max_s - r.max_s) * row.k, move_t = T::kTopk ? 0 : (block.max_t - r.max_t) * row.k;
+    n_s = Real(moved(move_s) / r.sum_s);
+    n_t = Real(moved(move_t) / r.sum_t);
     shift = Real(::log2(r.sum_t / r.sum_s) + move_s - move_t);
   }
   KDFAST_HD_MEMBER Vector<Real> log_ratio(const Block<Real>& block, int64_t i, int count) const {
@@ -100,10 +141,8 @@ template <template <class> class Terms, class Real>
 Settings<Vector<Real>> settings_of(const DivergenceShape& shape, const DivergenceRow& row) {
   using T = Terms<Lanes<double>>;
   Settings<Vector<Real>> with = settings_of<Real>(shape);
-  if constexpr (T::kOfRow) {
-    with.kept = broadcast(Real(T::kept(row.state, row.k)));
-    with.rest = broadcast(Real(T::rest(row.state, row.k)));
-  }
+  if constexpr (T::kOfRow) with.kept = broadcast(Real(T::kept(row.state)));
+  if constexpr (T::kRest) with.rest = broadcast(Real(T::rest(row.state, row.k)));
   return with;
 }
 
@@ -150,7 +189,7 @@ void look(const DivergenceShape& shape, DivergenceRow& row, int64_t begin, int64
   for_blocks(begin, end, [&](int64_t at, int64_t n) {
     Block<Real> block = read_block(shape, row, at, n, work);
     auto look_at = [&](auto teacher) {
-      find_maxima<teacher.value>(block);
+      find_maxima<T, teacher.value>(block, Real(row.k));
       return look_at_block<T, teacher.value>(block, Real(row.k), bytes_s, bytes_t);
     };
     RowState<double> state;
@@ -163,7 +202,7 @@ void look(const DivergenceShape& shape, DivergenceRow& row, int64_t begin, int64
       powers->maxima[0] = block.max_s;
       powers->maxima[1] = block.max_t;
     }
-    if (shape.labels) look_for_labels(block, row.k, !T::kDifference, shape.smoothing != 0, state);
+    if (shape.labels) look_for_labels(block, row.k, of_one_maximum<T>(block), shape.smoothing != 0, state);
     at == begin ? void(row.state = state) : merge<Terms<Lanes<double>>>(row.state, state, row.k);
   });
 }
@@ -174,7 +213,7 @@ void look(const DivergenceShape& shape, DivergenceRow& row, int64_t begin, int64
 template <class T, bool kKept, class Real>
 void look_again_at_block(const Block<Real>& block, const Settings<Vector<Real>>& with, DivergenceRow& row) {
   using V = Vector<Real>;
-  const Normalised<Real> to(row, block);
+  const Normalised<T, Real> to(row, block);
   const Real log_s = Real(-::log2(row.state.sum_s)), log_t = Real(-::log2(row.state.sum_t));
   V loss[2]{}, mean_u[2]{};
   for_vectors<Real>(block.n, [&](int64_t i, int count, int which) __attribute__((always_inline)) {
@@ -232,15 +271,17 @@ void gradient_of_block(const DivergenceRow& row, const Block<Real>& block, const
     });
     return;
   }
-  const Normalised<Real> to(row, block);
+  const Normalised<T, Real> to(row, block);
   // u is made of the probabilities like a sum: what scales them scales it.
   const Real n_s = factor * to.n_s, n_t = factor * to.n_t, mean_term = n_s * Real(mean_u);
+  const V rest = T::kRest ? with.rest * Real(row.factor * moved((block.max_t - row.state.max_t) * row.k)) : V{};
   const bool have_u = T::kSecondLook && row.powers;
   for_vectors<Real>(block.n, [&](int64_t i, int count, int) __attribute__((always_inline)) {
     const V es = load(block.es + i), et = load(block.et + i);
     if (have_u) return store(g + i, factor * et - mean_term * es, count);
     const V d = T::kLogRatio ? to.log_ratio(block, i, count) : V{};
-    store(g + i, T::u(n_s * es, n_t * et, d, with) - mean_term * es, count);
+    const V all = T::u(n_s * es, n_t * et, d, with) - mean_term * es;
+    store(g + i, T::kRest ? (et == V{} ? rest * es : all) : all, count);
   });
 }
 
@@ -257,12 +298,12 @@ void gradient(const DivergenceShape& shape, const DivergenceRow& row, int64_t be
     const int64_t n = end - at < kBlock ? end - at : kBlock;
     Block<Real> block = read_block(shape, row, at, need_logits ? n : 0, work);
     block.n = n;
-    if (need_powers) make_powers(block, Real(row.k));
+    if (need_powers) make_powers<T>(block, Real(row.k));
     // A gradient in the place of the logits must wait until the label has seen them.
     const bool apart = shape.labels && row.gradient == row.student;
     Real* g = apart ? work.g : gradient_place(shape.gradient, row.gradient, at, work.g);
     gradient_of_block<T>(row, block, with, mean_u, g);
-    if (shape.labels) add_label_gradient(shape, row, block, !T::kDifference, at, g);
+    if (shape.labels) add_label_gradient(shape, row, block, of_one_maximum<T>(block), at, g);
     write(shape.gradient, g, n, row.gradient, at);
   }
 }

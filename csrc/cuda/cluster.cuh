@@ -13,7 +13,7 @@ constexpr int kMaxCluster = 16;
 template <class Terms>
 constexpr bool kMomentT = Terms::kOfTeacher || Terms::kDifference;
 template <class Terms>
-constexpr bool kMomentS = Terms::kOfStudent;
+constexpr bool kMomentS = Terms::kOfStudent || Terms::kRest;
 
 // A state without its label, which is read where it is needed.
 struct PackedState {

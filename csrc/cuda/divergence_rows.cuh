@@ -62,7 +62,7 @@ struct Normalised {
   KDFAST_DEVICE Normalised(const RowState<float>& row, float k, float factor)
       : k(k),
         max_s(row.max_s),
-        max_t(row.max_t),
+        max_t(Terms::kTopk ? 0.f : row.max_t),
         n_s(factor / row.sum_s),
         n_t(factor / row.sum_t),
         shift(Terms::kLogRatio ? log2_of(row.sum_t / row.sum_s) : 0.f) {}
@@ -96,12 +96,17 @@ struct Gradient {
   Normalised<Terms> to;
   Settings<float> with;
   float factor, mean_term;
+  float max_rest = 0.f;  // of columns that a top-k's teacher does not have
 
   KDFAST_DEVICE Gradient(const RowState<float>& row, float k, float factor, const Settings<float>& with)
       : to(row, k, factor), with(with), factor(factor), mean_term(to.n_s * Divergence<RowMath>::mean_u(row, k, with)) {
-    if constexpr (Terms::kOfRow) {
-      this->with.kept = Divergence<RowMath>::kept(row, k);
-      this->with.rest = Divergence<RowMath>::rest(row, k);
+    if constexpr (Terms::kOfRow) this->with.kept = Divergence<RowMath>::kept(row);
+    if constexpr (Terms::kRest) {
+      max_rest = row.max_t;
+      this->with.rest = factor * Divergence<RowMath>::rest(row, k);
+    } else if constexpr (Terms::kTopk) {  // NaN where no column is another
+      max_rest = row.max_s;
+      this->with.rest = Terms::u(0.f, to.n_t * 0.f, 0.f, this->with) - mean_term;
     }
   }
   KDFAST_DEVICE float operator()(float s, float t) const {
@@ -109,11 +114,8 @@ struct Gradient {
     return to(s, t,
               [&](float p_s, float p_t, float d, float es) { return Terms::u(p_s, p_t, d, with) - mean_term * es; });
   }
-  // The same where the teacher's logit is -inf: without its power. NaN where no column's is another.
-  KDFAST_DEVICE float missing(float s) const {
-    const float es = exp2_fast((s - to.max_s) * to.k);
-    return Terms::u(to.n_s * es, to.n_t * 0.f, 0.f, with) - mean_term * es;
-  }
+  // The same where the teacher's logit is -inf: without its power.
+  KDFAST_DEVICE float missing(float s) const { return with.rest * exp2_fast((s - max_rest) * to.k); }
 };
 
 // The same with that of the cross-entropy, but for the label's own column.

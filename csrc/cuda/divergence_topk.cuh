@@ -135,50 +135,55 @@ struct TopkColumns {
     }
   }
 
-  // The state of a thread, whose maxima rise as it goes.
+  // The state of a thread, whose maximum rises as it goes. Where the rest is asked for it comes first, by itself: up to
+  // there it is all that the thread has seen.
   template <class Terms>
   KDFAST_DEVICE RowState<float> first_look(float k, bool labels, bool smooth) const {
     RowState<float> state = no_columns<float>();
-    auto raise = [&](float s, float t) {
-      if (s > state.max_s || t > state.max_t) {
-        state = referred<Terms>(state, fmaxf(state.max_s, s), fmaxf(state.max_t, t), k);
-      }
+    auto raise = [&](float s) {
+      if (s > state.max_s) state = referred<Terms>(state, s, state.max_t, k);
     };
-    auto count_student = [&](float s, bool known) {
-      const float x = s - state.max_s, es = exp2_fast(x * k);
-      state.sum_s += es;
-      if constexpr (Terms::kOfStudent) {
-        if (!known && es > 0.f) state.moment_s = fmaf(es, Terms::of_student(x, -INFINITY), state.moment_s);
-      }
-    };
+    auto count_student = [&](float s) { state.sum_s += exp2_fast((s - state.max_s) * k); };
     each(
         [&](int column, uint4 raw) {
-          float s[kWidth];
+          float s[kWidth], top = Vector<T>::top(raw);
           Vector<T>::widen(raw, s);
-          raise(Vector<T>::top(raw), kNoMaximum);
-          const uint32_t known = Terms::kOfStudent ? bits_from(column) : 0u;
+          const uint32_t known = Terms::kRest ? bits_from(column) & ((1u << kWidth) - 1) : 0u;
+          if (known) top = take_out(known, s);
+          raise(top);
 #pragma unroll
-          for (int e = 0; e < kWidth; ++e) count_student(s[e], known >> e & 1);
+          for (int e = 0; e < kWidth; ++e) count_student(s[e]);
           if (!labels) return;
 #pragma unroll
-          for (int e = 0; e < kWidth; ++e) count_at_one(state, s[e], smooth);
+          for (int e = 0; e < kWidth; ++e) count_at_one(state, s[e], smooth && !(known >> e & 1));
         },
         [&](int column) {
+          if (Terms::kRest && (bits_from(column) & 1)) return;
           const float s = share.student_at(column);
-          raise(s, kNoMaximum);
-          count_student(s, Terms::kOfStudent && (bits_from(column) & 1));
+          raise(s);
+          count_student(s);
           if (labels) count_at_one(state, s, smooth);
         });
+    if constexpr (Terms::kRest) state.max_t = state.max_s, state.moment_s = state.sum_s;
     each_entry([&](int, float s, float t) {
-      raise(s, t);
-      const float x = s - state.max_s, y = t - state.max_t, et = exp2_fast(y * k);
-      state.sum_t += et;
-      if constexpr (Terms::kOfTeacher) {
-        state.moment_t = fmaf(et, et > 0.f ? Terms::of_teacher(x, y) : 0.f, state.moment_t);
+      raise(s);
+      if constexpr (Terms::kRest) {
+        count_student(s);
+        if (labels) count_at_one(state, s, smooth);
       }
+      const float et = exp2_fast(t * k);
+      state.sum_t += et;
+      state.moment_t = fmaf(et, Terms::of_teacher(s - state.max_s, t), state.moment_t);
     });
     if (wrong) state.sum_t = NAN;
     return state;
+  }
+  // Columns of a vector that the teacher has, as -inf; returns the greatest of the others.
+  KDFAST_DEVICE static float take_out(uint32_t known, float* s) {
+    float top = -INFINITY;
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) top = fmaxf(top, s[e] = known >> e & 1 ? -INFINITY : s[e]);
+    return top;
   }
   template <class Gradient>
   KDFAST_DEVICE void write(Gradient of) const {

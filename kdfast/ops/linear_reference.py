@@ -43,10 +43,11 @@ def _topk_rows(z: Tensor, log_t: Tensor, indices: Tensor, tail: str) -> Tensor:
     if tail != "bucket":
         return rows
     rest = (1 - t.sum(-1)).clamp(min=0)
-    of_student = log_s.masked_fill(in_k, -torch.inf).logsumexp(-1)
-    counts = (rest > 0) & (of_student > -torch.inf)
-    ratio = torch.where(counts, torch.where(counts, rest, 1.0).log() - torch.where(counts, of_student, 0.0), 0.0)
-    return rows + rest * ratio
+    log_others = log_s.masked_fill(in_k, -torch.inf)
+    some = (log_others > -torch.inf).any(-1, keepdim=True)
+    of_student = torch.where(some, log_others, 0.0).logsumexp(-1)  # of none the gradient would be NaN
+    counts = (rest > 0) & some.squeeze(-1)
+    return rows + rest * torch.where(counts, torch.where(counts, rest, 1.0).log() - of_student, 0.0)
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float = 1.0) -> Tensor:

@@ -31,8 +31,7 @@ def topk_kl_div(
 
     - `"bucket"`: all other columns are one: Σ_K t · (log t − log s) + q · (log q − log Σ_{not K} s). Never negative,
       and 0 where student and teacher agree in K. Where the student has no other column (-inf, or k = V),
-      q counts nothing; nor does it where all others are less likely than its first by 1e38 and more, the range of
-      float32 (float64 has none of this), and near that their logarithm is off.
+      q counts nothing.
     - `"renormalize"`: Σ_K t' · (log t' − log s), t' = t / Σ_K t: the student is drawn away from all other columns.
     - `"drop"`: Σ_K t · (log t − log s): the rest counts nothing (can be negative).
 
