@@ -37,7 +37,7 @@ use() {
   else
     "$python" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
       >"$("$fresh/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
-    "$fresh/bin/python" -m pip install -q --no-deps --ignore-installed "$wheel"
+    "$fresh/bin/python" -m pip install -q --no-deps "$wheel"
   fi
   cd "$work"
   "$fresh/bin/python" - "$fresh" <<'END'
