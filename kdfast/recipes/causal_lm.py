@@ -13,7 +13,7 @@ Logits of the whole vocabulary are never there for more than a chunk of tokens (
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kdfast.objective import LanguageModel
 from kdfast.recipes import base
@@ -29,7 +29,7 @@ class Recipe(base.Recipe):
     """
 
     name = "causal-lm"
-    quick: ClassVar = {"steps": 40, "test_rows": 16}
+    quick: ClassVar[dict[str, Any]] = {"steps": 40, "test_rows": 16}
     measured_on = ("data", "max_length", "test_rows")
 
     data: str | None = setting(
