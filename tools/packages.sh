@@ -25,7 +25,7 @@ wheel=$(ls "$work"/wheel/*.whl)
 size=$(stat -c %s "$wheel")
 [ "$KDFAST_CUDA" = ON ] || [ "$size" -lt "$most" ] || { echo "$wheel: $size bytes, at most $most" >&2 && exit 1; }
 
-"$python" -m auditwheel -q repair -w dist --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libgomp*.so*' "$wheel"
+"$python" -m auditwheel repair -w dist --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libgomp*.so*' "$wheel"
 wheel=$PWD/$(ls -t dist/*.whl | head -1)
 
 # In an environment with the torch of .venv, or with the release that is named.
