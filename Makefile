@@ -5,7 +5,8 @@
 #   make gpu [OUT=folder] [STAGES="smoke tests …"] [ONLY=name]   build for the GPU at hand, show that kdfast is right and how
 #                          fast it is, in some eight minutes (docs/gpu.md); downloads nothing
 #   make gpu-library [ARCHITECTURE=90a-real]   the library for that GPU, built without one and brought along
-#   make packages [LOCAL=+cu130]   source distribution and wheel in dist/, checked and used in a fresh environment
+#   make packages [LOCAL=+cu130] [TORCH="2.10.0 2.14.1"]   source distribution and wheel in dist/, checked and used in a
+#                          fresh environment, and in one for each release of torch that is named
 #   make docs              the documentation as a site, in build/site
 #   make lint, make format check, and mend, the form of the code
 #   make clean             remove the environment and everything built; trained models in runs/ stay
@@ -44,7 +45,7 @@ gpu-library: environment
 	@ARCHITECTURE="$(ARCHITECTURE)" JOBS="$(JOBS)" tools/gpu_library.sh
 
 packages: environment
-	@LOCAL="$(LOCAL)" tools/packages.sh
+	@LOCAL="$(LOCAL)" TORCH="$(TORCH)" tools/packages.sh
 
 docs: environment
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build

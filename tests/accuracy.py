@@ -85,9 +85,10 @@ def limits(
     """The errors of value and gradient that are allowed whatever eager PyTorch makes."""
     value, gradient = operator.floors(operator.reference, student, teacher, kwargs, exact)
     if torch.float64 in dtypes:
-        # The exact result is no more exact than this one, and 1 - cos loses what cos rounds.
-        value = value * 2**-29 + operator.exact
-        gradient = gradient * 2**-29 * (16 if operator.exact else 1)
+        # The exact result is no more exact than this one (on aarch64 eager sums are off by four of these floors, where
+        # kdfast is not), and 1 - cos loses what cos rounds.
+        value = value * 2**-26 + operator.exact
+        gradient = gradient * 2**-26 * (2 if operator.exact else 1)
     return value, gradient + ROUNDING[dtypes[0]] * float(exact[1].norm())
 
 

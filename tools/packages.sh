@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes the source distribution, and of that alone a wheel, both in dist/: offline, with the build tools and the torch of
-# .venv. The wheel is checked (size, platform tag by auditwheel where that is installed) and used in a fresh environment.
-#   LOCAL=+cu130   a local version for the wheel: what tells a build with CUDA (KDFAST_CUDA=ON) from the CPU's
+# .venv. auditwheel names the oldest glibc that the wheel runs on; its size is checked, and it is used in a fresh environment.
+#   LOCAL=+cu130           a local version for the wheel: what tells a build with CUDA (KDFAST_CUDA=ON) from the CPU's
+#   TORCH="2.10.0 2.14.1"  the wheel is used with these releases too, from the package index, each in a fresh environment
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,19 +25,22 @@ wheel=$(ls "$work"/wheel/*.whl)
 size=$(stat -c %s "$wheel")
 [ "$KDFAST_CUDA" = ON ] || [ "$size" -lt "$most" ] || { echo "$wheel: $size bytes, at most $most" >&2 && exit 1; }
 
-if "$python" -c 'import auditwheel' 2>/dev/null; then
-  "$python" -m auditwheel repair -w dist --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libgomp*.so*' "$wheel"
-else
-  cp "$wheel" dist
-fi
-wheel=$(ls -t dist/*.whl | head -1)
+"$python" -m auditwheel repair -w dist --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libgomp*.so*' "$wheel"
+wheel=$PWD/$(ls -t dist/*.whl | head -1)
 
-"$python" -m venv "$work/fresh"
-"$python" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
-  >"$("$work/fresh/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
-"$work/fresh/bin/python" -m pip install -q --no-deps "$wheel"
-cd "$work"
-fresh/bin/python - "$work/fresh" <<'END'
+# In an environment with the torch of .venv, or with the release that is named.
+use() {
+  local fresh=$work/fresh$1
+  "$python" -m venv "$fresh"
+  if [ "$1" ]; then
+    PIP_NO_INDEX=0 "$fresh/bin/python" -m pip install -q "torch==$1" "$wheel[cli]"
+  else
+    "$python" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
+      >"$("$fresh/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
+    "$fresh/bin/python" -m pip install -q --no-deps "$wheel"
+  fi
+  cd "$work"
+  "$fresh/bin/python" - "$fresh" <<'END'
 import sys
 
 import torch
@@ -51,6 +55,9 @@ expected = (student.softmax(-1) - teacher.softmax(-1)) / 4
 torch.testing.assert_close(student.grad, expected.detach())
 print(f"kdfast {kdfast.__version__} on torch {torch.__version__}: a loss of {loss.item():.4f}, and its gradient")
 END
-fresh/bin/kdfast doctor
-cd - >/dev/null
+  "$fresh/bin/kdfast" doctor
+  cd - >/dev/null
+}
+use ""
+for release in ${TORCH:-}; do use "$release"; done
 echo "$sdist, $(stat -c %s "$sdist") bytes; $wheel, $(stat -c %s "$wheel") bytes"

@@ -137,9 +137,9 @@ def check_topk_repeats(op: str, loss: Tensor, log_probabilities: Tensor, indices
     if mask is not None:
         twice &= mask[..., None]
     if twice.any():
-        *row, at = twice.nonzero()[0].tolist()
+        place = twice.nonzero()[0].tolist()
         expected = "a column once in a row (-inf as the log-probability where a row has fewer)"
-        wrong_value(op, TOPK[1], expected, f"column {columns[(*row, at)]} twice in row {row}")
+        wrong_value(op, TOPK[1], expected, f"column {columns[tuple(place)]} twice in row {place[:-1]}")
 
 
 def check_labels(

@@ -12,9 +12,8 @@ from torch import Tensor
 from kdfast.ops import _checks
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from torch.distributed import ProcessGroup
+    from typing_extensions import Self
 
 
 class DivergenceOptions(TypedDict, total=False):

@@ -15,7 +15,7 @@ from kdfast.ops._options import DivergenceOptions, Options, takes
 from kdfast.ops._transforms import transformable
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from typing_extensions import Unpack
 
 
 @takes(Options)

@@ -12,7 +12,7 @@ from kdfast.ops._options import Distillation, KDOptions, WithLabels, takes
 from kdfast.ops._transforms import transformable
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from typing_extensions import Unpack
 
 
 class KDLossComponents(NamedTuple):

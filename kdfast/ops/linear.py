@@ -15,7 +15,7 @@ from kdfast.ops._transforms import transformable
 from kdfast.ops.kd_loss import KDLossComponents, KDLossEntropy, hard_part, soft_part
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from typing_extensions import Unpack
 
 
 class _OfStudent(TypedDict, total=False):

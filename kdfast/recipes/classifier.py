@@ -78,7 +78,7 @@ class Stage:
 class ClassifierRecipe(Recipe):
     """A teacher, fine-tuned or given, and students of it, on labelled text."""
 
-    quick: ClassVar = {"epochs": 2, "train_rows": 1200, "test_rows": 400}
+    quick: ClassVar[dict[str, Any]] = {"epochs": 2, "train_rows": 1200, "test_rows": 400}
     # On these depends the student that is trained on the labels alone, beside the teacher that it starts from.
     alone: ClassVar[tuple[str, ...]] = (
         *("seed", "student", "student_start", "student_layers", "student_config", "freeze_embeddings", "train_rows"),

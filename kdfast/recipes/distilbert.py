@@ -32,7 +32,7 @@ Where the paper and its code disagree or leave a choice, the default is the rele
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kdfast.objective import Cosine, Labels, Logits, Terms
 from kdfast.recipes import base
@@ -50,7 +50,7 @@ class Recipe(base.Recipe):
     """
 
     name = "distilbert"
-    quick: ClassVar = {"teacher_steps": 40, "steps": 40, "train_rows": 8000, "test_rows": 100}
+    quick: ClassVar[dict[str, Any]] = {"teacher_steps": 40, "steps": 40, "train_rows": 8000, "test_rows": 100}
     measured_on = ("data", "max_length", "test_rows", "mask_probability", "mask_smoothing")
 
     data: str | None = setting(

@@ -35,7 +35,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kdfast.objective import Hidden, Labels, Logits, Terms
 from kdfast.recipes.augmented import AugmentedRecipe
@@ -86,7 +86,7 @@ class Recipe(AugmentedRecipe):
 
     name = "dynabert"
     demonstration_variants = 0
-    quick: ClassVar = {
+    quick: ClassVar[dict[str, Any]] = {
         **AugmentedRecipe.quick,
         "epochs": 1,
         "learning_rate": 1e-4,

@@ -24,7 +24,7 @@ Paper, code and package disagree; the code's experiments are followed but where 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kdfast.objective import Branches, Terms
 from kdfast.recipes.base import setting
@@ -43,7 +43,7 @@ class Recipe(ClassifierRecipe):
     """
 
     name = "fastbert"
-    quick: ClassVar = {**ClassifierRecipe.quick, "teacher_epochs": 2, "learning_rate": 1e-3}
+    quick: ClassVar[dict[str, Any]] = {**ClassifierRecipe.quick, "teacher_epochs": 2, "learning_rate": 1e-3}
     # The student is the teacher with its branches: there is none to choose.
     student: ClassVar[None] = None  # type: ignore[misc]
     student_start: ClassVar[str] = "teacher"  # type: ignore[misc]

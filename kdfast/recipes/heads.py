@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kdfast.objective import Labels, Objective, Terms
 from kdfast.recipes.base import Recipe, setting
@@ -13,9 +13,9 @@ from kdfast.recipes.base import Recipe, setting
 class HeadRecipe(Recipe):
     """A given teacher into some of its layers, or a student of one's own: soft targets beside the labels."""
 
-    quick: ClassVar = {"epochs": 1, "train_rows": 400, "test_rows": 200}
+    quick: ClassVar[dict[str, Any]] = {"epochs": 1, "train_rows": 400, "test_rows": 200}
     labels: ClassVar[str]  # the kind of `Labels`
-    evaluated: ClassVar = True  # by `kdfast evaluate`
+    evaluated: ClassVar[bool] = True  # by `kdfast evaluate`
 
     data: str | None = setting(
         None, "Required. Labelled rows: a JSON, CSV or Parquet file, a folder (train*, test*), or a Hub name."

@@ -17,7 +17,7 @@ most half as deep and half as wide, is a run of this recipe whose student become
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kdfast.objective import Relations, Terms
 from kdfast.recipes.base import setting
@@ -34,7 +34,7 @@ class Recipe(ClassifierRecipe):
     """
 
     name = "minilm"
-    quick: ClassVar = {**ClassifierRecipe.quick, "relation_epochs": 1}
+    quick: ClassVar[dict[str, Any]] = {**ClassifierRecipe.quick, "relation_epochs": 1}
 
     relations: tuple[str, ...] = setting(("qk", "vv"), "Pairs of q, k and v: qk,vv is MiniLM, qq,kk,vv MiniLMv2.")
     relation_heads: int | None = setting(None, "Split heads anew into as many (MiniLMv2). Default: as they are.")

@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kdfast.objective import Ensemble, Labels, Terms
 from kdfast.objective.ensemble import COMBINED
@@ -33,7 +33,7 @@ class Recipe(ClassifierRecipe):
     """
 
     name = "multi-teacher"
-    quick: ClassVar = {**ClassifierRecipe.quick, "teachers": 2}
+    quick: ClassVar[dict[str, Any]] = {**ClassifierRecipe.quick, "teachers": 2}
 
     teacher: tuple[str, ...] | None = setting(  # type: ignore[assignment]
         None, "Classifier of this data, a folder or Hub name; once for each. Default: fine-tuned here.", repeated=True

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kdfast.recipes.base import setting
 from kdfast.recipes.classifier import ClassifierRecipe, Stage, soft_targets
@@ -48,7 +48,7 @@ class Recipe(ClassifierRecipe):
     """
 
     name = "prune"
-    quick: ClassVar = {**ClassifierRecipe.quick, "epochs": 2}
+    quick: ClassVar[dict[str, Any]] = {**ClassifierRecipe.quick, "epochs": 2}
     # The student is the teacher, of which units go: there is none to choose.
     student: ClassVar[None] = None  # type: ignore[misc]
     student_start: ClassVar[str] = "teacher"  # type: ignore[misc]

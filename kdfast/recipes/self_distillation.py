@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from kdfast.recipes.base import setting
 from kdfast.recipes.classifier import ClassifierRecipe, Stage, soft_targets
@@ -33,7 +33,7 @@ class Recipe(ClassifierRecipe):
     """
 
     name = "self-distillation"
-    quick: ClassVar = {**ClassifierRecipe.quick, "generations": 2}
+    quick: ClassVar[dict[str, Any]] = {**ClassifierRecipe.quick, "generations": 2}
 
     generations: int = setting(3, "As many after the teacher; the last one is the student.")
     alpha: float = setting(0.5, "Weight of the soft term; the labels get 1 - alpha.")

@@ -73,7 +73,7 @@ class Recipe(AugmentedRecipe):
     name = "tinybert"
     demonstration_variants = 2
     # Of so few rows, a teacher learns little at the rate of the prediction, which is its own too.
-    quick: ClassVar = {
+    quick: ClassVar[dict[str, Any]] = {
         **ClassifierRecipe.quick,
         "general_epochs": 1,
         "intermediate_epochs": 1,

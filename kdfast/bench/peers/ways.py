@@ -176,7 +176,8 @@ def find(names: Sequence[str], device: str) -> Found:
     versions, missing = {}, {}
     for name in names:
         try:
-            with warnings.catch_warnings(action="ignore"):  # TRL's, of what is experimental
+            with warnings.catch_warnings():  # TRL's, of what is experimental
+                warnings.simplefilter("ignore")
                 theirs = LIBRARIES[name](device)
             versions[name] = metadata.version(name)
         except ImportError as error:
