@@ -97,7 +97,7 @@ def test_a_run_that_is_resumed_is_the_one_that_was_not_interrupted(name: str, tm
 def test_checkpointed_layers(name: str, reentrant: bool) -> None:
     model = tiny_models.make(name)
     batch, patterns = tiny_models.batch(model), oracle.patterns(model)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.train()
     for masks in patterns.values():
         remove(model)

@@ -107,7 +107,7 @@ def test_wrapped_models(name: str, how: str, tmp_path: Path) -> None:
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         if how == "checkpointed" and wrap is not None:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         reader = hf.Reader(model if wrap is None else wrap(model))
         s = reader(**batch())
         assert len(s.q) == len(s.k) == len(s.v) == 2
@@ -139,7 +139,7 @@ def test_wrapped_models(name: str, how: str, tmp_path: Path) -> None:
 
 def test_reentrant_checkpoints_are_refused() -> None:
     model = model_of("bert").train()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.gradient_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
     with pytest.raises(RuntimeError, match="expected use_reentrant=False"):
         hf.Reader(model)(**batch())

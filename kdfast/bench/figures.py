@@ -8,7 +8,13 @@ from typing import Any
 
 # Inches, and pixels of one: 780 across. A point of type is a pixel of a phone's 390 then.
 WIDTH, DPI = 5.2, 150
-STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left"}
+STYLE = {
+    "font.size": 10,
+    "figure.titlesize": 11,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+}
 
 
 @contextmanager

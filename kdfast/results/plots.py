@@ -190,11 +190,11 @@ def plot_speeds(path: Path, curves: Sequence[Sequence[Mapping[str, float]]], met
                     axes.annotate(label, (x, y), (4, -11), textcoords="offset points", fontsize=8)
                     labelled.append(x)
             axes.set(xlabel=quantity, xlim=(0, None), ylabel=_label(metric))
-        figure.suptitle(f"{title}: numbers beside points are speeds{_of_seeds(len(curves))}")
+        figure.suptitle(f"{title}\nnumbers beside points: speeds{_of_seeds(len(curves))}")
 
 
 def _of_seeds(count: int) -> str:
-    return f",\n± standard error of {count} seeds" * (count > 1)
+    return f"; ± standard error of {count} seeds" * (count > 1)
 
 
 def plot_sizes(path: Path, runs: Sequence[Mapping[str, Mapping[str, float]]], metric: str, title: str) -> None:
@@ -231,7 +231,7 @@ def plot_sizes(path: Path, runs: Sequence[Mapping[str, Mapping[str, float]]], me
             axes.margins(0.08)  # for the numbers at the edges
             axes.set(xlabel=label, ylabel=_label(metric))
         panels[1].legend(frameon=False, loc="lower right")
-        figure.suptitle(f"{title}: numbers beside points are widths{_of_seeds(len(runs))}")
+        figure.suptitle(f"{title}\nnumbers beside points: widths{_of_seeds(len(runs))}")
 
 
 def plot_pruned(path: Path, comparison: Comparison) -> None:
@@ -265,7 +265,7 @@ def plot_pruned(path: Path, comparison: Comparison) -> None:
             axes.set(xlabel=label, ylabel=_label(comparison.metric))
         panels[0].legend(frameon=False, loc="lower right", fontsize=9)
         figure.suptitle(
-            f"{comparison.title}: what criteria leave;\non the right the whole model{_of_seeds(len(whole.runs))}"
+            f"{comparison.title}: what criteria leave\non the right: the whole model{_of_seeds(len(whole.runs))}"
         )
 
 
