@@ -1,35 +1,58 @@
 #!/usr/bin/env bash
-# Tests the operators of a CPU library that is built with one of the compiler's sanitizers:
-#   tools/sanitize.sh address,undefined|thread [arguments for pytest]
-# by default random calls of every operator (tests/fuzz). It needs the environment of `make environment`, and GCC.
+# Tests the operators where errors of memory and of threads show:
+#   tools/sanitize.sh address,undefined|thread [arguments for pytest]   in a CPU library that is built with these sanitizers
+#   tools/sanitize.sh guard [arguments for pytest]   in the library as it is, its memory between pages that no one may touch
+# By default the operators' tests and random calls (tests/fuzz). It needs the environment of `make environment`, and GCC.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-sanitizers=${1:?address,undefined or thread}
+check=${1:?address,undefined, thread or guard}
 shift
-python=$PWD/.venv/bin/python
-build=build/sanitize-${sanitizers//,/-}
-package=$PWD/$build/site
+python=$PWD/.venv/bin/python compiler=${CXX:-c++}
+build=build/sanitize-${check//,/-}
+package=$PWD
+mkdir -p "$build"
 of_python() { "$python" -c "$1"; }
+of_compiler() { "$compiler" -print-file-name="$1"; }
 
-"$PWD/.venv/bin/cmake" -S . -B "$build" -G Ninja -DKDFAST_SANITIZE="$sanitizers" -DKDFAST_CUDA=OFF \
-  -DCMAKE_MAKE_PROGRAM="$PWD/.venv/bin/ninja" -DPython_EXECUTABLE="$python" \
-  -Dpybind11_DIR="$(of_python 'import pybind11; print(pybind11.get_cmake_dir())')" \
-  -DKDFAST_TORCH="$(of_python 'import os, torch; print(os.path.dirname(torch.__file__))')" \
-  -DKDFAST_VERSION="$(sed -n 's/^__version__ = "\(.*\)"/\1/p' kdfast/__init__.py)" >"$build.log"
-"$PWD/.venv/bin/cmake" --build "$build"
-rm -rf "$package"
-mkdir -p "$package"
-cp -r kdfast "$package"
-cp "$build"/kdfast/*.so "$package/kdfast"
+# Another copy of the package, with a library that has the compiler's checks.
+build_with() {
+  "$PWD/.venv/bin/cmake" -S . -B "$build" -G Ninja -DKDFAST_SANITIZE="$1" -DKDFAST_CUDA=OFF \
+    -DCMAKE_MAKE_PROGRAM="$PWD/.venv/bin/ninja" -DPython_EXECUTABLE="$python" \
+    -Dpybind11_DIR="$(of_python 'import pybind11; print(pybind11.get_cmake_dir())')" \
+    -DKDFAST_TORCH="$(of_python 'import os, torch; print(os.path.dirname(torch.__file__))')" \
+    -DKDFAST_VERSION="$(sed -n 's/^__version__ = "\(.*\)"/\1/p' kdfast/__init__.py)" >"$build.log"
+  "$PWD/.venv/bin/cmake" --build "$build"
+  package=$PWD/$build/site
+  rm -rf "$package"
+  mkdir -p "$package"
+  cp -r kdfast "$package"
+  cp "$build"/kdfast/*.so "$package/kdfast"
+}
 
-# What is not theirs is built without sanitizers: leaks at the end are Python's, and OpenMP's barriers of GCC are unknown
-# to the thread sanitizer, which then needs one thread of torch's and the library's own threads alone.
-case $sanitizers in
-*thread*) runtime=libtsan.so ;;
-*address*) runtime=libasan.so ;;
-*) runtime=libubsan.so ;;
+# What is not kdfast's is built without sanitizers. Leaks at the end are Python's. Threads are the library's own
+# (csrc/host/sanitized_threads.cpp) beside one of torch's, whose barriers the thread sanitizer does not know.
+case $check in
+guard)
+  "$compiler" -std=c++20 -O1 -g -shared -fPIC tools/guard.cpp -o "$build/guard.so"
+  preloaded=$PWD/$build/guard.so
+  ;;
+thread)
+  build_with "$check"
+  preloaded="$(of_compiler libtsan.so) $(of_compiler libstdc++.so.6)"
+  export OMP_NUM_THREADS=1 TSAN_OPTIONS=halt_on_error=1
+  ;;
+*)
+  build_with "$check"
+  preloaded="$(of_compiler libasan.so) $(of_compiler libstdc++.so.6)"
+  export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+  ;;
 esac
-export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1
-LD_PRELOAD="$(${CXX:-c++} -print-file-name=$runtime) $(${CXX:-c++} -print-file-name=libstdc++.so.6)"
-PYTHONPATH=$package "$PWD/.venv/bin/pytest" -p no:benchmark -q "${@:-tests/fuzz}"
+
+# Not what measures memory or compiles C++ of its own.
+operators=(tests/test_{operators,threads,divergence,topk_values,ignored_labels,divisors,dynamic,family}.py
+  tests/test_{layers,mixed_dtypes,linear,linear_entropy,linear_errors}.py
+  tests/test_{matmul,pruned_linear,pruned_packed,pruned_gradients,block_sparse,block_sparse_layer,transforms}.py
+  tests/fuzz)
+[ $# -gt 0 ] || set -- "${operators[@]}" -k "not inductor and not read_in_place and not memory_budget_holds and not keep_no_scores"
+LD_PRELOAD=$preloaded PYTHONPATH=$package "$python" -m pytest -p no:benchmark -q "$@"
