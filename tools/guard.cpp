@@ -1,5 +1,6 @@
-// Memory of tensors and workspaces between pages that no one may read or write, also after it is freed: for instructions
-// that AddressSanitizer does not know, as masked ones of AVX-512 are. Loaded before all else (tools/sanitize.sh guard).
+// Memory of tensors and workspaces between pages that no one may read or write, also after it is freed: for
+// instructions that AddressSanitizer does not know, as masked ones of AVX-512 are. Loaded before all else
+// (tools/sanitize.sh guard).
 #include <sys/mman.h>
 
 #include <atomic>

@@ -26,6 +26,7 @@ constexpr int kLanes = 4;
 #endif
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));  // of which sums may overflow
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 // bfloat16 and float16 as they lie in memory.
@@ -117,7 +118,7 @@ KDFAST_LOCAL Floats exp2(Floats x, Floats k, Floats least) {  // least: kExp2Lea
   const Floats shift = broadcast(12582912.f);  // 1.5 * 2^23: a sum with it has no bits after the point
   const Floats sum = x * k + shift, n = sum - shift, p = exp2_fraction(x * k - n);
   // The sum's low bits are n: moved into the exponent they are 2^n, and 0 for n = -127.
-  const Floats power = (Floats)(((Ints)sum << 23) + (127 << 23));
+  const Floats power = (Floats)(((Words)sum << 23) + (127u << 23));
 #if defined(__AVX512F__)  // zeroed on the way instead: the port that compares has less to do than those that calculate
   return (Floats)_mm512_maskz_mul_ps(_mm512_cmp_ps_mask((__m512)x, (__m512)least, _CMP_NLE_UQ), (__m512)p,
                                      (__m512)power);
@@ -135,9 +136,9 @@ KDFAST_LOCAL V exp2(V x) {
 // log2(1 + f) / f on [sqrt(1/2), sqrt(2)] - 1 (relative error 3e-8).
 KDFAST_LOCAL double log2(double x) { return __builtin_log2(x); }
 KDFAST_LOCAL Floats log2(Floats x) {
-  const Ints half = Ints{} + 0x3f3504f3;  // the bits of sqrt(1/2)
-  const Ints n = ((Ints)x - half) >> 23;
-  const Floats f = (Floats)((Ints)x - (n << 23)) - 1.f;
+  const Words half = Words{} + 0x3f3504f3u;  // the bits of sqrt(1/2)
+  const Ints n = (Ints)((Words)x - half) >> 23;
+  const Floats f = (Floats)((Words)x - ((Words)n << 23)) - 1.f;
   Floats p = broadcast(1.2583689e-1f);
   p = p * f - 2.0726968e-1f;
   p = p * f + 2.1571562e-1f;
@@ -221,8 +222,8 @@ KDFAST_LOCAL void store(BFloat16* p, Floats v) {
 #if defined(__AVX512BF16__)
   const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
 #else
-  const Ints bits = (Ints)v;
-  const Ints rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Words bits = (Words)v;
+  const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const Halves h = __builtin_convertvector(v == v ? rounded : (bits >> 16 | 0x40), Halves);
 #endif
   memcpy(p, &h, sizeof h);

@@ -61,7 +61,7 @@ class Room {
 
 inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   Tensor t = torch::stable::new_empty(like, sizes, dtype);
-  std::memset(t.mutable_data_ptr(), 0, size_t(t.numel()) * t.element_size());
+  if (t.numel()) std::memset(t.mutable_data_ptr(), 0, size_t(t.numel()) * t.element_size());
   return t;
 }
 
