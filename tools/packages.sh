@@ -33,7 +33,7 @@ use() {
   local fresh=$work/fresh$1
   "$python" -m venv "$fresh"
   if [ "$1" ]; then
-    PIP_NO_INDEX=0 "$fresh/bin/python" -m pip install -q "torch==$1" "$wheel[cli]"
+    env -u PIP_NO_INDEX "$fresh/bin/python" -m pip install -q "torch==$1" "$wheel[cli]"
   else
     "$python" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
       >"$("$fresh/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
