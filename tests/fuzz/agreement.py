@@ -106,8 +106,8 @@ def _scales(operator: Operator, call: Call) -> tuple[float, float]:
     value, gradient = _exact(operator, far, {name: x for name, x in call.kwargs.items() if x is not None})
     largest = float(value.abs().max()) if value.numel() else 0.0
     numbers = sum(float(x.double().norm()) for x in tensors(far.student))
-    if not bool(gradient.any()):  # as of a single column: what cancels is of the size of the numbers
-        return max(largest, numbers), numbers
+    if float(gradient.norm()) * numbers <= 1e-9 * largest:
+        return max(largest, numbers), numbers  # as of a single column: what cancels is of the size of the numbers
     return largest, max(float(gradient.norm()), largest / max(numbers, 1.0))
 
 
