@@ -174,7 +174,7 @@ def test_runs_show_what_the_task_has(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     figures: list[Any] = []
-    monkeypatch.setattr(plots, "_save", lambda plt, figure, path: figures.append(figure))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
     base = save(tmp_path / "base", bert(0).bert)
     recipe = hinton.Recipe(
         data=str(rows), label_column=column, base=base, max_length=16, epochs=2, teacher_epochs=4, learning_rate=2e-3
@@ -188,8 +188,8 @@ def test_runs_show_what_the_task_has(
     (figure,) = figures
     quality, panel = figure.axes
     title, unit = plots.DISTANCES[distance]
-    assert (panel.get_title(), panel.get_ylabel().split(",")[0]) == (title, unit)
-    assert quality.get_title() == f"{'Micro F1' if kind == 'multi_label' else 'Pearson'} on all test rows"
+    assert (panel.get_title("left"), panel.get_ylabel().split(",")[0]) == (title.format(rows="all test rows"), unit)
+    assert quality.get_title("left") == f"{'Micro F1' if kind == 'multi_label' else 'Pearson'} on all test rows"
     for axes in (quality, panel):
         lines = [line for line in axes.lines if len(line.get_xdata()) > 2]
         assert [line.get_label() for line in lines] == ["student, distilled", "student, labels alone"]
