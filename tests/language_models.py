@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kdfast.data import text
+from kdfast.objective import LanguageModel
 
 VOCABULARY, PAD = 301, 2
 RATE = 1e-3
@@ -57,6 +59,16 @@ def divergence(student: Tensor, teacher: Tensor, name: str, beta: float) -> Tens
         return kl(log_s, log_t)
     log_m = torch.logaddexp(log_t + torch.tensor(beta).log(), log_s + torch.tensor(1 - beta).log())
     return beta * kl(log_t, log_m) + (1 - beta) * kl(log_s, log_m)
+
+
+def check_per_token(
+    found: dict[str, Any], models: dict[str, Any], plain: Callable[[Any, Any], Tensor], rel: float, abs: float
+) -> None:
+    """What runs measure of models, against a loss in plain torch of a model and an objective; `rel`, `abs`: of the KL."""
+    for name, model in models.items():
+        hard, soft = (plain(model, LanguageModel(alpha=alpha, temperature=1.0)).item() for alpha in (0.0, 1.0))
+        assert found[name]["perplexity"] == pytest.approx(torch.tensor(hard).exp().item(), rel=1e-5)
+        assert found[name]["kl_to_teacher"] == pytest.approx(soft, rel=rel, abs=abs)
 
 
 def plain_loss(student: Any, teacher: Any, batch: dict[str, Tensor], objective: Any) -> Tensor:

@@ -56,6 +56,12 @@ class Page(HTMLParser):
             self.rows[-1].append(data)
 
 
+def reported(folder: Path, monkeypatch: pytest.MonkeyPatch, *runs: Path) -> str:
+    """The page."""
+    assert call(monkeypatch, "report", *runs, "--output", folder / "report.html") == 0
+    return (folder / "report.html").read_text()
+
+
 def test_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run(tmp_path / "a <b>run")
     (folder / "learning_curves.png").write_bytes(PIXEL)
@@ -82,8 +88,7 @@ def test_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [run(tmp_path / f"mine-{seed}", seed, 0.80 + seed / 100) for seed in (0, 1)]
-    assert call(monkeypatch, "report", *runs, "--output", tmp_path / "report.html") == 0
-    page = Page((tmp_path / "report.html").read_text())
+    page = Page(reported(tmp_path, monkeypatch, *runs))
     (student,) = (row for row in page.rows if row[0] == "mine/student")
     assert student[1:4] == ["2", "80.5±0.5", "+2.5±0.5"]
 
@@ -92,8 +97,7 @@ BENCHMARK = max((Path(__file__).parents[1] / "benchmarks" / "results").glob("ope
 
 
 def test_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert call(monkeypatch, "report", BENCHMARK, "--output", tmp_path / "report.html") == 0
-    text = (tmp_path / "report.html").read_text()
+    text = reported(tmp_path, monkeypatch, BENCHMARK)
     page, (results, facts) = Page(text), harness.load(BENCHMARK)
     assert page.rows[0] == list(harness.HEADER)
     assert [tuple(row) for row in page.rows[1 : 1 + len(results)]] == harness.table(results)
@@ -130,8 +134,7 @@ PEERS = max((Path(__file__).parents[1] / "benchmarks" / "results").glob("peers-*
 
 
 def test_benchmark_beside_other_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert call(monkeypatch, "report", PEERS, "--output", tmp_path / "report.html") == 0
-    text = (tmp_path / "report.html").read_text()
+    text = reported(tmp_path, monkeypatch, PEERS)
     page, (rows, facts) = Page(text), measure.load(PEERS)
     assert page.rows[0] == list(measure.HEADER)
     shown = []
@@ -147,8 +150,7 @@ def test_benchmark_beside_other_libraries(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = max(BENCHMARK.parent.glob("sweep-*.json"))
-    assert call(monkeypatch, "report", sweep, "--output", tmp_path / "report.html") == 0
-    text = (tmp_path / "report.html").read_text()
+    text = reported(tmp_path, monkeypatch, sweep)
     assert text.count("<svg") == 1
     assert "<h2>Roofline</h2>" not in text
 

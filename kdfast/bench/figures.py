@@ -8,6 +8,7 @@ from typing import Any
 
 # Inches, and pixels of one: 780 across. A point of type is a pixel of a phone's 390 then.
 WIDTH, DPI = 5.2, 150
+MARKERS = "osD^vP*X<>"
 STYLE = {
     "font.size": 10,
     "figure.titlesize": 11,

@@ -183,7 +183,7 @@ def plot_peers(rows: Sequence[Row], facts: dict[str, Any], path: Path, quantity:
             of[row.way] = getattr(row, quantity)
     panels = {title: named for title, of in panels.items() if (named := {n: x for n, x in of.items() if OURS in x})}
     ways = dict.fromkeys(row.way for row in rows if row.way != OURS)
-    styles = {way: {"color": f"C{(i + 1) % 10}", "marker": "osD^vP*X<>"[i % 10]} for i, way in enumerate(ways)}
+    styles = {way: {"color": f"C{(i + 1) % 10}", "marker": figures.MARKERS[i % 10]} for i, way in enumerate(ways)}
     titles = {title: fill(title, 34) for title in panels}
     heights = [len(named) + 0.6 + 0.5 * titles[title].count("\n") for title, named in panels.items()]
     with figures.pyplot() as pyplot:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kdfast.cli.shared import fail
+from kdfast.cli.shared import fail, names
 from kdfast.data.augment import MANIFEST, Augmentation
 from kdfast.results.disk import failure, told
 
@@ -57,19 +57,16 @@ def augment(
     Ctrl-C keeps the files that are finished. The same command continues after them; what is finished is not repeated.
     """
     try:
-        import datasets
-        import transformers
         from rich.console import Console
 
         from kdfast.data import demo, tasks
+        from kdfast.results import libraries
         from kdfast.runs.augment import AugmentedRows
     except ImportError as error:
         fail(f"{error}: pip install kdfast[train]", 1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    libraries.quiet()
     console = Console()
-    columns = None if text_columns is None else [name.strip() for name in text_columns.split(",")]
+    columns = None if text_columns is None else names(text_columns)
     how = Augmentation(variants, probability, candidates, model, word_vectors, restore_pairs, seed)
     try:
         task = tasks.load(data, text_columns=columns, label_column=label_column, kind=kind, train_rows=train_rows)

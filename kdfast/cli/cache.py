@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdfast.cli.shared import fail, layer_numbers
+from kdfast.cli.shared import fail, layer_numbers, names
 
 TYPED = {"folder": "output", "rows": "data"}  # what the command calls arguments of `kdfast.teacher_cache.write`
 
@@ -55,7 +55,7 @@ def cache_teacher(
             output,
             text_column,
             max_length,
-            [name.strip() for name in outputs.split(",")],
+            names(outputs),
             k=k,
             temperature=temperature,
             layers=layer_numbers("layers", layers) if layers else (),

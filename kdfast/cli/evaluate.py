@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeGuard
 import typer
 import yaml
 
-from kdfast.cli.shared import fail
+from kdfast.cli.shared import fail, names
 from kdfast.recipes import RECIPES, multi_task, multi_teacher, token_classification
 from kdfast.recipes.base import Recipe
 from kdfast.recipes.classifier import ClassifierRecipe
@@ -65,19 +65,15 @@ def evaluate(
     have F1 of names and accuracy of words, models for question answering SQuAD's F1 and exact match.
     """
     try:
-        import datasets
-        import transformers
         from rich.console import Console
 
         from kdfast.data.demo import AssetError
         from kdfast.data.files import shown_name
-        from kdfast.results import measure, tables
+        from kdfast.results import libraries, measure, tables
         from kdfast.runs import stages
     except ImportError as error:
         fail(f"{error}: pip install kdfast[train]", 1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    libraries.quiet()
     options = _Options(data, text_columns, label_column, kind, test_rows, max_length, batch_size)
     try:
         if output is not None and output.is_dir():
@@ -145,7 +141,7 @@ def _of_classifiers(chosen: _Chosen, options: _Options) -> Measured:
 
     columns = options.text_columns
     given: dict[str, Any] = {
-        "text_columns": None if columns is None else [name.strip() for name in columns.split(",")],
+        "text_columns": None if columns is None else names(columns),
         "label_column": options.label_column,
         "kind": options.kind,
         "test_rows": options.test_rows,
@@ -184,11 +180,12 @@ def _of_heads(chosen: _Chosen, options: _Options) -> Measured:
     recipe: HeadRecipe = replace(settings, teacher=str(known))
     given = _given_to_heads(recipe, options)
     chosen.tell_elsewhere(options.data)
+    run = evaluate_heads.with_teacher(replace(recipe, **given), options.batch_size)
     if chosen.recipe is not None and options.data is None:
-        run = evaluate_heads.with_test_rows(recipe, options.batch_size)
+        run.read_test(recipe)
         measured_rows.check_rows(chosen.folder, run.test, recipe.data)
     if chosen.recipe is None or given:
-        run = evaluate_heads.with_test_rows(replace(recipe, **given), options.batch_size)
+        run.read_test(replace(recipe, **given))
     results = evaluate_heads.evaluate(run, chosen.sources, chosen.teacher)
     facts = {"data": run.recipe.data, "kind": recipe.name, "metric": run.metric, "rows": len(run.test)}
     return results, facts | {"max_length": run.recipe.max_length}

@@ -22,6 +22,10 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
         raise typer.BadParameter(f"{name}: expected numbers such as 0.9,0.5, got {text!r}") from None
 
 
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
 def fail(message: str, code: int) -> NoReturn:
     print(f"kdfast: {message}", file=sys.stderr)
     sys.exit(code)

@@ -30,8 +30,8 @@ def of_own_heads(
     """As `kdfast.linear_kd_loss` and, with a teacher's top-k, `kdfast.linear_topk_kd_loss`.
 
     columns: of the rows that count, N of them: `student` [N, H], `teacher` [N, Ht] or `topk_logprobs` and
-    `topk_indices` [N, k] or neither, `labels` [N] where there are any. settings: of `kdfast.kd_loss`, `num_items` among them, and
-    `tail`. budget: bytes, 0: a tenth of the device's memory.
+    `topk_indices` [N, k] or neither, `labels` [N] where there are any. settings: of `kdfast.kd_loss`, `num_items` among
+    them, and `tail`. budget: bytes, 0: a tenth of the device's memory.
 
     Raises:
         ValueError: the budget does not hold a row.

@@ -259,7 +259,7 @@ def plot_pruned(path: Path, comparison: Comparison) -> None:
                 style: dict[str, Any] = {"color": f"C{i}"}
                 if criterion == "random":
                     style = {"color": "0.5", "linestyle": "--"}
-                style |= {"marker": "osD^vP*X<>"[i % 10], "markersize": 5, "linewidth": 1, "capsize": 2}
+                style |= {"marker": figures.MARKERS[i % 10], "markersize": 5, "linewidth": 1, "capsize": 2}
                 means = [fmean(v) for v in across], [fmean(v) for v in up]
                 axes.errorbar(*means, **_errors(across, up), **style, label=criterion)
             axes.set(xlabel=label, ylabel=_label(comparison.metric))

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import transformers
 from rich.console import Console
@@ -30,7 +29,7 @@ from kdfast.models.loading import classifier, device, load_tokenizer, named, pre
 from kdfast.objective import CLS, Labels, Logits
 from kdfast.recipes.classifier import ClassifierRecipe, Stage, labels_only
 from kdfast.recipes.paths import absolute
-from kdfast.results import measured_rows, plots, tables
+from kdfast.results import libraries, measured_rows, plots, tables
 from kdfast.results.measure import BATCH, Candidate, Metrics, length, measure, versions
 from kdfast.results.progress import bar
 from kdfast.runs import arguments, stages, unlabeled
@@ -63,9 +62,7 @@ class ClassifierRun:
 
     def execute(self) -> dict[str, Metrics]:
         """Trains, measures and shows; returns the metrics of the models by their folders."""
-        transformers.utils.logging.set_verbosity_error()  # a new classification head is not worth a warning here
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+        libraries.quiet()  # a new classification head is not worth a warning here
         r = self.recipe
         self.task = self._task()
         measured_rows.check(self.folder, self.task)

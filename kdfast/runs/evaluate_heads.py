@@ -36,16 +36,15 @@ def recipe_of(argument: str, source: str | Path) -> type[HeadRecipe] | None:
     return next((recipe for name, recipe in CLASSES.items() if any(one.endswith(name) for one in saved_as)), None)
 
 
-def with_test_rows(recipe: HeadRecipe, batch_size: int) -> HeadRun:
-    """What `evaluate` takes: the recipe's teacher and test rows, without a folder.
+def with_teacher(recipe: HeadRecipe, batch_size: int) -> HeadRun:
+    """What `evaluate` takes once it has test rows (`read_test`): the recipe's teacher, without a folder.
 
     Raises:
-        ValueError: as `kdfast.runs.run` where data or teacher cannot be used.
+        ValueError: as `kdfast.runs.run` where the teacher cannot be used.
     """
     run = RUNS[type(recipe)](recipe, Path(), Console())
     run.rows_of_a_pass = batch_size
     run.read_teacher()
-    run.read_test()
     return run
 
 

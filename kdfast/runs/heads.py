@@ -33,6 +33,7 @@ class HeadRun(LanguageRun):
 
     Attributes:
         collate: makes batches.
+        labelled_rows: those of `train` with the labels that the data have.
         rows_of_a_pass: without a backward.
     """
 
@@ -79,8 +80,9 @@ class HeadRun(LanguageRun):
         if len(tasks_of - {""}) > 1:  # another task's head may have the same names
             raise ValueError(f"{who}: expected {self.kind}, got {', '.join(saved_as)}")
 
-    def read_test(self) -> None:
-        """The test rows alone: for models that are there already."""
+    def read_test(self, recipe: HeadRecipe) -> None:
+        """The test rows alone, those of a recipe that has the same teacher: for models that are there already."""
+        self.recipe = recipe
         self.test = sorted(self.rows(self._parts()[1], test=True), key=length)
         pairing.check_ids(f"teacher {self.recipe.teacher}", self.teacher, self.test)
 
@@ -106,7 +108,8 @@ class HeadRun(LanguageRun):
         transformers.set_seed(r.seed)  # for a new head
         self.start = self.student_of_layers() if r.student is None else self.own_student()
         train, test = self._parts()
-        self.train, self.test = self.rows(train, test=False), sorted(self.rows(test, test=True), key=length)
+        self.labelled_rows, self.test = self.rows(train, test=False), sorted(self.rows(test, test=True), key=length)
+        self.train = self.labelled_rows
         for who, model in self.both():
             pairing.pad_alike(who, model, self.tokenizer)
             pairing.check_ids(who, model, [*self.train, *self.test])
@@ -166,7 +169,7 @@ class HeadRun(LanguageRun):
             settings,
             teacher=None if alone else self.teacher,
             objective=self.objective(alone),
-            train_dataset=self.train,
+            train_dataset=self.labelled_rows if alone else self.train,
             eval_dataset=self.test[:CURVE],
             data_collator=self.collate,
             processing_class=self.tokenizer,

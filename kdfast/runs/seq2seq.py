@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,11 +15,9 @@ from kdfast.models import pairing, students
 from kdfast.models.student_parts import SIDES, count_name
 from kdfast.objective import Objective
 from kdfast.results import measure
-from kdfast.results.compare import LABELS_ONLY
 from kdfast.runs import written
 from kdfast.runs.heads import HeadRun
 from kdfast.runs.language import common_vocabulary, per_token
-from kdfast.train.trainer import DistillationTrainer
 
 WRITTEN = "targets.jsonl"  # of a run's folder
 
@@ -84,7 +81,6 @@ class Seq2SeqRun(HeadRun):
     def train_teacher(self) -> None:
         """Where the targets are to be the teacher's, it writes them."""
         r = self.recipe
-        self.labelled_rows = self.train
         if r.targets == "teacher":
             self.train = written.rows(
                 self.teacher, self.train, self.tokenizer, self.folder / WRITTEN, r.beams, r.max_target_length
@@ -95,12 +91,6 @@ class Seq2SeqRun(HeadRun):
         r = self.recipe
         its: Objective = r.labels_only(self.vocabulary) if alone else r.objective(self.vocabulary)
         return its
-
-    def trainer(self, folder: Path) -> DistillationTrainer:
-        made = super().trainer(folder)
-        if folder.name == LABELS_ONLY:
-            made.train_dataset = self.labelled_rows
-        return made
 
     def quality(self, models: Mapping[str, Any]) -> dict[str, measure.Metrics]:
         return per_token(models, self.test, self.collate, self.vocabulary)
