@@ -10,30 +10,20 @@
 namespace kdfast::KDFAST_VARIANT {
 namespace {
 
-// 16 bits are asked for so many bytes before they are read: widening them holds up the processor's own looking ahead.
-// Streams of float32 lose by it where another core wants the memory too.
-constexpr int64_t kAhead = 8192;
-
 template <class S, class T>
 struct Row {
-  const S *student, *later_student;
-  const T *teacher, *later_teacher;
+  const S* student;
+  const T* teacher;
   S* gradient;    // null: not wanted
   double factor;  // of the gradient
-
-  KDFAST_HD_MEMBER void ask_ahead(int64_t column) const {
-    if constexpr (sizeof(S) > 2) return;
-    __builtin_prefetch(later_student + column);
-    __builtin_prefetch(later_teacher + column);
-  }
 };
 
-// Blocks of a row: f(begin, n, s, t).
+// Blocks of a row from column `at` on: f(begin, n, s, t).
 template <class S, class T, class F>
-KDFAST_LOCAL void for_row(const LayerShape& shape, const Row<S, T>& row, F f) {
+KDFAST_LOCAL void for_row(const LayerShape& shape, const Row<S, T>& row, F f, int64_t at = 0) {
   alignas(64) S s[kBlock];
   alignas(64) T t[kBlock];
-  for (int64_t at = 0; at < shape.columns; at += kBlock) {
+  for (; at < shape.columns; at += kBlock) {
     const int64_t n = shape.columns - at < kBlock ? shape.columns - at : kBlock;
     f(at, n, gather(row.student, shape.student_stride, at, n, s), gather(row.teacher, shape.teacher_stride, at, n, t));
   }
@@ -57,25 +47,48 @@ struct Counted {
   KDFAST_HD_MEMBER auto low(Vector<Real> x) const { return x <= floor; }
 };
 
+// The first `half` columns, whole blocks, and as many after these in turn: where nothing is written, processors look
+// further ahead of two streams than of one.
+template <class S, class T>
+double squared_halves(const S* s, const T* t, int64_t half) {
+  using V = Vector<S>;
+  auto squares = [&](int64_t i) __attribute__((always_inline)) {
+    const V from_s = load(s + i), from_t = load(t + i), d = from_s == from_t ? V{} : from_s - from_t;
+    return d * d;
+  };
+  double total = 0;
+  for (int64_t at = 0; at < half; at += kBlock) {
+    V sums[2]{};
+    for (int64_t i = at; i < at + kBlock; i += VectorOf<RealOf<S>>::count) {
+      sums[0] += squares(i);
+      sums[1] += squares(half + i);
+    }
+    total += sum(sums[0] + sums[1]);
+  }
+  return total;
+}
+
 template <bool kAll, bool kGradient, class S, class T>
 double squared(const LayerShape& shape, const bool* columns, const Row<S, T>& row) {
   using V = Vector<S>;
   using Real = RealOf<S>;
   const Counted<kAll, Real> counted{columns, Real(shape.floor)};
   const Real factor = Real(2 * row.factor);
-  double total = 0;
-  for_row(shape, row, [&](int64_t at, int64_t n, const S* from_s, const T* from_t) {
+  const bool halves = sizeof(S) > 2 && kAll && !kGradient && shape.student_stride == 1 && shape.teacher_stride == 1;
+  const int64_t half = halves ? shape.columns / 2 / kBlock * kBlock : 0;
+  double total = squared_halves(row.student, row.teacher, half);
+  auto block = [&](int64_t at, int64_t n, const S* from_s, const T* from_t) {
     S* g = kGradient ? row.gradient + at : nullptr;
     V sums[2]{};
     for_vectors<S>(n, [&](int64_t i, int count, int which) __attribute__((always_inline)) {
-      row.ask_ahead(at + i);
       const V from = load_or_zeros(from_s + i, count), s = counted(from, at + i, count);
       const V t = counted(load_or_zeros(from_t + i, count), at + i, count), d = s == t ? V{} : s - t;
       sums[which] += d * d;
       if constexpr (kGradient) store(g + i, !kAll && counted.low(from) ? V{} : factor * d, count);
     });
     total += sum(sums[0] + sums[1]);
-  });
+  };
+  for_row(shape, row, block, 2 * half);
   return SquaredDistance::of({0, 0, 0, 0, total}).value;
 }
 
@@ -91,10 +104,9 @@ template <class S, class T>
 KDFAST_LOCAL VectorSums look(const LayerShape& shape, const Row<S, T>& row) {
   using V = Vector<S>;
   VectorSums all{};
-  for_row(shape, row, [&](int64_t at, int64_t n, const S* from_s, const T* from_t) __attribute__((always_inline)) {
+  for_row(shape, row, [&](int64_t, int64_t n, const S* from_s, const T* from_t) __attribute__((always_inline)) {
     V ss[2]{}, tt[2]{}, st[2]{}, sd[2]{}, dd[2]{};
     for_vectors<S>(n, [&](int64_t i, int count, int which) __attribute__((always_inline)) {
-      row.ask_ahead(at + i);
       const V s = load_or_zeros(from_s + i, count), t = load_or_zeros(from_t + i, count), d = t - s;
       ss[which] += s * s;
       tt[which] += t * t;
@@ -131,20 +143,11 @@ KDFAST_LOCAL double distance(const LayerShape& shape, const bool* columns, const
 
 template <class Terms, class S, class T>
 void distances(const LayerShape& shape, const LayerRun& run) {
-  // So many rows on or, where a row is longer, in itself. What lies beside a few rows may not count: they ask for
-  // nothing else.
-  const int64_t width = shape.columns * int64_t(sizeof(S)), rows = kAhead / (width ? width : 1);
-  const int64_t steps = run.count > rows ? rows : 0, bytes = rows ? 0 : kAhead;
   auto at = [](const auto* from, int64_t bytes) { return (decltype(from))((const char*)from + bytes); };
   for (int64_t i = 0; i < run.count; ++i) {
-    const S* s = at((const S*)run.student, i * run.student_step);
-    const T* t = at((const T*)run.teacher, i * run.teacher_step);
-    const Row<S, T> row{s,
-                        at(s, steps * run.student_step + bytes),
-                        t,
-                        at(t, steps * run.teacher_step + bytes),
-                        run.gradient ? (S*)run.gradient + i * shape.columns : nullptr,
-                        run.factor * (run.by_row ? run.by_row[i] : 1)};
+    const Row<S, T> row{
+        at((const S*)run.student, i * run.student_step), at((const T*)run.teacher, i * run.teacher_step),
+        run.gradient ? (S*)run.gradient + i * shape.columns : nullptr, run.factor * (run.by_row ? run.by_row[i] : 1)};
     run.values[i] = distance<Terms, S, T>(shape, run.counted, row);
   }
 }

@@ -23,6 +23,15 @@ void ask_huge_pages([[maybe_unused]] uintptr_t data, [[maybe_unused]] size_t byt
 #endif
 }
 
+// As a call of its own: a handful of torch's take longer than a product of few rows may.
+bool is_sorted_once(uintptr_t data, int64_t count, int64_t below) {
+  const auto* indices = (const int64_t*)data;
+  for (int64_t i = 0, least = 0; i < count; least = indices[i++] + 1) {
+    if (indices[i] < least || indices[i] >= below) return false;
+  }
+  return true;
+}
+
 // `room`: the largest cluster that the device has room for.
 py::dict plan_of(const kdfast::cuda::RowCase& c, const kdfast::cuda::DeviceLimits& device, int room) {
   const char* names[] = {"registers", "on_chip", "two_reads", "any_layout"};
@@ -112,6 +121,8 @@ PYBIND11_MODULE(_C, m) {
         "Whether kdfast::matmul_ is faster here than torch's library: in float32, or of bfloat16 into float32.");
   m.def("ask_huge_pages", &ask_huge_pages, py::arg("data"), py::arg("bytes"),
         "Asks Linux to map memory that nobody has touched yet in pages of 2 MB.");
+  m.def("is_sorted_once", &is_sorted_once, py::arg("data"), py::arg("count"), py::arg("below"),
+        "Whether int64 indices that lie side by side are sorted, each once, from 0 to below a number.");
   using VectorFunction = void (*)(const float*, float*, int64_t);
   auto define_vector = [&](const char* name, VectorFunction function, const char* doc) {
     auto all = [function](const std::vector<float>& x) {

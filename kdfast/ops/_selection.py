@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdfast import _C
 from kdfast.ops import _checks, _products, _shards
 
 
@@ -148,6 +149,8 @@ def _checked(op: str, argument: str, indices: Tensor | None, count: int) -> Tens
         _checks.wrong_value(op, argument, "one dimension", f"shape {list(indices.shape)}")
     indices = indices.contiguous()
     if indices.device.type != "cpu" or torch.compiler.is_compiling() or not indices.shape[0]:
+        return indices
+    if type(indices) is Tensor and _C.is_sorted_once(indices.data_ptr(), indices.shape[0], count):
         return indices
     first, last = int(indices[0]), int(indices[-1])
     steps = indices[1:] > indices[:-1]
