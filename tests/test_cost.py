@@ -84,6 +84,8 @@ def test_modules_are_in_their_own_modes_again() -> None:
 
 def test_calls_take_turns() -> None:
     order: list[str] = []
-    times = timing.interleaved({name: lambda name=name: order.append(name) for name in "ab"}, "cpu", rounds=3)
-    assert order == ["a", "b"] * 4
-    assert [len(values) for values in times.values()] == [3, 3]
+    times = timing.interleaved({name: lambda name=name: order.append(name) for name in "ab"}, "cpu", rounds=9)
+    rounds = [order[i : i + 2] for i in range(0, len(order), 2)]
+    assert len(rounds) == 10
+    assert {tuple(both) for both in rounds} == {("a", "b"), ("b", "a")}
+    assert [len(values) for values in times.values()] == [9, 9]

@@ -116,7 +116,11 @@ def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest
         (("--peer", "lige"), "peer: expected liger-kernel, trl, torchtune, got 'lige'"),
         (
             ("--peers", "--only", "nothing"),
-            "only: expected a pattern of case names, got 'nothing'; there are kl_div-64x",
+            "only: expected a pattern of case names, got 'nothing'; there are kl_div-*, ",
+        ),
+        (
+            ("--only", "hidden_mse-*bf16*"),
+            "only: expected a pattern of case names, got 'hidden_mse-*bf16*'; there are hidden_mse-5x32x128x384-float32-grad",
         ),
         (("--peers", "--sweep"), "sweep: expected --sweep or --peers, got both"),
     ],

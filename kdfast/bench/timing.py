@@ -1,7 +1,9 @@
-"""Calls that take turns in one process: machines are shared and their clocks move, so a slow moment hits all alike."""
+"""Calls that take turns in one process, in another order each time: machines are shared and their clocks move, so a slow
+moment hits all alike; and none always finds in caches and allocator what the same other has left."""
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -29,9 +31,11 @@ def interleaved(
     for _ in range(warm):
         for call in calls.values():
             call()
+    turns, order = list(calls.items()), random.Random(0)
     until = time.perf_counter() + seconds
     while time.perf_counter() < until or min(map(len, times.values())) < rounds:
-        for name, call in calls.items():
+        order.shuffle(turns)
+        for name, call in turns:
             synchronize(device)
             start = time.perf_counter()
             call()

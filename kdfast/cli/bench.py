@@ -61,8 +61,7 @@ def _operators(only: str, seconds: float, sweep: bool, output: Path | None) -> N
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = list(harness.cases(only, device, sweep))
     if not cases:
-        known = ", ".join(case.name for case in harness.cases(device=device, sweep=sweep))
-        raise typer.BadParameter(f"only: expected a pattern of case names, got {only!r}; there are {known}")
+        raise _no_case(only, [case.name for case in harness.cases(device=device, sweep=sweep)])
     facts, stem = harness.environment(device), "sweep" if sweep else "operators"
     _check_output(output, facts, stem)
     console = Console()
@@ -85,6 +84,13 @@ def _operators(only: str, seconds: float, sweep: bool, output: Path | None) -> N
         saved.path.with_suffix(".md").write_text(harness.markdown(every) + "\n")
         (plots.plot_sweep if sweep else plots.plot)(every, facts, saved.path.with_suffix(".png"))
         _tell(console, saved)
+
+
+def _no_case(only: str, names: Sequence[str]) -> typer.BadParameter:
+    """With the cases of the operator that was meant, or a pattern for each operator."""
+    of_one = [name for name in names if name.partition("-")[0] == only.partition("-")[0]]
+    known = ", ".join(of_one or dict.fromkeys(f"{name.partition('-')[0]}-*" for name in names))
+    return typer.BadParameter(f"only: expected a pattern of case names, got {only!r}; there are {known}")
 
 
 def _check_output(output: Path | None, facts: dict[str, Any], stem: str) -> None:
@@ -126,8 +132,7 @@ def _peers(only: str, seconds: float, names: Sequence[str], output: Path | None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = comparisons.cases(device, only)
     if not cases:
-        known = ", ".join(case.name for case in comparisons.cases(device))
-        raise typer.BadParameter(f"only: expected a pattern of case names, got {only!r}; there are {known}")
+        raise _no_case(only, [case.name for case in comparisons.cases(device)])
     found = ways.find(names or list(ways.LIBRARIES), device)
     facts = harness.environment(device) | {"peers": found.versions}
     _check_output(output, facts, "peers")

@@ -189,6 +189,7 @@ def plot_speeds(path: Path, curves: Sequence[Sequence[Mapping[str, float]]], met
                     label = f"{at[0]['speed']:g}"
                     axes.annotate(label, (x, y), (4, -11), textcoords="offset points", fontsize=8)
                     labelled.append(x)
+            axes.margins(0.08)  # for the numbers at the edges
             axes.set(xlabel=quantity, xlim=(0, None), ylabel=_label(metric))
         figure.suptitle(f"{title}\nnumbers beside points: speeds{_of_seeds(len(curves))}")
 
@@ -291,5 +292,6 @@ def plot_sensitivity(path: Path, found: Sensitivity, quality: str) -> None:
                 axes.plot(places, values, marker="o", markersize=4, color=shade, label=label)
             axes.axhline(found.whole, color="0.5", linestyle="--", linewidth=1, label="whole model")
             axes.set(title=kind, xlabel="layer", ylabel=quality, xticks=[*places])
-            axes.legend(frameon=False, fontsize=9)
+        lines = {line.get_label(): line for axes in panels for line in axes.lines}
+        figure.legend(lines.values(), lines, frameon=False, fontsize=9, loc="outside lower center", ncols=3)
         figure.suptitle("One layer pruned at a time")
