@@ -229,6 +229,20 @@ def test_rows_side_by_side_are_as_rows_apart(dtype: torch.dtype) -> None:
         assert not gradient[~mask].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.usefixtures("cpu_variant")
+def test_long_rows_of_a_loss_alone(dtype: torch.dtype) -> None:
+    """Read from two places at a time: every number counts once, also those that the halves leave."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(1, 70, 97, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    expected = (student.double() - teacher.double()).square().sum()
+    agree(kdfast.hidden_mse(student, teacher, reduction="sum"), expected, 1e-6)
+    for place in (0, 3071, 3072, 6143, 6144, 70 * 97 - 1):
+        one = torch.zeros_like(student)
+        one.view(-1)[place] = 3
+        agree(kdfast.hidden_mse(one, torch.zeros_like(one), reduction="sum"), torch.tensor(9.0), 1e-6)
+
+
 def test_masked_numbers_are_not_read() -> None:
     mask = torch.tensor([[True, True, False, True, False]])
     scores = torch.randn(1, 2, 5, 5)
