@@ -56,7 +56,9 @@ def test_other_models_make_their_own_cache() -> None:
 
 
 def test_students_with_more_layers_in_the_decoder_are_told_of(recipe: Recipe, tmp_path: Path) -> None:  # noqa: F811
-    note = "student: transformers makes generate's cache for the encoder's layers, which are fewer than the decoder's"
+    note = (
+        "student: its generate() fails in transformers, whose cache has the encoder's layers, fewer than the decoder's"
+    )
     lopsided = dataclasses.replace(recipe, student_layers=(0,), decoder_layers=(0, 2), epochs=1)
     for name, chosen, so in (("a", lopsided, True), ("b", recipe, False)):
         made, _ = prepared(chosen, tmp_path / name)

@@ -22,8 +22,8 @@ from kdfast.runs.language import common_vocabulary, per_token
 
 WRITTEN = "targets.jsonl"  # of a run's folder
 OUTGROWN = (
-    "student: transformers makes generate's cache for the encoder's layers, which are fewer than the decoder's: "
-    "generate(use_cache=False), or with a cache EncoderDecoderCache(DynamicCache(), DynamicCache())"
+    "student: its generate() fails in transformers, whose cache has the encoder's layers, fewer than the decoder's; "
+    "give it EncoderDecoderCache(DynamicCache(), DynamicCache()), or use_cache=False"
 )
 
 

@@ -31,9 +31,8 @@ def _growing_cache(model: Any) -> dict[str, Any]:
     """The cache that `generate` is given of such a model. Other models have their own kinds."""
     if not outgrows_cache(model):
         return {}
-    name = (
-        "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    )  # transformers < 5.24
+    newer = "cache" in inspect.signature(model.forward).parameters
+    name = "cache" if newer else "past_key_values"
     return {name: EncoderDecoderCache(DynamicCache(), DynamicCache())}
 
 
