@@ -323,6 +323,8 @@ def test_models_that_do_not_fit(recipe: seq2seq.Recipe, tmp_path: Path) -> None:
     long = dataclasses.replace(other, max_target_length=65)
     refused(long, tmp_path, f"max_target_length: expected at most 64, the positions of teacher {other.teacher}, got 65")
     refused(dataclasses.replace(recipe, student=other.teacher), tmp_path, "expected the teacher's tokenizer, in which")
+    with pytest.raises(ValueError, match=r"tokens differ\)$"):
+        prepared(dataclasses.replace(recipe, student=other.teacher), tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(str(recipe.teacher))
     small = t5(0, 1, vocab_size=50)
     BartForSequenceClassification(bart(0, 1).config).save_pretrained(tmp_path / "classes")

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.models.auto import modeling_auto as auto
+from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE
 
 from kdfast._from_pretrained import METHOD
 from kdfast.data import tasks
@@ -19,6 +21,14 @@ from kdfast.models.early_exit import EarlyExit, saved_in
 
 PLACES = "a folder or a name on the Hub"  # of models
 QUANTISERS = ("torchao", "bitsandbytes")  # packages whose models are run
+# What loads language models: what these are, the recipe that distils them, and their classes. BART's encoder-decoder is
+# among the masked language models too.
+LANGUAGE = {
+    "AutoModelForSeq2SeqLM": ("an encoder-decoder", "seq2seq", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    "AutoModelForCausalLM": ("a causal language model", "causal-lm", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "AutoModelForMaskedLM": ("a masked language model", "distilbert", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+}
+UNKNOWN = "Unrecognized configuration class"  # how transformers tells of a model that is none of a class's
 
 
 def classifier(task: tasks.Task, argument: str, source: str | Path) -> Any:
@@ -63,9 +73,16 @@ def load_tokenizer(argument: str, source: str | Path) -> Any:
         tokenizer = pretrained(AutoTokenizer, argument, source)
     except ValueError as error:  # of models with a tokenizer of no class of its own
         raise (absent if "instantiate the backend tokenizer" in str(error) else error) from None
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
+    if len(tokenizer) <= len(tokenizer.all_special_ids) or (Path(source).is_dir() and _invented(tokenizer, source)):
         raise absent
     return tokenizer
+
+
+def _invented(tokenizer: Any, folder: str | Path) -> bool:
+    """Whether a tokenizer that is read of files has none in the folder. T5's has one token then that is not special."""
+    files = tokenizer.vocab_files_names.values()
+    known = (FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, *files)
+    return bool(files) and not any((Path(folder) / name).is_file() for name in known)
 
 
 def pretrained(kind: Any, argument: str, source: str | Path, *, quantised: bool = False, **options: Any) -> Any:
@@ -94,7 +111,18 @@ def _loaded(kind: Any, who: str, source: str | Path, unreachable: str | None, **
         if unreachable and isinstance(error, OSError):
             got = f"no folder, and no answer from the Hub ({unreachable})"
             raise ValueError(f"{who}: expected {PLACES}, got {got}") from None
-        raise ValueError(f"{who}: expected what transformers loads, got {first_line(error)}") from None
+        got = first_line(error)
+        if got.startswith(UNKNOWN):
+            raise _of_another_kind(kind, who, AutoConfig.from_pretrained(source, **here)) from None
+        raise ValueError(f"{who}: expected what transformers loads, got {got}") from None
+
+
+def _of_another_kind(kind: Any, who: str, config: Any) -> ValueError:
+    name, saved_as = kind.__name__, (config.architectures or [config.model_type])[0]
+    expected = f"{LANGUAGE[name][0]} ({name})" if name in LANGUAGE else f"what {name} loads"
+    other = next(((what, recipe) for what, recipe, models in LANGUAGE.values() if saved_as in models.values()), None)
+    hint = f", {other[0]}, which {other[1]} distils" if other else ""
+    return ValueError(f"{who}: expected {expected}, got {saved_as}{hint}")
 
 
 def _check_not_quantised(who: str, config: Any, may_be: bool) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+OF_OTHER_TOKENS = "; multi-teacher, of one teacher or more, compares whole sequences of other tokens"  # classifiers
 
-def check_tokens(named: str, tokenizer: Any, teachers: Any) -> None:
+
+def check_tokens(named: str, tokenizer: Any, teachers: Any, remedy: str = "") -> None:
     """A student, or its base, reads the teacher's tokens: each must be of the same number in its own tokenizer.
 
     Vocabularies of equal size may have nothing in common. Truncation, padding and the order of rules are not compared:
@@ -18,6 +20,7 @@ def check_tokens(named: str, tokenizer: Any, teachers: Any) -> None:
     Args:
         named: what messages call the model that `tokenizer` is of.
         tokenizer, teachers: of transformers.
+        remedy: what else the recipe's user may do, for the end of the message.
 
     Raises:
         ValueError: a token of the teacher's has another number, or none.
@@ -28,8 +31,7 @@ def check_tokens(named: str, tokenizer: Any, teachers: Any) -> None:
         number, token = differing[0]
         raise ValueError(
             f"{named}: expected the teacher's tokenizer, in which {token!r} is token {number}, got one in which it is "
-            f"{own.get(token, 'none')} ({len(differing):,} tokens differ); multi-teacher, of one teacher or more, "
-            "compares whole sequences of other tokens (language models of two tokenizers: kdfast.objective.ULD and GOLD)"
+            f"{own.get(token, 'none')} ({len(differing):,} tokens differ){remedy}"
         )
 
 

@@ -54,6 +54,7 @@ class CausalLMRun(LanguageRun):
     caption = "Perplexity, KL from the teacher's distribution at T = 1 in nats: of the next token"
     auto = AutoModelForCausalLM
     kind = "a causal language model"
+    other_tokens = "; kdfast.objective.ULD and GOLD compare language models of two tokenizers"
     data_files = (
         "a .jsonl file with prompt and completion, or messages, in each line, or a text file with empty lines between "
         "the texts",

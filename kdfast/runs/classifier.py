@@ -142,7 +142,8 @@ class ClassifierRun:
         r = self.recipe
         for name, source in (("base", r.base if r.teacher else None), ("student", r.student)):
             if source is not None:
-                pairing.check_tokens(named(name, source), load_tokenizer(name, source), self.tokenizer)
+                own = load_tokenizer(name, source)
+                pairing.check_tokens(named(name, source), own, self.tokenizer, pairing.OF_OTHER_TOKENS)
 
     def _check(self, source: str | Path) -> None:
         """Tries every stage on two rows, with models that are like the later ones,

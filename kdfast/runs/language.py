@@ -94,6 +94,7 @@ class LanguageRun:
         caption: of the table.
         auto: class that loads teacher and student.
         kind: what that is.
+        other_tokens: what to do with a student of other tokens than the teacher's, for the end of the message.
         data_files: what `data` may be, and those endings of `NO_TEXT` that it may have.
         teacher, start, tokenizer: what `prepare` leaves; `start` is the student before it is trained.
         train, test: so does it the rows, to train on and held out.
@@ -111,6 +112,7 @@ class LanguageRun:
     caption: ClassVar[str]
     auto: ClassVar[Any]
     kind: ClassVar[str]
+    other_tokens: ClassVar[str] = ""
     data_files: ClassVar[tuple[str, tuple[str, ...]]]
     teacher: Any
     start: Any
@@ -175,7 +177,8 @@ class LanguageRun:
         Raises:
             ValueError: as `load_teacher`, or it has other tokens than the teacher.
         """
-        pairing.check_tokens(f"student {source}", load_tokenizer("student", source), self.tokenizer)
+        own = load_tokenizer("student", source)
+        pairing.check_tokens(f"student {source}", own, self.tokenizer, self.other_tokens)
         return self._load("student", source, new_head, **options)
 
     def _load(self, argument: str, source: str | Path, new_head: bool = False, **options: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from textwrap import shorten
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,10 @@ from kdfast.runs.heads import HeadRun
 from kdfast.runs.language import common_vocabulary, per_token
 
 WRITTEN = "targets.jsonl"  # of a run's folder
+OUTGROWN = (
+    "student: its generate() fails in transformers, whose cache has the encoder's layers, fewer than the decoder's; "
+    "give it EncoderDecoderCache(DynamicCache(), DynamicCache()), or use_cache=False"
+)
 
 
 class Seq2SeqRun(HeadRun):
@@ -33,6 +38,8 @@ class Seq2SeqRun(HeadRun):
         super().prepare()
         r = self.recipe
         self.collate = DataCollatorForSeq2Seq(self.tokenizer)
+        if written.outgrows_cache(self.start):
+            self.notes = [*self.notes, OUTGROWN]
         self.vocabulary = common_vocabulary(self.teacher, self.start)
         known = self.vocabulary or self.teacher.get_output_embeddings().weight.shape[0]
         if (largest := max(max(row["labels"], default=0) for row in (*self.train, *self.test))) >= known:
@@ -80,11 +87,24 @@ class Seq2SeqRun(HeadRun):
 
     def train_teacher(self) -> None:
         """Where the targets are to be the teacher's, it writes them."""
-        r = self.recipe
-        if r.targets == "teacher":
-            self.train = written.rows(
-                self.teacher, self.train, self.tokenizer, self.folder / WRITTEN, r.beams, r.max_target_length
+        r, given = self.recipe, len(self.train)
+        if r.targets != "teacher":
+            return
+        self.train = written.rows(
+            self.teacher, self.train, self.tokenizer, self.folder / WRITTEN, r.beams, r.max_target_length
+        )
+        if not self.train:
+            raise ValueError(
+                f"teacher {r.teacher}: expected one that writes targets, got no text of any of {given:,} sources "
+                f"({self.folder / WRITTEN}); has it learned this task, with this prefix?"
             )
+        if lacking := given - len(self.train):
+            self.console.print(f"{lacking:,} training rows of which the teacher writes no text are left out")
+        source, target = (
+            shorten(self.tokenizer.decode(self.train[0][name], skip_special_tokens=True), 60, placeholder=" …")
+            for name in ("input_ids", "labels")
+        )
+        self.console.print(f"the teacher writes, of {source!r}: {target!r}", markup=False)
 
     # ---- training and results ----
     def objective(self, alone: bool) -> Objective:
