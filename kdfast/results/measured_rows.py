@@ -26,7 +26,7 @@ def read(data: str | None, **settings: Any) -> tasks.Task:
     try:
         return tasks.load(data, **settings)
     except tasks.TaskError as error:
-        raise ValueError(str(error).replace("tasks: source:", "data:").removeprefix("tasks: ")) from None
+        raise error.of("data") from None
 
 
 def load(recipe: ClassifierRecipe, **instead: Any) -> tasks.Task:

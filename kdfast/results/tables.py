@@ -122,7 +122,7 @@ def gain(results: Mapping[str, Metrics], metric: str) -> list[str]:
 def _cell(row: Metrics, name: str) -> str:
     _, factor, digits = column_of(name)
     value = row[name] * factor
-    return f"{value:.{digits if abs(value) < 99.95 else 0}f}"
+    return f"{value:{_form(value, digits if abs(value) < 99.95 else 0)}}"
 
 
 LANGUAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -143,13 +143,15 @@ def language_table(results: Mapping[str, Metrics], caption: str) -> Table:
     columns = [column for column in LANGUAGE_COLUMNS if any(column[0] in row for row in results.values())]
     table = _table(
         "Held-out text: teacher and student",
-        f"{caption}. Tokens per second: one forward pass",
+        f"{caption}. Tokens per second: median forward pass",
         [heading for _, heading, _ in columns],
     )
 
     def cell(name: str, value: float, form: str) -> str:
         if name == "megabytes" and not value:  # not saved here
             return "–"
+        if name == "megabytes":
+            form = _form(value, 0)
         return f"{value * FACTORS.get(name, 1):{'.1e' if name == 'perplexity' and value >= 1e4 else form}}"
 
     for title, row in results.items():
@@ -163,7 +165,8 @@ def column_of(name: str) -> tuple[str, float, int]:
 
 
 def _form(value: float, digits: int) -> str:
-    return f".{digits}f" if abs(value) < 1e5 else ".1e"
+    """Below 1 with two digits at least, which what is small would be 0 without."""
+    return f".{digits or 2 * (0 < abs(value) < 1)}f" if abs(value) < 1e5 else ".1e"
 
 
 def evaluation_table(results: Mapping[str, Metrics], data: str, rows: int, teacher: str | None = None) -> Table:
