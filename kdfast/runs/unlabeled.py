@@ -32,7 +32,7 @@ def texts_of(recipe: ClassifierRecipe, task: tasks.Task, console: Console) -> An
     try:
         texts = tasks.texts(recipe.unlabeled, task, text_columns=recipe.text_columns)
     except tasks.TaskError as error:
-        raise ValueError(str(error).removeprefix("tasks: ").replace("source: ", "unlabeled: ", 1)) from None
+        raise error.of("unlabeled") from None
     console.print(f"{files.shown_name(recipe.unlabeled)}: {len(texts):,} rows of text without labels beside")
     return texts
 
