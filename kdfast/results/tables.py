@@ -71,17 +71,20 @@ def _distances(names: Collection[str]) -> str:
 
 MEDIAN = "ms: median forward pass, rows of median length"
 WIDE = 1.25  # times the median: a slowest pass that is told
+SPREAD = "; below it fastest–slowest, where far apart"
 
 
 def _latencies(rows: Iterable[Metrics]) -> str:
     """What a table says of them."""
-    told = any(_spread(row, name) for row in rows for name in row)
-    return MEDIAN + "; below it fastest–slowest, where far apart" * told
+    return MEDIAN + SPREAD * any(_spread(row, name) for row in rows for name in row)
 
 
 def _spread(row: Metrics, name: str) -> str:
     """In a line of its own, below the median."""
-    if name + SLOW not in row or row[name + SLOW] <= WIDE * row[name]:
+    if name + SLOW not in row:
+        return ""
+    low, high = sorted((row[name], row[name + SLOW]))  # of milliseconds the slowest is more, of speeds less
+    if high <= WIDE * low:
         return ""
     fast, slow = (f"{row[name + of]:.{0 if row[name + of] >= 9.95 else 1}f}" for of in (FAST, SLOW))
     return f"\n{fast}–{slow}"
@@ -143,7 +146,8 @@ def language_table(results: Mapping[str, Metrics], caption: str) -> Table:
     columns = [column for column in LANGUAGE_COLUMNS if any(column[0] in row for row in results.values())]
     table = _table(
         "Held-out text: teacher and student",
-        f"{caption}. Tokens per second: median forward pass",
+        f"{caption}. Tokens per second: median forward pass"
+        + SPREAD * any(_spread(row, "tokens_per_second") for row in results.values()),
         [heading for _, heading, _ in columns],
     )
 
@@ -155,7 +159,7 @@ def language_table(results: Mapping[str, Metrics], caption: str) -> Table:
         return f"{value * FACTORS.get(name, 1):{'.1e' if name == 'perplexity' and value >= 1e4 else form}}"
 
     for title, row in results.items():
-        table.add_row(title, *(cell(name, row[name], form) for name, _, form in columns))
+        table.add_row(title, *(cell(name, row[name], form) + _spread(row, name) for name, _, form in columns))
     return table
 
 
