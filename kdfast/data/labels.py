@@ -21,14 +21,14 @@ KINDS = ("classification", "regression", "multi_label")
 class TaskError(ValueError):
     """A dataset or an argument is not what was expected; the message names it."""
 
-    def of(self, setting: str) -> ValueError:
-        """The same as a recipe's, whose source is this setting."""
-        told = str(self).removeprefix("tasks: ")
-        return ValueError(f"{setting}: {told.removeprefix('source: ')}" if told.startswith("source: ") else told)
-
 
 def mismatch(argument: str, expected: object, got: object) -> TaskError:
     return TaskError(f"tasks: {argument}: expected {expected}, got {got}")
+
+
+def of_setting(error: TaskError, setting: str) -> ValueError:
+    """The same as a recipe's, of which this setting is the source."""
+    return ValueError(str(error).replace("tasks: source: ", f"{setting}: ").removeprefix("tasks: "))
 
 
 def has_labels(part: Any, column: str) -> bool:

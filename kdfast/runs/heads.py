@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from kdfast.data import files, tasks
+from kdfast.data.labels import of_setting
 from kdfast.models import pairing, students
 from kdfast.models.loading import load_tokenizer, named, pretrained
 from kdfast.objective import Objective
@@ -69,8 +70,11 @@ class HeadRun(LanguageRun):
             "data": f"{self.kind_of_rows}, a file, a folder or a Hub name",
             "teacher": f"{self.kind}, a folder or Hub name",
         }
-        if absent := [f"{name}: expected {of}, got none" for name, of in needed.items() if getattr(r, name) is None]:
-            raise ValueError("; ".join(absent))
+        absent = "; ".join(
+            f"{name}: expected {of}, got none" for name, of in needed.items() if getattr(r, name) is None
+        )
+        if absent:
+            raise ValueError(absent)
         datasets.disable_progress_bars()
         self.teacher = self.load_teacher(r.teacher, quantised=r.student is not None)
         self._check_task(f"teacher {r.teacher}", self.teacher)
@@ -140,7 +144,7 @@ class HeadRun(LanguageRun):
         try:
             train, test = (parts["train"], tests[0]) if tests else tasks.hold_out(parts["train"], r.data)
         except tasks.TaskError as error:
-            raise error.of("data") from None
+            raise of_setting(error, "data") from None
         return tasks.first(train, r.train_rows), tasks.first(test, r.test_rows)
 
     # ---- training ----
