@@ -17,6 +17,7 @@ import kdfast
 from kdfast.cli import main
 from kdfast.cli.distill import RECIPES
 from kdfast.data import demo
+from kdfast.ops._divergence import KINDS
 from kdfast.recipes import hinton
 from kdfast.runs.classifier import ClassifierRun
 from kdfast.runs.stages import StageInterrupted
@@ -90,6 +91,19 @@ def test_help_names_recipe_and_options(monkeypatch: pytest.MonkeyPatch, capsys: 
     shown = capsys.readouterr().out
     for text in ("--output", "--quick", "--fresh", "--temperature", "metrics.json", "Ctrl-C"):
         assert text in shown
+
+
+def test_help_of_encoder_decoders(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which have no demonstration; and of their losses, all are named."""
+    monkeypatch.setenv("COLUMNS", "120")
+    assert _run(monkeypatch, "distill", "seq2seq", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "demonstration" not in shown
+    assert f"Between teacher and student: {', '.join(KINDS)}. Default" in shown
+    assert shown.count("<0,2,4>") == 2
+    assert "test rows 200; by default in runs/seq2seq-quick." in shown
+    assert _run(monkeypatch, "distill", "hinton", "--help") == 0
+    assert "demonstration" in capsys.readouterr().out
 
 
 def test_variables_of_recipes_say_what_they_hold() -> None:

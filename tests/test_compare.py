@@ -218,6 +218,7 @@ def test_what_cannot_be_compared(
     )
     assert len(compare([other, same]).rows) == 2
     again = classifier_run(tmp_path / "again", hinton.Recipe(data="sst2"), test="872 rows, a1", student=_row(0.9))
+    as_many = classifier_run(tmp_path / "as-many", hinton.Recipe(), test="2000 rows, a1", student=_row(0.8))
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "metrics.json").write_text('{"settings": {}, "models": {"student": {"accuracy": 0.8}}}')
     (tmp_path / "empty").mkdir()
@@ -227,7 +228,8 @@ def test_what_cannot_be_compared(
             f"{causal}: expected a run of classifiers, as {runs[0]} is, got one of language models (causal-lm); com",
         ),
         ((causal, masked), "language models (causal-lm), as "),
-        ((runs[0], other), f"rows of {runs[0]}, test 2000 rows, 0f, got test 872 rows, a1"),
+        ((runs[0], other), f"measured on the test rows of {runs[0]} (2000 rows), got 872 rows"),
+        ((runs[0], as_many), f"measured on the test rows of {runs[0]} (2000 rows), got as many others"),
         ((other, again), f"{again}: expected other settings or another seed than {other}, got the same and seed 0"),
         ((tmp_path / "none",), "none: expected the folder of a run, got no folder"),
         ((tmp_path / "empty",), "empty: expected a finished run, got no metrics.json"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from rich.console import Console
 from torch import nn
 
 from kdfast.bench import timing
 from kdfast.models import cost
+from kdfast.results import measure, tables
 
 ROWS, LENGTH = 3, 7
 
@@ -80,6 +83,30 @@ def test_modules_are_in_their_own_modes_again() -> None:
     with pytest.raises(ZeroDivisionError), cost.evaluating(model):
         _ = 1 / 0
     assert [module.training for module in model.modules()] == [True, True, False, False]
+
+
+def test_tokens_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The median's; the spread is shown of what a busy machine disturbed."""
+    milliseconds = {"calm": [2.0, 2.2, 2.0], "disturbed": [1.0, 2.0, 40.0]}
+    monkeypatch.setattr(cost, "latencies_ms", lambda models, batch, device, repeats, seconds: milliseconds)
+    rows = measure.speeds({}, {"attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])})
+    assert rows["disturbed"] == {
+        "tokens_per_second": 2000.0,
+        "tokens_per_second_fastest": 4000.0,
+        "tokens_per_second_slowest": 100.0,
+    }
+    rows = {name: row | {"megabytes": size} for (name, row), size in zip(rows.items(), (0.416, 31.6), strict=True)}
+    console = Console(file=io.StringIO(), width=100)
+    console.print(tables.language_table(rows, "Perplexity"))
+    shown = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    at = next(i for i, line in enumerate(shown) if "calm" in line)
+    assert [line.split() for line in shown[at : at + 3]] == [
+        ["calm", "0.42", "2000"],
+        ["disturbed", "32", "2000"],
+        ["4000–100"],
+    ]
+    caption = "Tokens per second: median forward pass; below it fastest–slowest, where far apart"
+    assert caption in " ".join(" ".join(shown).split())
 
 
 def test_calls_take_turns() -> None:

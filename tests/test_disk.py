@@ -182,6 +182,11 @@ def test_folder_that_cannot_be_written(
     with pytest.raises(OSError, match="'/proc/") as failure:  # where not even root makes a folder
         stages.write_config(Path("/proc/kdfast/run"), {})
     assert disk.told(failure.value).startswith("/proc/kdfast")
+    assert disk.why_not_writable(tmp_path / "new" / "run") is None
+    monkeypatch.setattr(os, "access", lambda place, mode: True)  # as root has it there
+    assert call(monkeypatch, "distill", "causal-lm", "--output", "/proc/kdfast/run") == 2
+    expected = "output /proc/kdfast/run: expected a folder that can be written, got one that cannot be made ("
+    assert expected in capsys.readouterr().err
     monkeypatch.setattr(os, "access", lambda place, mode: str(place) != str(tmp_path))
     for flags, reason in ((0, "permission denied"), (os.ST_RDONLY, "read-only file system")):
         monkeypatch.setattr(os, "statvfs", lambda place, flags=flags: type("Facts", (), {"f_flag": flags}))

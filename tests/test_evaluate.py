@@ -263,6 +263,7 @@ def test_what_cannot_be_evaluated(
             (language,),
             "language: expected a run of classifiers (hinton, patient-kd, minilm, ",
         ),
+        ((language,), "got one of distilbert, whose table the run itself measures (metrics.json); kdfast compare sets"),
         ((unfinished,), "unfinished: expected a finished run, got one without metrics.json; the same kdfast distill"),
         ((), "Missing argument"),
     ):

@@ -91,8 +91,16 @@ def test_sources_and_targets_are_found() -> None:
 @pytest.mark.parametrize(
     ("row", "columns", "expected"),
     [
-        ({"text": "a", "label": "b"}, (), "data: expected a column target or summary .*, got columns text, label"),
-        ({"translation": {"de": "a", "en": "b"}}, ("en",), "data: expected a column target .* columns de, en"),
+        (
+            {"text": "a", "label": "b"},
+            (),
+            "data: expected a column target or summary .*, got columns text, label; --target-col",
+        ),
+        (
+            {"translation": {"de": "a", "en": "b"}},
+            ("en",),
+            "data: expected a column target .* columns de, en; --target",
+        ),
         ({"source": "a"}, ("source", "source"), "target_column: expected another column than the sources', got source"),
         ({"source": "a", "target": 7}, (), "data: expected texts in columns source and target, got 7"),
     ],
@@ -126,6 +134,10 @@ def test_student_comes_closer_to_the_teacher(kind: str, recipe: seq2seq.Recipe, 
     assert results["teacher"]["kl_to_teacher"] == pytest.approx(0, abs=1e-6)
     assert results["student"]["kl_to_teacher"] < 0.5 * results["start"]["kl_to_teacher"]
     assert results["student"]["tokens_per_second"] > 0
+    on_disk = (Path(str(recipe.teacher)) / "model.safetensors").stat().st_size / 1e6
+    assert 1 > results["teacher"]["megabytes"] == on_disk > results["student"]["megabytes"] > 0.05
+    assert results["start"]["megabytes"] == pytest.approx(results["student"]["megabytes"], rel=0.1)  # but its header
+    assert f" {on_disk:.2f} " in shown.getvalue()
     student = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "student")
     decoder = {"t5": "num_decoder_layers", "bart": "decoder_layers"}[kind]
     assert (student.config.num_hidden_layers, getattr(student.config, decoder)) == (3, 2)
@@ -241,8 +253,15 @@ def test_run_on_targets_of_the_teacher(recipe: seq2seq.Recipe, tmp_path: Path) -
     assert "targets.jsonl" in {path.name for path in (tmp_path / "run").iterdir()}
     told = CliRunner().invoke(app, ["evaluate", str(tmp_path / "run")])
     assert told.exit_code == 2
-    assert "expected a run of classifiers" in re.sub(r"[│\s]+", " ", told.output)
-    assert "seq2seq" not in told.output
+    shown = re.sub(r"[│\s]+", " ", told.output)
+    assert "expected a run of classifiers (hinton, " in shown
+    assert "got one of seq2seq, whose table the run itself measures" in shown
+    told = CliRunner().invoke(app, ["evaluate", str(tmp_path / "run" / "student"), "--data", str(recipe.data)])
+    assert told.exit_code == 2
+    expected = (
+        "got an encoder-decoder (T5ForConditionalGeneration), which only its run measures: kdfast distill seq2seq"
+    )
+    assert expected in re.sub(r"[│\s]+", " ", told.output)
 
 
 def test_student_of_ones_own(recipe: seq2seq.Recipe, tmp_path: Path) -> None:
@@ -287,14 +306,19 @@ def test_tables_and_folders_of_files(recipe: seq2seq.Recipe, tmp_path: Path) -> 
     assert len(compared.rows[2].values["perplexity"]) == 2
     other = runs.run(dataclasses.replace(recipe, epochs=1), tmp_path / "c", quiet())
     assert other
-    with pytest.raises(ValueError, match="expected a run measured on the rows of"):
+    with pytest.raises(ValueError, match=r"expected a run measured on the test rows of .* \(8 rows\), got 6 rows$"):
         compare([tmp_path / "a", tmp_path / "c"])
+    bart = dataclasses.replace(of("bart", recipe, tmp_path), epochs=1)
+    runs.run(bart, tmp_path / "d", quiet())
+    with pytest.raises(ValueError, match=r"/d: expected the tokenizer of .*/c, got another; what is measured per"):
+        compare([tmp_path / "c", tmp_path / "d"])
 
 
 @pytest.mark.parametrize(
     ("wrong", "expected"),
     [
-        ({"data": None}, "data: expected labelled rows, a file, a folder or a Hub name, got none"),
+        ({"data": None}, "data: expected pairs of texts, a source and its target, a file, a folder or .*, got none$"),
+        ({"data": None, "teacher": None}, "Hub name, got none; teacher: expected an encoder-decoder of text, a folder"),
         ({"teacher": None}, "teacher: expected an encoder-decoder of text, a folder or Hub name, got none"),
         ({"targets": "mine"}, "targets: expected one of data, teacher, got mine"),
         ({"beams": 0}, "beams: expected at least 1, got 0"),
@@ -310,6 +334,12 @@ def test_mistakes(wrong: dict[str, Any], expected: str, recipe: seq2seq.Recipe, 
     with pytest.raises(ValueError, match=expected):
         prepared(dataclasses.replace(recipe, **wrong), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_single_row(recipe: seq2seq.Recipe, tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text('{"source": "w1", "target": "w2"}')
+    one = dataclasses.replace(recipe, data=str(tmp_path / "one.jsonl"))
+    refused(one, tmp_path, f"data: expected at least 2 rows with text in {one.data}, got 1")
 
 
 def refused(recipe: seq2seq.Recipe, folder: Path, expected: str) -> None:

@@ -15,14 +15,18 @@ import typer
 from kdfast.cli.shared import fail, layer_numbers, numbers
 from kdfast.recipes import RECIPES, prune
 from kdfast.recipes.base import Recipe
+from kdfast.recipes.heads import HeadRecipe
 from kdfast.results.disk import failure, told
 
 ENDS = """
 
-Ends with a table and leaves the models, metrics.json, config.yaml and a plot in the output folder. The demonstration's
-models and data are fetched once into $KDFAST_CACHE (default ~/.cache/kdfast).
+Ends with a table and leaves the models, metrics.json, config.yaml and a plot in the output folder.{fetched}
 
 Ctrl-C saves a checkpoint and stops. The same command continues; what is finished is not repeated."""
+FETCHED = " The demonstration's\nmodels and data are fetched once into $KDFAST_CACHE (default ~/.cache/kdfast)."
+
+
+QUICK = "-quick"  # what the name of a short run's folder ends in
 
 
 def add_recipes(app: typer.Typer) -> None:
@@ -54,14 +58,20 @@ def _command(recipe: type[Recipe], model: str | None = None) -> Callable[..., No
         if print_config:
             typer.echo(chosen.to_yaml(), nl=False)
             return
-        folder = Path("runs") / (recipe.name + "-quick" * quick) if output is None else output
+        folder = Path("runs") / (recipe.name + QUICK * quick) if output is None else output
         _run(chosen, folder, not resume, config, list(given))
 
     shared = {
         "output": (Path | None, typer.Option(help=f"Run folder. Default: runs/{recipe.name}."), None),
         "config": (Path | None, typer.Option(help="YAML file of settings; options here go before it."), None),
         "print_config": (bool, typer.Option("--print-config", help="Show all settings as YAML and stop."), False),
-        "quick": (bool, typer.Option("--quick", help=f"A short run: {_listed(recipe.quick)}."), False),
+        "quick": (
+            bool,
+            typer.Option(
+                "--quick", help=f"A short run: {_listed(recipe.quick)}; by default in runs/{recipe.name}{QUICK}."
+            ),
+            False,
+        ),
         "resume": (
             bool,
             typer.Option(
@@ -71,11 +81,15 @@ def _command(recipe: type[Recipe], model: str | None = None) -> Callable[..., No
         ),
     }
     own = {
-        field.name: (_option_type(types_of[field.name], field.metadata["repeated"]), _option(field), None)
+        field.name: (
+            _option_type(types_of[field.name], field.metadata["repeated"]),
+            _option(field, types_of[field.name]),
+            None,
+        )
         for field in settings
         if field.name != "seed"
     }
-    own["seed"] = next((int | None, _option(field), None) for field in settings if field.name == "seed")
+    own["seed"] = next((int | None, _option(field, int), None) for field in settings if field.name == "seed")
     first = {"output": shared.pop("output")}
     if model is not None:
         kind, option, default = own.pop(model)
@@ -86,7 +100,8 @@ def _command(recipe: type[Recipe], model: str | None = None) -> Callable[..., No
     ]
     distill.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     distill.__annotations__ = {}
-    distill.__doc__ = inspect.cleandoc(recipe.__doc__ or "") + ENDS
+    fetched = "" if issubclass(recipe, HeadRecipe) else FETCHED  # those have no demonstration
+    distill.__doc__ = inspect.cleandoc(recipe.__doc__ or "") + ENDS.format(fetched=fetched)
     return distill
 
 
@@ -125,13 +140,14 @@ def _run(recipe: Recipe, output: Path, fresh: bool, config: Path | None, given: 
         fail("stopped; the same command continues where this one was", 130)
 
 
-def _option(field: dataclasses.Field[Any]) -> Any:
+def _option(field: dataclasses.Field[Any], kind: Any) -> Any:
     default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
     if isinstance(default, bool):
         default = "yes" if default else "no"
     # Not typer's own: the option's default is None, what was not given.
     told = "" if default is None else f" Default: {default}."
-    return typer.Option(help=field.metadata["help"] + told, show_default=False)
+    metavar = "<0,2,4>" if int in typing.get_args(_without_none(kind)) else None
+    return typer.Option(help=field.metadata["help"] + told, show_default=False, metavar=metavar)
 
 
 def _option_type(kind: Any, repeated: bool) -> Any:

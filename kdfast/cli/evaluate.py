@@ -231,7 +231,11 @@ def _of_run(folder: Path, teacher: str | None) -> _Chosen:
         )
     if recipe is None:
         names = ", ".join(recipe.name for recipe in RECIPES if _measured(recipe))
-        raise ValueError(f"model {folder}: expected a run of classifiers ({names}), got one of another recipe")
+        its = (run_settings(folder) or {}).get("recipe", "another recipe")
+        raise ValueError(
+            f"model {folder}: expected a run of classifiers ({names}), got one of {its}, whose table the run itself "
+            "measures (metrics.json); kdfast compare sets runs side by side"
+        )
     if teacher is not None:
         raise ValueError(
             f"teacher: expected none beside the run {folder}, which has its own, got {teacher}; one of its models, "

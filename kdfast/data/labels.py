@@ -26,6 +26,11 @@ def mismatch(argument: str, expected: object, got: object) -> TaskError:
     return TaskError(f"tasks: {argument}: expected {expected}, got {got}")
 
 
+def of_setting(error: TaskError, setting: str) -> ValueError:
+    """The same as a recipe's, of which this setting is the source."""
+    return ValueError(str(error).replace("tasks: source: ", f"{setting}: ").removeprefix("tasks: "))
+
+
 def has_labels(part: Any, column: str) -> bool:
     """Whether there is one: the test rows of a competition have -1 for all."""
     return column in part.column_names and any(value is not None and value != -1 for value in part[column])

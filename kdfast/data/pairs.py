@@ -33,7 +33,8 @@ def texts(part: Any, source_column: str | None = None, target_column: str | None
         ValueError: no such columns, one for both, or values that are no texts.
     """
     known = part.features
-    source, target = column_of(known, source_column, SOURCES), column_of(known, target_column, TARGETS)
+    source = column_of(known, source_column, SOURCES, "--source-column")
+    target = column_of(known, target_column, TARGETS, "--target-column")
     if source == target:
         raise ValueError(f"target_column: expected another column than the sources', got {target}")
     pairs = list(zip(part[source], part[target], strict=True))

@@ -14,8 +14,8 @@ from kdfast.data.text import OFF
 WORDS, TAGS = ("tokens", "words"), ("labels", "ner_tags", "tags", "pos_tags", "ner")  # names of columns
 
 
-def column_of(features: Mapping[str, Any], given: str | None, known: Sequence[str]) -> str:
-    """The column of this name, or the first there is of those that are known.
+def column_of(features: Mapping[str, Any], given: str | None, known: Sequence[str], option: str | None = None) -> str:
+    """The column of this name, or the first there is of those that are known; `option` is what names another.
 
     Raises:
         ValueError: there is none.
@@ -24,7 +24,8 @@ def column_of(features: Mapping[str, Any], given: str | None, known: Sequence[st
     for name in names:
         if name in features:
             return name
-    raise ValueError(f"data: expected a column {' or '.join(names)}, got columns {', '.join(features)}")
+    hint = f"; {option} names another" if given is None and option else ""
+    raise ValueError(f"data: expected a column {' or '.join(names)}, got columns {', '.join(features)}{hint}")
 
 
 def _numbers(feature: Any, values: Iterable[Any], classes: Mapping[str, int]) -> dict[Any, int]:
@@ -65,7 +66,7 @@ def rows(
         ValueError: no such columns, other labels than the model's, rows of more words than labels, or a tokenizer that
             takes no words.
     """
-    name = column_of(part.features, label_column, TAGS)
+    name = column_of(part.features, label_column, TAGS, "--label-column")
     words, tags = (
         [row.split() if isinstance(row, str) else row for row in part[column]]
         for column in (column_of(part.features, word_column, WORDS), name)

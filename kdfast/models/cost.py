@@ -80,12 +80,13 @@ def _of_blocks(x: torch.Size, values: torch.Size, *_: Any, **__: Any) -> int:
 
 
 def latencies_ms(
-    models: Mapping[str, nn.Module], batch: Mapping[str, Any], device: str, repeats: int = 15
+    models: Mapping[str, nn.Module], batch: Mapping[str, Any], device: str, repeats: int = 15, seconds: float = 0.0
 ) -> dict[str, list[float]]:
-    """Milliseconds of forward passes in evaluation mode, `repeats` of each; the models take turns."""
+    """Milliseconds of forward passes in evaluation mode, `repeats` of each and more until `seconds` have passed; the
+    models take turns."""
     calls = {name: lambda model=model: model(**batch) for name, model in models.items()}
     with evaluating(*models.values()), torch.inference_mode():
-        return timing.interleaved(calls, device, rounds=repeats, warm=2)
+        return timing.interleaved(calls, device, rounds=repeats, seconds=seconds, warm=2)
 
 
 @contextmanager

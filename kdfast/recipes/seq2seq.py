@@ -36,11 +36,19 @@ class Recipe(TokenRecipe, HeadRecipe):
     )
     teacher: str | None = setting(None, "Required. Encoder-decoder for these pairs, a folder or Hub name.")
     student_layers: tuple[int, ...] | None = setting(
-        None, "Without student: layers of the teacher's encoder that the student keeps, from 0. Default: all."
+        None,
+        "Without student: layers of the teacher's encoder that the student keeps, from 0 (of its decoder: "
+        "--decoder-layers). Default: all.",
     )
     decoder_layers: tuple[int, ...] | None = setting(
-        None, "Without student: layers of the decoder. Default: half of them, the first and the last among them."
+        None,
+        "Without student: layers of the teacher's decoder that the student keeps, from 0. Default: half, the first and "
+        "the last among them.",
     )
+    alpha: float = setting(
+        0.9, "Weight of the teacher; the targets get 1 - alpha. --targets teacher --alpha 0: the sequence level alone."
+    )
+    baseline: bool = setting(False, "Train the same student on the data's targets alone as well.")
     source_column: str | None = setting(
         None, "Column of the sources, or a language of a column translation. Default: found by name."
     )

@@ -189,8 +189,9 @@ def compare(folders: Sequence[Path], metric: str | None = None) -> Comparison:
             settings and seed; a metric that no model has.
     """
     runs = [Run.read(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
-    _check_alike(runs)
-    _check_tokenizers(runs)
+    _check_families(runs)
+    _check_tokenizers(runs)  # before the rows, which are of tokens
+    _check_rows(runs)
     metric = metric or runs[0].metric
     known = {name for run in runs for row in run.models.values() for name in row}
     if metric not in known:
@@ -244,8 +245,8 @@ def _trained_alone(run: Run) -> dict[str, float]:
     return run.models.get("student", {}) if alone else {}
 
 
-def _check_alike(runs: list[Run]) -> None:
-    """Numbers of different test rows, or of different kinds, are not to stand in one column."""
+def _check_families(runs: list[Run]) -> None:
+    """Numbers of different kinds are not to stand in one column."""
     first = runs[0]
     for run in runs[1:]:
         if run.family != first.family:
@@ -253,12 +254,6 @@ def _check_alike(runs: list[Run]) -> None:
                 f"{run.folder}: expected a run of {_kind(first)}, as {first.folder} is, got one of {_kind(run)}; "
                 "compare each kind alone"
             )
-        for name, value in first.measured_on.items():
-            if run.measured_on[name] != value:
-                raise ValueError(
-                    f"{run.folder}: expected a run measured on the rows of {first.folder}, {name} {value}, got {name} "
-                    f"{run.measured_on[name]}"
-                )
 
 
 def _check_tokenizers(runs: list[Run]) -> None:
@@ -271,6 +266,21 @@ def _check_tokenizers(runs: list[Run]) -> None:
                 f"{run.folder}: expected the tokenizer of {known[0].folder}, got another; what is measured per token "
                 "does not compare"
             )
+
+
+def _check_rows(runs: list[Run]) -> None:
+    """Nor are those of different test rows."""
+    first = runs[0]
+    for run in runs[1:]:
+        for name, value in first.measured_on.items():
+            theirs = run.measured_on[name]
+            if theirs == value:
+                continue
+            expected, got = f"rows of {first.folder}, {name} {value}", f"{name} {theirs}"
+            if name == "test":  # a fingerprint: the number of rows, and a digest
+                count, other = value.partition(",")[0], theirs.partition(",")[0]
+                expected, got = f"test rows of {first.folder} ({count})", "as many others" if count == other else other
+            raise ValueError(f"{run.folder}: expected a run measured on the {expected}, got {got}")
 
 
 def _kind(run: Run) -> str:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LITTLE = 1 << 20  # bytes: a disk with less is full
@@ -76,9 +76,23 @@ def why_not_writable(folder: Path) -> str | None:
     if not there.is_dir():
         return f"{there} is not a folder"
     if os.access(there, os.W_OK | os.X_OK):
-        return None
+        return _why_not_made(folder)
     read_only = os.statvfs(there).f_flag & os.ST_RDONLY
     return os.strerror(errno.EROFS if read_only else errno.EACCES).lower()
+
+
+def _why_not_made(folder: Path) -> str | None:
+    """Found by making it, and removing what was made: /proc says that root may write there."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"one that cannot be made ({str(error.strerror).lower()})"
+    finally:
+        for one in missing:
+            with suppress(OSError):  # not made, or another run's by now
+                one.rmdir()
+    return None
 
 
 def _there(place: Path) -> Path:

@@ -127,10 +127,8 @@ def costs(candidates: Mapping[str, Candidate]) -> dict[str, Metrics]:
     """Of `measure` what does not depend on what the models answer."""
     results = _times(candidates)
     for name, of in candidates.items():
-        its = size(of.model, Path(of.source))
-        if not its["megabytes"]:  # of the Hub, or not in safetensors
-            its["megabytes"] = cost.megabytes(of.model)
-        results[name] = its | {"gflop": cost.flops(_Ready(of, 1), {}) / 1e9} | results[name]
+        its = size(of.model, Path(of.source)) | {"gflop": cost.flops(_Ready(of, 1), {}) / 1e9}
+        results[name] = its | results[name]
     return results
 
 
@@ -193,14 +191,23 @@ def versions() -> dict[str, str]:
 
 
 def size(model: nn.Module, folder: Path) -> Metrics:
-    """Number of parameters, and megabytes (10⁶ bytes) of the weights saved in `folder`."""
-    saved = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return {"parameters": cost.parameters(model), "megabytes": saved / 1e6}
+    """Number of parameters, and megabytes (10⁶ bytes) of the weights saved in `folder`; of a model of the Hub, or not in
+    safetensors, as it would be saved, unless it is quantised, which is 0: not known."""
+    megabytes = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
+    if not megabytes and getattr(model, "hf_quantizer", None) is None:
+        megabytes = cost.megabytes(model)
+    return {"parameters": cost.parameters(model), "megabytes": megabytes}
 
 
-def latency_ms(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], repeats: int = 15) -> dict[str, float]:
-    """Median milliseconds of a forward pass, of `kdfast.models.cost.latencies_ms`."""
-    return {name: median(values) for name, values in cost.latencies_ms(models, batch, device(), repeats).items()}
+def speeds(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor]) -> dict[str, Metrics]:
+    """Tokens of the batch per second of a forward pass, the median, fastest and slowest: of 5 passes in turn, and of small
+    models as many more as a second has, which a busy machine disturbs the most."""
+    tokens, key = 1e3 * int(batch["attention_mask"].sum()), "tokens_per_second"
+    times = cost.latencies_ms(models, batch, device(), repeats=5, seconds=1.0)
+    return {
+        name: {key: tokens / median(ms), key + FAST: tokens / min(ms), key + SLOW: tokens / max(ms)}
+        for name, ms in times.items()
+    }
 
 
 SLOW, FAST = "_slowest", "_fastest"

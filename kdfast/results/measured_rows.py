@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from kdfast.data import tasks
+from kdfast.data.labels import of_setting
 from kdfast.recipes.base import Recipe
 from kdfast.recipes.classifier import ClassifierRecipe
 from kdfast.recipes.paths import METRICS, moved
@@ -26,7 +27,7 @@ def read(data: str | None, **settings: Any) -> tasks.Task:
     try:
         return tasks.load(data, **settings)
     except tasks.TaskError as error:
-        raise ValueError(str(error).replace("tasks: source:", "data:").removeprefix("tasks: ")) from None
+        raise of_setting(error, "data") from None
 
 
 def load(recipe: ClassifierRecipe, **instead: Any) -> tasks.Task:

@@ -71,17 +71,20 @@ def _distances(names: Collection[str]) -> str:
 
 MEDIAN = "ms: median forward pass, rows of median length"
 WIDE = 1.25  # times the median: a slowest pass that is told
+SPREAD = "; below it fastest–slowest, where far apart"
 
 
 def _latencies(rows: Iterable[Metrics]) -> str:
     """What a table says of them."""
-    told = any(_spread(row, name) for row in rows for name in row)
-    return MEDIAN + "; below it fastest–slowest, where far apart" * told
+    return MEDIAN + SPREAD * any(_spread(row, name) for row in rows for name in row)
 
 
 def _spread(row: Metrics, name: str) -> str:
     """In a line of its own, below the median."""
-    if name + SLOW not in row or row[name + SLOW] <= WIDE * row[name]:
+    if name + SLOW not in row:
+        return ""
+    low, high = sorted((row[name], row[name + SLOW]))  # of milliseconds the slowest is more, of speeds less
+    if high <= WIDE * low:
         return ""
     fast, slow = (f"{row[name + of]:.{0 if row[name + of] >= 9.95 else 1}f}" for of in (FAST, SLOW))
     return f"\n{fast}–{slow}"
@@ -122,7 +125,7 @@ def gain(results: Mapping[str, Metrics], metric: str) -> list[str]:
 def _cell(row: Metrics, name: str) -> str:
     _, factor, digits = column_of(name)
     value = row[name] * factor
-    return f"{value:.{digits if abs(value) < 99.95 else 0}f}"
+    return f"{value:{_form(value, digits if abs(value) < 99.95 else 0)}}"
 
 
 LANGUAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -143,17 +146,20 @@ def language_table(results: Mapping[str, Metrics], caption: str) -> Table:
     columns = [column for column in LANGUAGE_COLUMNS if any(column[0] in row for row in results.values())]
     table = _table(
         "Held-out text: teacher and student",
-        f"{caption}. Tokens per second: one forward pass",
+        f"{caption}. Tokens per second: median forward pass"
+        + SPREAD * any(_spread(row, "tokens_per_second") for row in results.values()),
         [heading for _, heading, _ in columns],
     )
 
     def cell(name: str, value: float, form: str) -> str:
         if name == "megabytes" and not value:  # not saved here
             return "–"
+        if name == "megabytes":
+            form = _form(value, 0)
         return f"{value * FACTORS.get(name, 1):{'.1e' if name == 'perplexity' and value >= 1e4 else form}}"
 
     for title, row in results.items():
-        table.add_row(title, *(cell(name, row[name], form) for name, _, form in columns))
+        table.add_row(title, *(cell(name, row[name], form) + _spread(row, name) for name, _, form in columns))
     return table
 
 
@@ -163,7 +169,8 @@ def column_of(name: str) -> tuple[str, float, int]:
 
 
 def _form(value: float, digits: int) -> str:
-    return f".{digits}f" if abs(value) < 1e5 else ".1e"
+    """Below 1 with two digits at least, which what is small would be 0 without."""
+    return f".{digits or 2 * (0 < abs(value) < 1)}f" if abs(value) < 1e5 else ".1e"
 
 
 def evaluation_table(results: Mapping[str, Metrics], data: str, rows: int, teacher: str | None = None) -> Table:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from kdfast.data import files, tasks
+from kdfast.data.labels import of_setting
 from kdfast.models import pairing, students
 from kdfast.models.loading import load_tokenizer, named, pretrained
 from kdfast.objective import Objective
@@ -32,6 +33,7 @@ class HeadRun(LanguageRun):
     """One run in its folder, as `LanguageRun` has it.
 
     Attributes:
+        kind_of_rows: what `data` has.
         collate: makes batches.
         labelled_rows: those of `train` with the labels that the data have.
         rows_of_a_pass: without a backward.
@@ -39,6 +41,7 @@ class HeadRun(LanguageRun):
 
     titles: ClassVar = {**LanguageRun.titles, LABELS_ONLY: "student, labels alone"}
     losses: ClassVar = {"kl": "teacher's term", "ce": "labels' term"}
+    kind_of_rows: ClassVar[str] = "labelled rows"
     collate: Any
     rows_of_a_pass = 32
 
@@ -64,12 +67,14 @@ class HeadRun(LanguageRun):
         """The teacher, and what depends on it alone."""
         r = self.recipe
         needed = {
-            "data": "labelled rows, a file, a folder or a Hub name",
+            "data": f"{self.kind_of_rows}, a file, a folder or a Hub name",
             "teacher": f"{self.kind}, a folder or Hub name",
         }
-        for name, expected in needed.items():
-            if getattr(r, name) is None:
-                raise ValueError(f"{name}: expected {expected}, got none")
+        absent = "; ".join(
+            f"{name}: expected {of}, got none" for name, of in needed.items() if getattr(r, name) is None
+        )
+        if absent:
+            raise ValueError(absent)
         datasets.disable_progress_bars()
         self.teacher = self.load_teacher(r.teacher, quantised=r.student is not None)
         self._check_task(f"teacher {r.teacher}", self.teacher)
@@ -136,7 +141,10 @@ class HeadRun(LanguageRun):
         if "train" not in parts:
             raise ValueError(f"data {r.data}: expected a split train, got {', '.join(parts)}")
         tests = [parts[name] for name in tasks.TEST_SPLITS if name in parts and self.labelled(parts[name])]
-        train, test = (parts["train"], tests[0]) if tests else tasks.hold_out(parts["train"], r.data)
+        try:
+            train, test = (parts["train"], tests[0]) if tests else tasks.hold_out(parts["train"], r.data)
+        except tasks.TaskError as error:
+            raise of_setting(error, "data") from None
         return tasks.first(train, r.train_rows), tasks.first(test, r.test_rows)
 
     # ---- training ----

@@ -266,10 +266,11 @@ class LanguageRun:
                 model.eval()
             results = self.quality(models)
             batch = {k: v.to(device()) for k, v in self.timed_batch().items() if k != "labels"}
-            milliseconds = measure.latency_ms(models, batch, repeats=5)
+            speeds_of = measure.speeds(models, batch)
             for name, model in models.items():
-                results[name] |= measure.size(model, self.folder / name)
-                results[name]["tokens_per_second"] = 1e3 * int(batch["attention_mask"].sum()) / milliseconds[name]
+                given = self.recipe.teacher if name == "teacher" else None
+                results[name] |= measure.size(model, self.folder / name if given is None else Path(given))
+                results[name] |= speeds_of[name]
             speeds = [event["train_tokens_per_second"] for event in history if "train_tokens_per_second" in event]
             training = {
                 "precision": stages.trained_in(self.folder / "student"),

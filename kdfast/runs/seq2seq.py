@@ -32,6 +32,7 @@ class Seq2SeqRun(HeadRun):
     caption: ClassVar = "Perplexity, KL from the teacher's distribution at T = 1 in nats: of the targets' tokens"
     auto = AutoModelForSeq2SeqLM
     kind = "an encoder-decoder of text"
+    kind_of_rows = "pairs of texts, a source and its target"
     metric = "perplexity"
 
     def prepare(self) -> None:

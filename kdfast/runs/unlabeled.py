@@ -11,6 +11,7 @@ from rich.console import Console
 from torch.utils.data import Subset
 
 from kdfast.data import files, tasks
+from kdfast.data.labels import of_setting
 from kdfast.data.text import OFF
 from kdfast.recipes.classifier import ClassifierRecipe
 
@@ -32,7 +33,7 @@ def texts_of(recipe: ClassifierRecipe, task: tasks.Task, console: Console) -> An
     try:
         texts = tasks.texts(recipe.unlabeled, task, text_columns=recipe.text_columns)
     except tasks.TaskError as error:
-        raise ValueError(str(error).removeprefix("tasks: ").replace("source: ", "unlabeled: ", 1)) from None
+        raise of_setting(error, "unlabeled") from None
     console.print(f"{files.shown_name(recipe.unlabeled)}: {len(texts):,} rows of text without labels beside")
     return texts
 
