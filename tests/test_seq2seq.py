@@ -225,7 +225,7 @@ def test_targets_that_the_teacher_writes(kind: str, recipe: seq2seq.Recipe, tmp_
     stages.write_config(tmp_path / "run", recipe.as_dict())
     sources = {str(row["input_ids"]): row["labels"] for row in run.train}
     run.train_teacher()
-    assert len(run.train) == 54
+    assert 27 < len(run.train) <= 54  # but for those of embeddings that are no token's, which are no text
     for row in run.train[::9]:
         ids = torch.tensor([row["input_ids"]])
         found = run.teacher.generate(ids, num_beams=3, do_sample=False, max_new_tokens=8)[0, 1:].tolist()
@@ -245,7 +245,8 @@ def test_targets_that_the_teacher_writes(kind: str, recipe: seq2seq.Recipe, tmp_
 
 def test_run_on_targets_of_the_teacher(recipe: seq2seq.Recipe, tmp_path: Path) -> None:
     """The baseline has the data's own, and no teacher."""
-    recipe = dataclasses.replace(recipe, targets="teacher", beams=2, baseline=True, epochs=6)
+    teacher = str(saved(tmp_path / "writer", "t5", layers=3, seed=3))  # of text
+    recipe = dataclasses.replace(recipe, teacher=teacher, targets="teacher", beams=2, baseline=True, epochs=6)
     results = runs.run(recipe, tmp_path / "run", quiet())
     assert list(results) == ["teacher", "start", "labels_only", "student"]
     assert results["student"]["kl_to_teacher"] < results["start"]["kl_to_teacher"]

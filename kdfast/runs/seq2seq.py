@@ -88,11 +88,11 @@ class Seq2SeqRun(HeadRun):
 
     def train_teacher(self) -> None:
         """Where the targets are to be the teacher's, it writes them."""
-        r, given = self.recipe, len(self.train)
+        r, given = self.recipe, len(self.labelled_rows)
         if r.targets != "teacher":
             return
         self.train = written.rows(
-            self.teacher, self.train, self.tokenizer, self.folder / WRITTEN, r.beams, r.max_target_length
+            self.teacher, self.labelled_rows, self.tokenizer, self.folder / WRITTEN, r.beams, r.max_target_length
         )
         if not self.train:
             raise ValueError(
