@@ -44,6 +44,7 @@ thread)
   build_with "$check"
   preloaded="$(of_compiler libtsan.so) $(of_compiler libstdc++.so.6)"
   export OMP_NUM_THREADS=1 TSAN_OPTIONS=halt_on_error=1
+  export TOKENIZERS_PARALLELISM=false RAYON_NUM_THREADS=1  # threads of Rust are unknown to it
   unfit+=" or whatever_the_threads or threads_do_not_change"
   ;;
 *)
