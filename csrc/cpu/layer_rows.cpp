@@ -48,7 +48,7 @@ struct Counted {
 };
 
 // The first `half` columns, whole blocks, and as many after these in turn: where nothing is written, processors look
-// further ahead of two streams than of one.
+// further ahead of two streams than of one. Those of 16 bits are too short for it to pay.
 template <class S, class T>
 double squared_halves(const S* s, const T* t, int64_t half) {
   using V = Vector<S>;

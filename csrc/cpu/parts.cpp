@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/indices.h"
 #include "cpu/tensors.h"
 #include "cpu/variant.h"
 
@@ -28,10 +29,9 @@ class Order {
  public:
   Order(const char* op, const char* argument, const Indices& indices, int64_t all)
       : indices_(indices ? (const int64_t*)indices->const_data_ptr() : nullptr), count_(count_of(indices, all)) {
-    for (int64_t i = 0; indices_ && i < count_; ++i) {
-      STD_TORCH_CHECK(indices_[i] > (i ? indices_[i - 1] : -1) && indices_[i] < all, op, ": ", argument,
-                      ": expected sorted indices below ", all, ", each once, got ", indices_[i], " at ", i);
-    }
+    const int64_t good = indices_ ? sorted_once(indices_, count_, all) : count_;
+    STD_TORCH_CHECK(good == count_, op, ": ", argument, ": expected sorted indices below ", all, ", each once, got ",
+                    indices_[good], " at ", good);
   }
   int64_t count() const { return count_; }
   const int64_t* data() const { return indices_; }

@@ -7,6 +7,7 @@
 
 #include "common/divergence_facts.h"
 #include "common/divergence_schema.h"
+#include "common/indices.h"
 #include "cuda/block_sparse.h"
 #include "cuda/plan.h"
 #include "host/build_info.h"
@@ -25,11 +26,7 @@ void ask_huge_pages([[maybe_unused]] uintptr_t data, [[maybe_unused]] size_t byt
 
 // As a call of its own: a handful of torch's take longer than a product of few rows may.
 bool is_sorted_once(uintptr_t data, int64_t count, int64_t below) {
-  const auto* indices = (const int64_t*)data;
-  for (int64_t i = 0, least = 0; i < count; least = indices[i++] + 1) {
-    if (indices[i] < least || indices[i] >= below) return false;
-  }
-  return true;
+  return kdfast::sorted_once((const int64_t*)data, count, below) == count;
 }
 
 // `room`: the largest cluster that the device has room for.

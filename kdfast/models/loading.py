@@ -117,10 +117,15 @@ def _loaded(kind: Any, who: str, source: str | Path, unreachable: str | None, **
         raise ValueError(f"{who}: expected what transformers loads, got {got}") from None
 
 
+def language_model(saved_as: str) -> tuple[str, str] | None:
+    """What a class of transformers' language models is, and the recipe that distils it."""
+    return next(((what, recipe) for what, recipe, models in LANGUAGE.values() if saved_as in models.values()), None)
+
+
 def _of_another_kind(kind: Any, who: str, config: Any) -> ValueError:
     name, saved_as = kind.__name__, (config.architectures or [config.model_type])[0]
     expected = f"{LANGUAGE[name][0]} ({name})" if name in LANGUAGE else f"what {name} loads"
-    other = next(((what, recipe) for what, recipe, models in LANGUAGE.values() if saved_as in models.values()), None)
+    other = language_model(saved_as)
     hint = f", {other[0]}, which {other[1]} distils" if other else ""
     return ValueError(f"{who}: expected {expected}, got {saved_as}{hint}")
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
-from kdfast.models.loading import named, pretrained
-from kdfast.recipes import question_answering, token_classification
+from kdfast.models.loading import language_model, named, pretrained
+from kdfast.recipes import question_answering, seq2seq, token_classification
 from kdfast.recipes.heads import HeadRecipe
 from kdfast.results.measure import Candidate, Metrics, costs
 from kdfast.runs.heads import HeadRun
@@ -34,11 +33,13 @@ def recipe_of(argument: str, source: str | Path) -> type[HeadRecipe] | None:
         ValueError: there is no model, or one that writes a text for another.
     """
     saved_as = pretrained(AutoConfig, argument, source).architectures or []
-    if writers := set(saved_as) & {*MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()}:
-        raise ValueError(
-            f"{named(argument, source)}: expected a classifier, regressor, token classifier or model for question "
-            f"answering, got an encoder-decoder ({writers.pop()}), which only its run measures: kdfast distill seq2seq"
-        )
+    for one in saved_as:
+        what, recipe = language_model(one) or ("", "")
+        if recipe == seq2seq.Recipe.name:
+            raise ValueError(
+                f"{named(argument, source)}: expected a classifier, regressor, token classifier or model for question "
+                f"answering, got {what} ({one}), which only its run measures: kdfast distill {recipe}"
+            )
     return next((recipe for name, recipe in CLASSES.items() if any(one.endswith(name) for one in saved_as)), None)
 
 

@@ -268,9 +268,9 @@ class LanguageRun:
             batch = {k: v.to(device()) for k, v in self.timed_batch().items() if k != "labels"}
             speeds_of = measure.speeds(models, batch)
             for name, model in models.items():
-                given = self.recipe.teacher if name == "teacher" else None
-                results[name] |= measure.size(model, self.folder / name if given is None else Path(given))
-                results[name] |= speeds_of[name]
+                own = name != "teacher" or self.recipe.teacher is None
+                folder = self.folder / name if own else Path(self.recipe.teacher)
+                results[name] |= measure.size(model, folder) | speeds_of[name]
             speeds = [event["train_tokens_per_second"] for event in history if "train_tokens_per_second" in event]
             training = {
                 "precision": stages.trained_in(self.folder / "student"),
