@@ -40,7 +40,7 @@ struct Registers {
 #define KDFAST_TILE_ZERO(t) asm volatile("tilezero %%tmm" #t::)
 
 KDFAST_LOCAL void amx_tile(const Tile<AmxPairs>& t) {
-  const int64_t w_row = 4 * t.w_row, c_row = 4 * t.c_row;
+  const int64_t c_row = 4 * t.c_row;
   float* below = t.c + 16 * t.c_row;
   if (t.add) {
     KDFAST_TILE_LOAD(0, t.c, c_row);
@@ -56,11 +56,11 @@ KDFAST_LOCAL void amx_tile(const Tile<AmxPairs>& t) {
   for (int64_t n = 0; n < t.count; ++n) {
     const char* a = t.a + (t.index ? t.index[n] : 0) * t.a_block;
     const float* w = t.w + n * t.w_block;
-    for (int64_t q = 0; q < t.words; q += 16, a += 64, w += 16 * t.w_row) {
-      KDFAST_TILE_LOAD(6, w, w_row);
+    for (int64_t q = 0; q < t.words; q += 16, a += 64, w += 256) {
+      KDFAST_TILE_LOAD(6, w, 64);
       KDFAST_TILE_LOAD(4, a, t.a_row);
       KDFAST_TILE_PRODUCT(0, 4, 6);
-      KDFAST_TILE_LOAD(7, w + 16, w_row);
+      KDFAST_TILE_LOAD(7, w + t.w_step.group, 64);
       KDFAST_TILE_PRODUCT(1, 4, 7);
       KDFAST_TILE_LOAD(5, a + 16 * t.a_row, t.a_row);
       KDFAST_TILE_PRODUCT(2, 5, 6);
@@ -79,7 +79,7 @@ inline void products<AmxPairs>(const Tile<AmxPairs>& t, int64_t rows, int64_t wi
   for (int64_t p = 0; p < width; p += 32) {
     for (int64_t m = 0; m < rows; m += 32) {
       Tile<AmxPairs> at = t;
-      at.a += m * t.a_row, at.w += p, at.c += m * t.c_row + p;
+      at.a += m * t.a_row, at.w += p / 16 * t.w_step.group, at.c += m * t.c_row + p;
       amx_tile(at);
     }
   }

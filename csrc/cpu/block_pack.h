@@ -45,14 +45,16 @@ KDFAST_LOCAL Floats paired(const BFloat16* even, const BFloat16* odd) {
 // Rows of `width` numbers, whole vectors, to words [rows / kNumbers, width].
 template <class P>
 void pack_rows(const typename P::Number* from, int64_t from_row, int64_t rows, int64_t width, typename P::Word* to,
-               int64_t to_row) {
+               Steps step) {
   constexpr int L = VectorOf<typename P::Sum>::count;
-  for (int64_t i = 0; i < rows; i += P::kNumbers, from += P::kNumbers * from_row, to += to_row) {
+  for (int64_t i = 0; i < rows; i += P::kNumbers, from += P::kNumbers * from_row, to += step.row) {
     if constexpr (P::kNumbers == 1) {
       for (int64_t p = 0; p < width; p += L) store(to + p, load(from + p));
     } else {
       const auto* odd = i + 1 < rows ? from + from_row : nullptr;
-      for (int64_t p = 0; p < width; p += L) store(to + p, paired(from + p, odd ? odd + p : nullptr));
+      for (int64_t p = 0; p < width; p += L) {
+        store(to + p / L * step.group, paired(from + p, odd ? odd + p : nullptr));
+      }
     }
   }
 }
@@ -60,7 +62,7 @@ void pack_rows(const typename P::Number* from, int64_t from_row, int64_t rows, i
 // `width` rows of words that lie side by side, 16 by 16, to [words, width].
 template <class P>
 void pack_turned(const typename P::Number* from, int64_t from_row, int64_t width, int64_t words, typename P::Word* to,
-                 int64_t to_row) {
+                 Steps step) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(typename P::Word) == 4) {
     for (int64_t p = 0; p < width; p += 16) {
@@ -75,22 +77,24 @@ void pack_turned(const typename P::Number* from, int64_t from_row, int64_t width
             memcpy(&in[i], at, sizeof(Floats));
           }
         }
-        store_turned(in, to + q * to_row + p, to_row);
+        store_turned(in, to + q * step.row + p / 16 * step.group, step.row);
       }
     }
     return;
   }
 #endif
   for (int64_t p = 0; p < width; ++p) {
-    for (int64_t q = 0; q < words; ++q) to[q * to_row + p] = widened(from[p * from_row + q]);
+    for (int64_t q = 0; q < words; ++q) to[q * step.row + p] = widened(from[p * from_row + q]);
   }
 }
 
 // The packed form of a block of `blocks`: [depth in words, width].
 template <class P>
 void pack_block(const typename P::Number* from, const Blocks& b, typename P::Word* to) {
-  b.turned ? pack_turned<P>(from, b.depth, b.width, b.depth / P::kNumbers, to, b.width)
-           : pack_rows<P>(from, b.width, b.depth, b.width, to, b.width);
+  const int64_t words = b.depth / P::kNumbers;
+  const Steps steps = steps_of<P>(b.width, words);
+  b.turned ? pack_turned<P>(from, b.depth, b.width, words, to, steps)
+           : pack_rows<P>(from, b.width, b.depth, b.width, to, steps);
 }
 
 // Sums, with a bias where there is one, in their dtype.

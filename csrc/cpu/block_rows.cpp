@@ -53,7 +53,7 @@ Tile<P> rows_of(const BlockProduct& call, int64_t m, int64_t some) {
   if constexpr (!P::kReadsInPlace) {
     auto* to = (float*)call.room;
     for (int64_t r = 0; r < some; ++r, from += call.a_row, to += call.a_columns) {
-      pack_rows<P>(from, 0, 1, call.a_columns, to, call.a_columns);
+      pack_rows<P>(from, 0, 1, call.a_columns, to, Steps{call.a_columns, 16});
     }
     t.a = call.room, t.a_row = call.a_columns * 4;
   } else if (P::kAmx && some % 32) {
@@ -98,7 +98,7 @@ void block_rows(const BlockProduct& call, int64_t first, int64_t last, int64_t f
   for (int64_t m = from; m < until; m += P::kChunk) {
     const int64_t some = until - m < P::kChunk ? until - m : P::kChunk;
     Tile<P> t = rows_of<P>(call, m, some);
-    t.words = b.depth / P::kNumbers, t.w_row = b.width, t.w_block = block;
+    t.words = b.depth / P::kNumbers, t.w_step = steps_of<P>(b.width, t.words), t.w_block = block;
     t.a_word = int64_t(sizeof(Word)), t.a_block = t.words * t.a_word;
     for (int64_t i = first; i < last; ++i) {
       const int64_t at = b.begin[i];
@@ -171,10 +171,10 @@ void pack_panel(const void* from, int64_t from_row, int64_t some, int64_t width,
     }
     if (of_dy) return;
     const int64_t filled = (some + 1) / 2;
-    memset(to + filled * width, 0, (words - filled) * width * sizeof(*to));
+    for (int64_t p = 0; p < width; p += 16) memset(to + p * words + filled * 16, 0, (words - filled) * 64);
   }
 #endif
-  pack_rows<P>(numbers, from_row, some, width, to, width);
+  pack_rows<P>(numbers, from_row, some, width, to, steps_of<P>(width, words_of<P>(some)));
 }
 
 // Adds dy^T x of a panel to the sums of a block [r, c].
@@ -184,7 +184,7 @@ void add_block(const typename P::Word* dy, const typename P::Word* x, int64_t wo
   constexpr int64_t size = sizeof(typename P::Word);
   Tile<P> t{};
   t.a = (const char*)dy, t.a_row = P::kAmx ? words * size : size, t.a_word = P::kAmx ? size : r * size;
-  t.w = x, t.w_row = c, t.words = words, t.count = 1;
+  t.w = x, t.w_step = steps_of<P>(c, words), t.words = words, t.count = 1;
   t.add = add, t.c = sums, t.c_row = c;
   products(t, r, c);
 }

@@ -55,13 +55,24 @@ struct Pairs : Direct<float> {
 #endif
 
 // ---- tiles ----
+// Where packed words lie: steps from word to word of the inner dimension, and from 16 columns to the next. Tiles of AMX
+// are whole kilobytes: rows of them a multiple of 1 KB apart would share a few sets of the cache.
+struct Steps {
+  int64_t row, group;
+};
+template <class P>
+Steps steps_of(int64_t width, int64_t words) {
+  return P::kAmx ? Steps{16, 16 * words} : Steps{width, 16};
+}
+
 // Some blocks of one block row. index: null for the only one.
 template <class P>
 struct Tile {
   const char* a;
   int64_t a_row, a_word, a_block;  // bytes from one to the next
   const typename P::Word* w;
-  int64_t w_row, w_block;        // words
+  Steps w_step;
+  int64_t w_block;               // words
   int64_t words;                 // of a block's depth
   const int64_t *index, *place;  // place: null where blocks lie one after another
   int64_t count;
@@ -81,7 +92,7 @@ __attribute__((noinline)) void tile(const Tile<P>& t) {
 #pragma GCC unroll 4
     for (int v = 0; v < VECS; ++v) __builtin_prefetch(t.c + r * t.c_row + v * L, 1, 3);
   }
-  const int64_t a_row = t.a_row, w_row = t.w_row;
+  const int64_t a_row = t.a_row, w_row = t.w_step.row;
   for (int64_t n = 0; n < t.count; ++n) {
     const typename P::Word* w = t.w + (t.place ? t.place[n] : n) * t.w_block;
     const char* a = t.a + (t.index ? t.index[n] : 0) * t.a_block;

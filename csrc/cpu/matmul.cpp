@@ -103,7 +103,6 @@ void matmul(Tensor c, Tensor a, Tensor b, std::optional<Tensor> bias, bool add) 
   const Grid grid = grid_of(p, torch::stable::get_num_threads());
   const int64_t row_steps = steps(p.rows, kRowStep), column_steps = steps(p.columns, kColumnStep);
   torch::stable::parallel_for(0, grid.rows * grid.columns, 1, [&](int64_t from, int64_t until) {
-    const Room memory(kernels.room(p));
     for (int64_t i = from; i < until; ++i) {
       auto cut = [](int64_t all, int64_t at, int64_t of, int64_t step, int64_t most) {
         return std::min(all * at / of * step, most);
@@ -118,6 +117,7 @@ void matmul(Tensor c, Tensor a, Tensor b, std::optional<Tensor> bias, bool add) 
       part.b.data = (const char*)p.b.data + left * p.b.column * b_size;
       part.c = (char*)p.c + (top * p.c_row + left) * c_size;
       part.bias = bias ? (const char*)bias->const_data_ptr() + left * c_size : nullptr;
+      const Room memory(kernels.room(part));
       part.room = memory.data();
       kernels.run(part);
     }

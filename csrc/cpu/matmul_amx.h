@@ -53,16 +53,19 @@ KDFAST_LOCAL void parts_of(float x, uint16_t* parts) {
   parts[0] = high.bits, parts[1] = low.bits;
 }
 
-// `rows` of A, `depth` numbers of each, to [parts, all_rows, words]; both are whole tiles.
+// `rows` of A, `depth` numbers of each, to [parts, all_rows, words]; both are whole tiles. What comes next is asked for:
+// pieces of rows are too short for the processor to see it coming.
 template <class A>
 void pack_tiles(const typename A::Number* from, int64_t row, int64_t column, int64_t rows, int64_t depth, float* to,
                 int64_t all_rows, int64_t words) {
+  constexpr int64_t kLine = 64 / sizeof(typename A::Number);
   const int64_t part = all_rows * words;
   int64_t r_done = 0, k_done = 0;  // so many of the first numbers of so many rows
   if (column == 1) {
     r_done = rows, k_done = depth / 32 * 32;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t k = 0; k < k_done; k += 32) {
+        for (int64_t i = k; i < k + 32 && r + 1 < rows; i += kLine) __builtin_prefetch(from + (r + 1) * row + i);
         Floats parts[A::kParts];
         load_words(from + r * row + k, parts);
         for (int i = 0; i < A::kParts; ++i) store(to + i * part + r * words + k / 2, parts[i]);
@@ -70,8 +73,11 @@ void pack_tiles(const typename A::Number* from, int64_t row, int64_t column, int
     }
   } else if (row == 1) {
     r_done = rows / 16 * 16, k_done = depth / 32 * 32;
-    for (int64_t r = 0; r < r_done; r += 16) {
-      for (int64_t k = 0; k < k_done; k += 32) {
+    for (int64_t k = 0; k < k_done; k += 32) {
+      for (int64_t i = k + 32; i < k + 64 && i < k_done; ++i) {
+        for (int64_t r = 0; r < r_done; r += kLine) __builtin_prefetch(from + i * column + r);
+      }
+      for (int64_t r = 0; r < r_done; r += 16) {
         Floats in[A::kParts][16];
         for (int64_t i = 0; i < 16; ++i) {
           Floats parts[A::kParts];

@@ -15,10 +15,14 @@ namespace {
 
 constexpr int64_t kCached = 640 << 10;  // bytes of a packed panel
 constexpr int64_t kMostWords = 768;     // of a panel's inner dimension
-constexpr int64_t kMostColumns = 512;   // of a panel: of more, the rows' sums would not stay beside it
-// Words that are summed before they join the rest: roundings stay small. Sums of pairs of short numbers need no care.
+constexpr int64_t kLeastWords = 256;    // of a panel that has all columns
+// Columns of a panel: of more, the rows' sums would not stay beside it. AMX has larger caches.
 template <class P>
-constexpr int64_t kDepth = P::kNumbers == 1 ? 256 : kMostWords;
+constexpr int64_t kMostColumns = P::kAmx ? 640 : 512;
+// Words that are summed before they join the rest: roundings stay small. Sums of pairs of short numbers need no care;
+// so much of AMX's tiles stays in the first-level cache, where they are read again.
+template <class P>
+constexpr int64_t kDepth = P::kAmx ? 128 : P::kNumbers == 1 ? 256 : kMostWords;
 template <class P>
 constexpr int64_t kRows = P::kAmx ? 64 : 48;  // of A that pass by at a time: whole tiles of any shape
 template <class P>
@@ -46,28 +50,28 @@ int64_t words_of(int64_t depth) {
   return P::kAmx ? rounded_up(words, 16) : words;
 }
 
-// `width` numbers along `step` and `depth` along `inner` to [words, to_row], zeros beyond what is there.
+// `width` numbers along `step` and `depth` along `inner` to [words, all_width], zeros beyond what is there.
 template <class P>
 void pack(const typename P::Number* from, int64_t step, int64_t inner, int64_t width, int64_t depth,
-          typename P::Word* to, int64_t to_row) {
-  const int64_t words = (depth + P::kNumbers - 1) / P::kNumbers;
+          typename P::Word* to, int64_t all_width) {
+  const int64_t words = (depth + P::kNumbers - 1) / P::kNumbers, all_words = words_of<P>(depth);
+  const Steps steps = steps_of<P>(all_width, all_words);
   int64_t p_done = 0, q_done = 0;  // so many of the first words of so many numbers
   if (step == 1) {
     p_done = width / 16 * 16, q_done = words;
-    pack_rows<P>(from, inner, depth, p_done, to, to_row);
+    pack_rows<P>(from, inner, depth, p_done, to, steps);
   } else if (inner == 1) {
     p_done = width / 16 * 16, q_done = depth / P::kNumbers / 16 * 16;
-    pack_turned<P>(from, step, p_done, q_done, to, to_row);
+    pack_turned<P>(from, step, p_done, q_done, to, steps);
   }
-  const int64_t all = words_of<P>(depth);
-  memset(to + words * to_row, 0, (all - words) * to_row * sizeof(*to));
-  for (int64_t q = 0; q < words; ++q) {
+  for (int64_t q = 0; q < all_words; ++q) {
     const typename P::Number* at = from + q * P::kNumbers * inner;
     const bool whole = (q + 1) * P::kNumbers <= depth;
-    for (int64_t p = q < q_done ? p_done : 0; p < width; ++p) {
-      to[q * to_row + p] = word_of<P>(at + p * step, whole ? at + p * step + inner : nullptr);
+    for (int64_t p = q < q_done ? p_done : 0; p < all_width; ++p) {
+      const bool there = q < words && p < width;
+      to[q * steps.row + p / 16 * steps.group + p % 16] =
+          there ? word_of<P>(at + p * step, whole ? at + p * step + inner : nullptr) : 0;
     }
-    for (int64_t p = width; p < to_row; ++p) to[q * to_row + p] = 0;
   }
 }
 
@@ -79,10 +83,18 @@ struct Cut {
 };
 template <class P>
 Cut cut_of(const Product& p) {
-  const int64_t words = words_of<P>(p.inner), panels = (words + kMostWords - 1) / kMostWords;
-  const int64_t deep = panels > 1 ? rounded_up((words + panels - 1) / panels, 16) : words;
-  const int64_t fit = kCached / ((deep ? deep : 1) * int64_t(sizeof(typename P::Word))) / 64 * 64;
-  return {deep * P::kNumbers, fit < 64 ? 64 : fit > kMostColumns ? kMostColumns : fit, panels > 1};
+  constexpr int64_t size = sizeof(typename P::Word), widest = kMostColumns<P>;
+  constexpr int64_t step = P::kAmx ? kDepth<P> : 16;  // where sums join others does not depend on the columns
+  const int64_t words = words_of<P>(p.inner);
+  int64_t most = kMostWords;
+  if (P::kAmx && p.columns <= widest) {  // A, which is packed for every strip, once
+    const int64_t fit = kCached / (rounded_up(p.columns, 64) * size) / step * step;
+    most = fit < kLeastWords ? kLeastWords : fit < most ? fit : most;
+  }
+  const int64_t panels = (words + most - 1) / most;
+  const int64_t deep = panels > 1 ? rounded_up((words + panels - 1) / panels, step) : words;
+  const int64_t fit = kCached / ((deep ? deep : 1) * size) / 64 * 64;
+  return {deep * P::kNumbers, fit < 64 ? 64 : fit > widest ? widest : fit, panels > 1};
 }
 template <class P>
 bool through_sums(const Product& p, int64_t width) {
@@ -141,13 +153,14 @@ Tile<P> rows_of(const Product& p, int64_t m, int64_t some, int64_t k, int64_t de
 template <class A, class P>
 void multiply(const Product& p, const Strip<P>& s, int64_t m, int64_t some, int64_t k, int64_t depth) {
   Tile<P> t = rows_of<A, P>(p, m, some, k, depth, s.a);
-  t.w = s.panel, t.w_row = s.to_row;
+  t.w = s.panel, t.w_step = steps_of<P>(s.to_row, words_of<P>(depth));
   t.c = s.sums, t.c_row = s.sums_row, t.add = s.add, t.bias = s.bias;
   const int64_t words = words_of<P>(depth);
-  for (int64_t q = 0; q == 0 || q < words; q += kDepth<P>, t.a += kDepth<P> * t.a_word, t.w += kDepth<P> * t.w_row) {
+  for (int64_t q = 0; q == 0 || q < words; q += kDepth<P>) {
     t.words = words - q < kDepth<P> ? words - q : kDepth<P>;
     products(t, some, s.to_row);
     t.add = true, t.bias = nullptr;
+    t.a += kDepth<P> * t.a_word, t.w += kDepth<P> * t.w_step.row;
   }
 }
 
