@@ -137,16 +137,18 @@ int64_t words_of(int64_t rows) {
 // Rows of a panel, by the numbers of the side that is kept packed.
 template <class P>
 int64_t panel_rows(int64_t numbers) {
-  const int64_t fit = kCached * P::kNumbers / (numbers * int64_t(sizeof(typename P::Word))) / 64 * 64;
+  constexpr int64_t kKept = P::kAmx ? 1 << 20 : kCached;  // with AMX the second-level cache has 2 MB
+  const int64_t fit = kKept * P::kNumbers / (numbers * int64_t(sizeof(typename P::Word))) / 64 * 64;
   return fit < 64 ? 64 : fit > P::kPanelRows ? P::kPanelRows : fit;
 }
 
-// Panels of the kept side, of the passing one, and which of the kept ones are packed.
+// Panels of the kept side, of the passing one, sums of a block, and which of the kept ones are packed.
 template <class P>
 int64_t gradient_room(const Blocks& b, int64_t inner_blocks) {
   const int64_t numbers = inner_blocks * b.depth;
   const int64_t panels = words_of<P>(panel_rows<P>(numbers)) * (numbers + b.width);
-  return panels * int64_t(sizeof(typename P::Word)) + inner_blocks;
+  return panels * int64_t(sizeof(typename P::Word)) + b.width * b.depth * int64_t(sizeof(typename P::Sum)) +
+         inner_blocks;
 }
 
 // `some` rows of a block's width of dy or x: words of the rows' direction, [words, width], but [width, words] of dy for
@@ -202,7 +204,8 @@ void gradient(const BlockGradient& call) {
   const int64_t kept_row = b.turned ? call.x_row : call.dy_row, passing_row = b.turned ? call.dy_row : call.x_row;
   const int64_t step = panel_rows<P>(inner * b.depth), most = words_of<P>(step);
   Word *panels = (Word*)call.room, *panel = panels + most * inner * b.depth;
-  bool* is_packed = (bool*)(panel + most * b.width);
+  Sum* of_block = (Sum*)(panel + most * b.width);
+  bool* is_packed = (bool*)(of_block + r * c);
   for (int64_t at = 0; at == 0 || at < call.rows; at += step) {
     const int64_t some = call.rows - at < step ? call.rows - at : step, words = words_of<P>(some);
     memset(is_packed, 0, inner);
@@ -218,7 +221,7 @@ void gradient(const BlockGradient& call) {
           pack_panel<P>(kept + at * kept_row + k * b.depth, kept_row, some, b.depth, !b.turned, other);
           is_packed[k] = true;
         }
-        Sum* sums = (Sum*)(P::kInPlace ? call.to : call.sums) + block;
+        Sum* sums = P::kInPlace ? (Sum*)call.to + block : call.rows > step ? (Sum*)call.sums + block : of_block;
         add_block<P>(b.turned ? panel : other, b.turned ? other : panel, words, r, c, at > 0, sums);
         if constexpr (!P::kInPlace) {
           if (at + some >= call.rows) narrow_rows(sums, c, r, c, (const Number*)nullptr, (Number*)call.to + block, c);

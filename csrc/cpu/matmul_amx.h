@@ -53,8 +53,8 @@ KDFAST_LOCAL void parts_of(float x, uint16_t* parts) {
   parts[0] = high.bits, parts[1] = low.bits;
 }
 
-// `rows` of A, `depth` numbers of each, to [parts, all_rows, words]; both are whole tiles. What comes next is asked for:
-// pieces of rows are too short for the processor to see it coming.
+// `rows` of A, `depth` numbers of each, to [parts, all_rows, words]; both are whole tiles. What comes next is asked
+// for: pieces of rows are too short for the processor to see it coming.
 template <class A>
 void pack_tiles(const typename A::Number* from, int64_t row, int64_t column, int64_t rows, int64_t depth, float* to,
                 int64_t all_rows, int64_t words) {

@@ -22,7 +22,9 @@ constexpr int64_t kMostColumns = P::kAmx ? 640 : 512;
 // Words that are summed before they join the rest: roundings stay small. Sums of pairs of short numbers need no care;
 // so much of AMX's tiles stays in the first-level cache, where they are read again.
 template <class P>
-constexpr int64_t kDepth = P::kAmx ? 128 : P::kNumbers == 1 ? 256 : kMostWords;
+constexpr int64_t kDepth = P::kAmx            ? 128
+                           : P::kNumbers == 1 ? 256
+                                              : kMostWords;
 template <class P>
 constexpr int64_t kRows = P::kAmx ? 64 : 48;  // of A that pass by at a time: whole tiles of any shape
 template <class P>
