@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_teacher
 import torch
+from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
 
 import kdfast
 from kdfast.cli import main
@@ -49,7 +50,7 @@ def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["distill", "hinton", "--student-layers=-1,2"], "student_layers: expected numbers from 0 on, got [-1, 2]"),
         (["distill", "hinton", "--learning-rate", "-1"], "learning_rate"),
         (["cache-teacher"], "Missing argument"),
-        (["cache-teacher", "/none", "a.txt", "out"], "model: expected a folder /none, got none"),
+        (["cache-teacher", "/none", "a.txt", "out"], "model /none: expected the folder of a model, got no folder"),
         (
             ["cache-teacher", "m", "a.txt", "out", "--layers", "1;2"],
             "layers: expected layer numbers such as 0,2,4, got '1;2'",
@@ -346,13 +347,36 @@ def test_models_that_cannot_be_loaded_give_one_line(
     (tmp_path / "model" / "model.safetensors").unlink()
     (tmp_path / "empty").mkdir()
     for folder, expected in {
-        "model": f"one that AutoModelForCausalLM loads from {tmp_path}",
-        "empty": f"a folder or Hub name of a transformers model, got '{tmp_path}",
+        "model": f"model: expected one that AutoModelForCausalLM loads from {tmp_path}",
+        "empty": f"model {tmp_path / 'empty'}: expected what transformers loads, got ",
     }.items():
         assert _run(monkeypatch, "cache-teacher", str(tmp_path / folder), *teacher[2:]) == 2
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1)
-        assert f"kdfast: model: expected {expected}" in err
+        assert err.startswith(f"kdfast: {expected}")
+
+
+@pytest.mark.parametrize("kept", [(), ("tokenizer_config.json",)])
+def test_models_without_a_tokenizer_are_not_cached(
+    kept: tuple[str, ...],
+    teacher: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """transformers makes up one whose every word is unknown, and a cache of its rows looks like any other."""
+    T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(
+        tmp_path / "t5"
+    )
+    T5Tokenizer().save_pretrained(tmp_path / "made-up")
+    for name in kept:
+        (tmp_path / "made-up" / name).rename(tmp_path / "t5" / name)
+    got = "tokenizer_config.json without its vocabulary (tokenizer.json or spiece.model)" if kept else "one without"
+    assert _run(monkeypatch, teacher[0], str(tmp_path / "t5"), *teacher[2:], "--outputs", "cls") == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"kdfast: model {tmp_path / 't5'}: expected a model with a tokenizer, got {got}; save ")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_module_can_be_run() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForTokenClassification,
+    BartTokenizer,
     BertConfig,
     BertForSequenceClassification,
     ByT5Tokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    T5Tokenizer,
 )
 
 from kdfast.models.loading import load_tokenizer, pretrained
@@ -80,6 +83,57 @@ def test_folders_without_a_tokenizer(kind: str, tmp_path: Path) -> None:
     expected = f"student {tmp_path}: expected a model with a tokenizer, got one without; save it beside the model"
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
         load_tokenizer("student", tmp_path)
+
+
+# Classes of tokenizers, and the files that their vocabulary may be in; none where transformers itself fails without.
+FILES = {
+    "T5Tokenizer": "tokenizer.json or spiece.model",
+    "BartTokenizer": "tokenizer.json or vocab.json",
+    "BertTokenizer": "tokenizer.json or vocab.txt",
+    "GemmaTokenizer": "tokenizer.json",
+    **dict.fromkeys(("PreTrainedTokenizerFast", "PegasusTokenizer", "EsmTokenizer", "BertweetTokenizer")),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("more", [False, True])
+def test_tokenizers_without_their_vocabulary(kind: str, more: bool, tmp_path: Path) -> None:
+    """Of which transformers makes up one, too. With special tokens of the configuration T5's hundred are none."""
+    t5(0, 1).save_pretrained(tmp_path)
+    settings: dict[str, Any] = {"tokenizer_class": kind}
+    if more:
+        added = {"900": {"content": "<tool>", "special": False}}
+        settings |= {"extra_special_tokens": ["<|user|>"], "added_tokens_decoder": added}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    its = f"its vocabulary ({FILES[kind]})" if FILES[kind] else "its vocabulary"
+    expected = (
+        f"teacher {tmp_path}: expected a model with a tokenizer, got tokenizer_config.json without {its}; save the "
+        "whole tokenizer beside the model"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        load_tokenizer("teacher", tmp_path)
+
+
+@pytest.mark.parametrize("kind", [T5Tokenizer, BartTokenizer])
+def test_tokenizers_that_were_made_up_and_saved(kind: Any, tmp_path: Path) -> None:
+    kind().save_pretrained(tmp_path)
+    expected = "got one that knows no word (tokenizer.json); save the right one beside the model"
+    with pytest.raises(ValueError, match=f"^teacher .*{re.escape(expected)}$"):
+        load_tokenizer("teacher", tmp_path)
+
+
+def test_tokenizers_of_one_word(tmp_path: Path) -> None:
+    """Small, but not made up; what else is in the configuration changes nothing."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁film", -1.0)]
+    T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(tmp_path)
+    assert load_tokenizer("teacher", tmp_path)("film")["input_ids"] == [3, 1]
+
+
+def test_tokenizers_that_cannot_be_loaded_for_other_reasons(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"')
+    with pytest.raises(ValueError, match=f"^teacher {re.escape(str(tmp_path))}: expected what transformers loads, got"):
+        load_tokenizer("teacher", tmp_path)
 
 
 def test_tokenizers_of_their_own_files(tmp_path: Path) -> None:

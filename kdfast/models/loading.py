@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ LANGUAGE = {
     "AutoModelForMaskedLM": ("a masked language model", "distilbert", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
 }
 UNKNOWN = "Unrecognized configuration class"  # how transformers tells of a model that is none of a class's
+# And of a tokenizer whose class makes up no vocabulary where there is no file of it; the last is Pegasus.
+NO_FILE = (
+    *("instantiate the backend tokenizer", "not NoneType", "has no attribute 'readlines'", "path 'None'"),
+    "('<unk>', 0.0) is not in list",
+)
 
 
 def classifier(task: tasks.Task, argument: str, source: str | Path) -> Any:
@@ -58,7 +64,7 @@ def classifier(task: tasks.Task, argument: str, source: str | Path) -> Any:
 
 
 def load_tokenizer(argument: str, source: str | Path) -> Any:
-    """The tokenizer of a model. In a folder without one, transformers finds a tokenizer that knows no word.
+    """The tokenizer of a model. Without one, or without its vocabulary, transformers makes up one that knows no word.
 
     Raises:
         ValueError: it cannot be loaded, or is such a one.
@@ -68,21 +74,45 @@ def load_tokenizer(argument: str, source: str | Path) -> Any:
         inside = [str(path.parent) for path in sorted(Path(source).glob("*/config.json"))]
         hint = f"; its models are {', '.join(inside)}" if inside else ""
         raise ValueError(f"{who}: expected a model, got the folder of a run{hint}")
-    absent = ValueError(f"{who}: expected a model with a tokenizer, got one without; save it beside the model")
     try:
         tokenizer = pretrained(AutoTokenizer, argument, source)
-    except ValueError as error:  # of models with a tokenizer of no class of its own
-        raise (absent if "instantiate the backend tokenizer" in str(error) else error) from None
-    if len(tokenizer) <= len(tokenizer.all_special_ids) or (Path(source).is_dir() and _invented(tokenizer, source)):
-        raise absent
-    return tokenizer
+    except (AttributeError, TypeError, ValueError) as error:
+        if not any(words in str(error) for words in NO_FILE):
+            raise
+        got = _lack(source)
+    else:
+        if not _knows_no_word(tokenizer):
+            return tokenizer
+        names = (FULL_TOKENIZER_FILE, tokenizer.vocab_files_names.get("vocab_file"))
+        got = _lack(source, [name for name in names if name])
+    raise ValueError(f"{who}: expected a model with a tokenizer, got {got}")
 
 
-def _invented(tokenizer: Any, folder: str | Path) -> bool:
-    """Whether a tokenizer that is read of files has none in the folder. T5's has one token then that is not special."""
-    files = tokenizer.vocab_files_names.values()
-    known = (FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, *files)
-    return bool(files) and not any((Path(folder) / name).is_file() for name in known)
+def _knows_no_word(tokenizer: Any) -> bool:
+    """Whether it has nothing but special and added tokens and what its class makes up of no file: of T5 and its like
+    one token more. Of some classes the whole vocabulary is in no file (ByT5: bytes)."""
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        return True
+    if not tokenizer.vocab_files_names:
+        return False
+    try:
+        empty = type(tokenizer)()
+    except (TypeError, ValueError):  # its class makes up none
+        return False
+    # The class's too: a configuration with special tokens of its own lets T5's <extra_id_0> be none.
+    special = {*tokenizer.all_special_tokens, *empty.all_special_tokens, *tokenizer.get_added_vocab()}
+    words = set(tokenizer.get_vocab()) - special
+    return len(words) <= 1 and words <= set(empty.get_vocab())
+
+
+def _lack(source: str | Path, files: Sequence[str] = ()) -> str:
+    """What a model has in place of a tokenizer. files: names of those that its vocabulary may be in, where known."""
+    if here := [name for name in files if (Path(source) / name).is_file()]:
+        return f"one that knows no word ({here[0]}); save the right one beside the model"
+    if (Path(source) / TOKENIZER_CONFIG_FILE).is_file():
+        its = f"its vocabulary ({' or '.join(files)})" if files else "its vocabulary"
+        return f"{TOKENIZER_CONFIG_FILE} without {its}; save the whole tokenizer beside the model"
+    return "one without; save it beside the model"
 
 
 def pretrained(kind: Any, argument: str, source: str | Path, *, quantised: bool = False, **options: Any) -> Any:

@@ -13,9 +13,10 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from kdfast.models import pairing
+from kdfast.models.loading import load_tokenizer, pretrained
 from kdfast.results.disk import saving
 from kdfast.teacher_cache._manifest import CacheError, Manifest, mismatch
 from kdfast.teacher_cache._read import TeacherCache
@@ -40,24 +41,21 @@ def cache_teacher(
         max_length: None: `MAX_LENGTH`, or as many tokens as the model takes.
 
     Raises:
-        CacheError, OSError, ImportError: as `write` and `text_rows`; the model cannot be loaded, lacks its head, or
-            takes fewer tokens than `max_length`.
+        CacheError, OSError, ImportError: as `write` and `text_rows`; the model cannot be loaded, lacks its head or its
+            tokenizer, or takes fewer tokens than `max_length`.
     """
     _quiet()
-    if model.startswith(("/", ".", "~")) and not Path(model).is_dir():
-        raise mismatch("model", f"a folder {model}", "none")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:  # of several lines
-        raise mismatch("model", "a folder or Hub name of a transformers model", f"{model!r}: {_line(error)}") from None
-    teacher = _load(model, config, outputs)
-    try:
+        config = pretrained(AutoConfig, "model", model)  # first: of a folder that holds no model this is told
+        tokenizer = load_tokenizer("model", model)
+        teacher = _load(model, config, outputs)
         if max_length is None:
             max_length = min(MAX_LENGTH, tokenizer.model_max_length, pairing.positions(teacher) or MAX_LENGTH)
         pairing.check_length(model, teacher, max_length)
         if "logits" in outputs:
             pairing.pad_alike(model, teacher, tokenizer)
+    except CacheError:
+        raise
     except ValueError as error:
         raise CacheError(f"teacher_cache: {error}") from None
     notes: list[str] = []
