@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,20 @@ def test_help_of_encoder_decoders(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "test rows 200; by default in runs/seq2seq-quick." in shown
     assert _run(monkeypatch, "distill", "hinton", "--help") == 0
     assert "demonstration" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [(), (-1, 2)])
+def test_layers_are_checked_alike_in_all_recipes(wrong: tuple[int, ...]) -> None:
+    """Before a teacher is there. Without any, the default would take their place."""
+    checked = []
+    for recipe in RECIPES:
+        for name in ("student_layers", "decoder_layers"):
+            if name in inspect.signature(recipe).parameters:
+                checked.append((recipe.name, name))
+                expected = rf"^{name}: expected numbers from 0 on, got {re.escape(str([*wrong]))}$"
+                with pytest.raises(ValueError, match=expected):
+                    recipe(**{name: wrong})
+    assert {("hinton", "student_layers"), ("seq2seq", "decoder_layers")} < {*checked}
 
 
 def test_variables_of_recipes_say_what_they_hold() -> None:

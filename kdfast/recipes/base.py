@@ -76,6 +76,12 @@ class Recipe:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
 
+    def layer_numbers(self, *names: str) -> None:
+        """Of a teacher's layers, in the student's order; how many the teacher has is known when it is loaded."""
+        for name in names:
+            if (value := getattr(self, name)) is not None and (not value or min(value) < 0):
+                raise ValueError(f"{name}: expected numbers from 0 on, got {list(value)}")
+
     def none_beside(self, one: str, *names: str) -> None:
         """That settings of which `one` takes the place are not given beside it."""
         for name in names:

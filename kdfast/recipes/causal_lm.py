@@ -70,5 +70,6 @@ class Recipe(TokenRecipe):
         self.at_least(8, "max_length")
         self.inside(0, 1, "learning_rate")
         self.between(0, 1, "on_policy")
+        self.layer_numbers("student_layers")
         self.none_beside("student", "student_layers")
         self.objective()  # checks the rest

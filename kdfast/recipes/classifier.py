@@ -150,8 +150,7 @@ class ClassifierRecipe(Recipe):
         self.one_of((None, "classification", "regression", "multi_label"), "kind")
         if self.student_start == "base" and self.teacher is not None and self.base is None and self.student is None:
             raise ValueError("base: expected the pre-trained encoder, for student_start base beside teacher, got none")
-        if self.student_layers is not None and (not self.student_layers or min(self.student_layers) < 0):
-            raise ValueError(f"student_layers: expected numbers from 0 on, got {list(self.student_layers)}")
+        self.layer_numbers("student_layers")
         self.stages(len(self.student_layers or (0, 1, 2)), 12, "classification")  # checks the recipe's own settings
 
     def student_default(self, teacher_layers: int) -> tuple[int, ...]:

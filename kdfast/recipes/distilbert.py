@@ -98,6 +98,7 @@ class Recipe(base.Recipe):
         self.positive("temperature", "max_grad_norm", "mask_probability")
         self.between(0, 1, "mask_probability", "warmup")
         self.inside(0, 1, "learning_rate")
+        self.layer_numbers("student_layers")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected 0 or more and less than 1, got {self.dropout}")
         if not (self.ce_weight or self.mlm_weight or self.cosine_weight or self.mse_weight):

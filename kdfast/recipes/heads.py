@@ -45,6 +45,7 @@ class HeadRecipe(Recipe):
         self.inside(0, 1, "learning_rate")
         self.between(0, 1, "alpha", "warmup")
         self.positive("temperature")
+        self.layer_numbers("student_layers")
         self.none_beside("student", "student_layers")
         self.objective()  # checks the rest
 

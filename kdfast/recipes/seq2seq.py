@@ -67,6 +67,7 @@ class Recipe(TokenRecipe, HeadRecipe):
         self.at_least(1, "beams")
         self.at_least(2, "max_target_length")
         self.one_of(("data", "teacher"), "targets")
+        self.layer_numbers("decoder_layers")
         self.none_beside("student", "decoder_layers")
 
     def labels_only(self, vocabulary: int | None = None) -> LanguageModel:
