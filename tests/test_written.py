@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from test_seq2seq import of, recipe  # noqa: F401
-from tiny_pairs import bart, saved, t5
+from tiny_pairs import bart, of, recipe, saved, t5
 from transformers import AutoTokenizer, BartForConditionalGeneration
 
 from kdfast.recipes.seq2seq import Recipe
 from kdfast.runs import run, written
 from kdfast.runs.seq2seq import Seq2SeqRun
 
+__all__ = ["recipe"]  # a fixture
 NOTHING = 2  # the token that ends BART's texts
 
 
-def prepared(recipe: Recipe, folder: Path) -> tuple[Seq2SeqRun, io.StringIO]:  # noqa: F811
+def prepared(recipe: Recipe, folder: Path) -> tuple[Seq2SeqRun, io.StringIO]:
     shown = io.StringIO()
     made = Seq2SeqRun(dataclasses.replace(recipe, targets="teacher", beams=2), folder, Console(file=shown, width=400))
     made.prepare()
@@ -55,7 +55,7 @@ def test_other_models_make_their_own_cache() -> None:
         assert one.generate(torch.tensor([[5, 9, 2]]), max_new_tokens=3).shape[0] == 1
 
 
-def test_students_with_more_layers_in_the_decoder_are_told_of(recipe: Recipe, tmp_path: Path) -> None:  # noqa: F811
+def test_students_with_more_layers_in_the_decoder_are_told_of(recipe: Recipe, tmp_path: Path) -> None:
     note = (
         "student: its generate() fails in transformers, whose cache has the encoder's layers, fewer than the decoder's"
     )
@@ -68,7 +68,7 @@ def test_students_with_more_layers_in_the_decoder_are_told_of(recipe: Recipe, tm
     assert note in shown.getvalue()
 
 
-def test_rows_without_a_target_of_text_are_left_out(recipe: Recipe, tmp_path: Path) -> None:  # noqa: F811
+def test_rows_without_a_target_of_text_are_left_out(recipe: Recipe, tmp_path: Path) -> None:
     made, shown = prepared(recipe, tmp_path / "run")
     sources = sorted((row["input_ids"] for row in made.train), key=len)
     lines = [{"text": "" if i < 3 else "w7", "tokens": [0, 1] if i < 3 else [10, 1]} for i in range(len(sources))]
@@ -81,7 +81,7 @@ def test_rows_without_a_target_of_text_are_left_out(recipe: Recipe, tmp_path: Pa
     assert f"the teacher writes, of {first!r}: 'w7'" in shown.getvalue()
 
 
-def test_teacher_that_writes_nothing_is_refused(recipe: Recipe, tmp_path: Path) -> None:  # noqa: F811
+def test_teacher_that_writes_nothing_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     silent = of("bart", recipe, tmp_path)
     model = bart(0, 3, std=None)
     model.final_logits_bias[0, NOTHING] = 1e4

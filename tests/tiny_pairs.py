@@ -1,10 +1,13 @@
-"""Small encoder-decoders, with tokenizers and pairs of texts; and their distillation in plain torch, to compare with."""
+"""Small encoder-decoders with tokenizers, pairs of texts, their recipe, and the same in plain torch to compare with."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 import transformers
@@ -13,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from kdfast.objective import LanguageModel
+from kdfast.recipes import seq2seq
 
 T5 = {
     "vocab_size": 64,
@@ -89,3 +93,25 @@ def pair(i: int) -> tuple[str, str]:
     """A text of 3 to 8 words, and some of them."""
     words = [WORDS[(i * k + k) % 50] for k in range(1, 4 + i % 6)]
     return " ".join(words), " ".join(words[: 2 + i % 3])
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> seq2seq.Recipe:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    lines = [json.dumps(dict(zip(("source", "target"), pair(i), strict=True))) for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    return seq2seq.Recipe(
+        data=str(tmp_path / "pairs.jsonl"),
+        teacher=str(saved(tmp_path / "teacher", "t5", layers=3, seed=0)),
+        epochs=3,
+        batch_size=6,
+        learning_rate=5e-3,
+        max_length=16,
+        max_target_length=8,
+        precision="float32",
+    )
+
+
+def of(kind: str, recipe: seq2seq.Recipe, folder: Path) -> seq2seq.Recipe:
+    """The same with a teacher of this kind."""
+    return dataclasses.replace(recipe, teacher=str(saved(folder / f"{kind}-teacher", kind, layers=3, seed=0)))
