@@ -115,12 +115,14 @@ def test_fewer_rows_are_computed_and_then_none() -> None:
 
 def test_strict_and_stored_speed() -> None:
     model, inputs = early_exit(), batch()
-    speed = every_uncertainty(model, inputs)[0].sort().values[4].item()  # that of a row, to the bit
-    first = (model(**inputs, speed=speed).layers == 1).sum()
+    with torch.no_grad():
+        model.branches[0].classifier.weight.zero_()  # one uncertainty, to the bit, whatever the products' library
+    speed = every_uncertainty(model, inputs)[0].max().item()
+    assert (model(**inputs, speed=speed).layers == 1).all()
     model.strict = True
-    assert (model(**inputs, speed=speed).layers == 1).sum() == first - 1 == 4
+    assert (model(**inputs, speed=speed).layers > 1).any()
     model.strict, model.speed = False, speed
-    assert (model(**inputs).layers == 1).sum() == 5
+    assert (model(**inputs).layers == 1).all()
     assert model.train()(**inputs).layers.tolist() == [model.depth] * ROWS
 
 

@@ -161,7 +161,7 @@ def test_no_logit_is_rounded(model: str, way: str) -> None:
     student = copy.deepcopy(teacher).to(of_student)
     with torch.no_grad():
         for parameter in student.parameters():
-            parameter.mul_(1 + 0.02 * torch.randn(parameter.shape, dtype=parameter.dtype))
+            parameter.mul_(1 + 0.002 * torch.randn(parameter.shape, dtype=parameter.dtype))
     with torch.no_grad(), forward():
         outputs = OBJECTIVE.run(student, BATCH), OBJECTIVE.run(teacher, BATCH)
     terms = OBJECTIVE(*outputs, BATCH)
@@ -170,9 +170,10 @@ def test_no_logit_is_rounded(model: str, way: str) -> None:
     ours = torch.stack([*terms.values()]).sum()
     torch.testing.assert_close(ours.double(), parts, rtol=1e-5, atol=0)
     rounded = [x.to(torch.bfloat16).double()[counted] for x in z]
-    soft = kdfast.kl_div(z[0][counted], z[1][counted], temperature=2.0)
-    assert (kdfast.kl_div(*rounded, temperature=2.0) - soft).abs() > 1e-4 * soft  # what this test would see
-    torch.testing.assert_close(terms["kd"].double(), 0.6 * 4 * soft, rtol=1e-4, atol=0)
+    soft, of_rounded = (0.6 * 4 * kdfast.kl_div(*x, temperature=2.0) for x in ([y[counted] for y in z], rounded))
+    allowed = 6e-7  # roundings of float32 logits
+    assert (of_rounded - soft).abs() > 2 * allowed  # what this test would see
+    torch.testing.assert_close(terms["kd"].double(), soft, rtol=0, atol=allowed)
     torch.testing.assert_close(OBJECTIVE.logits(outputs[0])[:, :-1].double(), z[0], rtol=1e-4, atol=1e-5)
 
 

@@ -128,6 +128,13 @@ def test_textbrewer_masked_reductions(name: str, dtype: torch.dtype, tolerance: 
     agree(torch.autograd.grad(loss, student)[0], o[f"{name}_masked.grad.0"], tolerance)
 
 
+def test_projection_of_bfloat16_with_nan_between_rows() -> None:
+    x, weight = torch.randn(3, 7, 70).bfloat16(), torch.randn(70, 70).bfloat16()
+    apart = torch.full((3, 7, 75), torch.nan, dtype=x.dtype)[..., :70].copy_(x)
+    losses = [kdfast.hidden_mse(given, torch.zeros(3, 7, 70), projection=weight) for given in (x, apart)]
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
+
+
 # ---- closeness: a student that is nearly its teacher ----
 def direct(qs: Tensor, ks: Tensor, qt: Tensor, kt: Tensor) -> Tensor:
     scale = qs.shape[-1] ** -0.5

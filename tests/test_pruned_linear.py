@@ -54,6 +54,15 @@ def test_strides(name: str) -> None:
 
 
 @SOME
+def test_nan_between_rows_of_bfloat16(name: str) -> None:
+    """torch's products read past a row where its numbers are no multiple of 32, on processors with AMX."""
+    function, _, kwargs = PARTS[name]
+    x, weight, _, grad = made(kwargs, torch.bfloat16, leading=(40,))
+    apart = [torch.full((40, t.shape[1] + 7), torch.nan, dtype=t.dtype)[:, : t.shape[1]].copy_(t) for t in (x, grad)]
+    close(results(function, kwargs, apart[0], weight, None, apart[1]), exact(name, x, weight, None, grad), 2**-7)
+
+
+@SOME
 def test_autocast(name: str) -> None:
     """As F.linear: products in bfloat16, gradients in the parameters' dtype."""
     function, reference, kwargs = PARTS[name]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kdfast import _C
 
 LEAST_ROWS = 4
+TORCHS_STEP = 32  # numbers of bfloat16 that torch's library multiplies at a time
 
 
 def own(x: Tensor) -> bool:
@@ -31,11 +32,18 @@ def _own_floats(a: Tensor, b: Tensor) -> bool:
     return a.dtype is torch.float32 and min(a.shape[0], b.shape[1]) >= LEAST_ROWS and own(a)
 
 
+def packed(x: Tensor) -> Tensor:
+    """x for torch's products, which read a row of bfloat16 up to a whole step (with AMX) and multiply by zeros what is
+    not its own: NaN between rows would reach the result."""
+    apart = x.dtype is torch.bfloat16 and x.is_cpu and x.shape[-1] % TORCHS_STEP and x.stride(-1) == 1
+    return x.contiguous() if apart else x
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear`, not recorded."""
     inputs = weight.shape[1]
     if not inputs or x.numel() < LEAST_ROWS * inputs or x.dtype is not torch.float32 or not own(x):
-        return nn.functional.linear(x, weight, bias)
+        return nn.functional.linear(packed(x), weight, bias)
     rows = x if x.dim() == 2 else x.reshape(-1, inputs)
     y = x.new_empty(rows.shape[0], weight.shape[0])
     torch.ops.kdfast.matmul_(y, rows, weight.t(), None if bias is None else bias.contiguous(), False)
@@ -45,7 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a · b."""
     if not _own_floats(a, b):
-        return a @ b
+        return packed(a) @ b
     c = a.new_empty(a.shape[0], b.shape[1])
     torch.ops.kdfast.matmul_(c, a, b, None, False)
     return c
@@ -56,7 +64,7 @@ def product_into(c: Tensor, a: Tensor, b: Tensor) -> None:
     if _own_floats(a, b):
         torch.ops.kdfast.matmul_(c, a, b, None, False)
     else:
-        torch.mm(a, b, out=c)
+        torch.mm(packed(a), b, out=c)
 
 
 def add_product_(c: Tensor, a: Tensor, b: Tensor) -> None:
@@ -64,4 +72,4 @@ def add_product_(c: Tensor, a: Tensor, b: Tensor) -> None:
     if _own_floats(a, b):
         torch.ops.kdfast.matmul_(c, a, b, None, True)
     else:
-        c.addmm_(a, b)
+        c.addmm_(packed(a), b)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.ops import _checks, _layers
+from kdfast.ops import _checks, _layers, _products
 from kdfast.ops._layers import Layers, Masks
 from kdfast.ops._transforms import transformable
 
@@ -187,7 +187,8 @@ def _projected(
 
 
 def _linear(*inputs: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(*_layers.in_one_dtype([x for x in inputs if x is not None]))
+    x, *weights = _layers.in_one_dtype([x for x in inputs if x is not None])
+    return torch.nn.functional.linear(_products.packed(x), *weights)
 
 
 def _per_layer(op: str, argument: str, x: Layers, count: int, shape: list[int]) -> list[Tensor]:
