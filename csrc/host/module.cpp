@@ -1,12 +1,12 @@
 // kdfast._C: what was built and what runs here. The operators themselves are torch.ops.kdfast.*.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <sys/mman.h>
 
 #include <string>
 
 #include "common/divergence_facts.h"
 #include "common/divergence_schema.h"
+#include "common/huge_pages.h"
 #include "common/indices.h"
 #include "cuda/block_sparse.h"
 #include "cuda/plan.h"
@@ -15,14 +15,6 @@
 namespace py = pybind11;
 
 namespace {
-
-void ask_huge_pages([[maybe_unused]] uintptr_t data, [[maybe_unused]] size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t first = (data + page - 1) / page * page, last = (data + bytes) / page * page;
-  if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
-#endif
-}
 
 // As a call of its own: a handful of torch's take longer than a product of few rows may.
 bool is_sorted_once(uintptr_t data, int64_t count, int64_t below) {
@@ -116,8 +108,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_variant", &kdfast::set_cpu_variant, py::arg("name"), "Switches the CPU variant (for tests).");
   m.def("own_products", &kdfast::own_products, py::arg("bf16"),
         "Whether kdfast::matmul_ is faster here than torch's library: in float32, or of bfloat16 into float32.");
-  m.def("ask_huge_pages", &ask_huge_pages, py::arg("data"), py::arg("bytes"),
-        "Asks Linux to map memory that nobody has touched yet in pages of 2 MB.");
+  m.def(
+      "ask_huge_pages", [](uintptr_t data, size_t bytes) { kdfast::ask_huge_pages((void*)data, bytes); },
+      py::arg("data"), py::arg("bytes"), "Asks Linux to map memory that nobody has touched yet in pages of 2 MB.");
   m.def("is_sorted_once", &is_sorted_once, py::arg("data"), py::arg("count"), py::arg("below"),
         "Whether int64 indices that lie side by side are sorted, each once, from 0 to below a number.");
   using VectorFunction = void (*)(const float*, float*, int64_t);
