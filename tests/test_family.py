@@ -257,6 +257,7 @@ BAD = [
     (ValueError, "kd_loss: labels: expected labels where alpha is not 1, got None with alpha=0.5", (S, T), {}),
     (ValueError, "kd_loss: alpha: expected a number from 0 to 1, got 1.5", (S, T, L), {"alpha": 1.5}),
     (TypeError, "kd_loss: alpha: expected a number, got str", (S, T, L), {"alpha": "0.5"}),
+    (TypeError, "kd_loss: return_components: expected True or False, got int", (S, T, L), {"return_components": 1}),
     (ValueError, "kd_loss: divergence: expected one of kl_div, .*got 'kl'", (S, T, L), {"divergence": "kl"}),
     (ValueError, "kd_loss: label_smoothing: expected a number from 0 to 1", (S, T, L), {"label_smoothing": -0.1}),
     (TypeError, "kd_loss: labels: expected an int64 tensor of class indices, got torch.float32", (S, T, L.float()), {}),

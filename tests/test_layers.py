@@ -382,6 +382,8 @@ Q = torch.zeros(2, 4, 5, 8)
         (lambda: kdfast.qk_attention_mse(Q, Q, Q[:, :, :4], Q), ValueError, r"teacher_q: expected \[2, heads, 5, d\]"),
         (lambda: kdfast.qk_attention_mse(Q, Q[..., :7], Q, Q), ValueError, "student_k: expected the head size of student_q, 8"),
         (lambda: kdfast.qk_attention_mse(Q, Q, Q, Q, student_scale="1"), TypeError, "student_scale: expected a number"),
+        (lambda: kdfast.qk_attention_mse(Q, Q, Q, Q, is_causal=Q), TypeError, "is_causal: expected True or False, got torch.float32"),
+        (lambda: kdfast.cls_distance(H, H, normalize=None), TypeError, "normalize: expected True or False, got NoneType"),
         (lambda: kdfast.qk_relation_kl(Q, Q, Q[:, :2], Q[:, :2]), ValueError, "relation_heads: expected a number, as the student has 4"),
         (lambda: kdfast.qk_relation_kl(Q, Q, Q, Q, relation_heads=5), ValueError, "relation_heads: expected a divisor of the width 32"),
     ],

@@ -28,6 +28,7 @@ K = (TH @ TW.T).log_softmax(-1).topk(5)
         ((H, W, TH, TW), {"vocab_size": 601}, ValueError, "vocab_size: expected 1 to 600"),
         ((H, W, TH, TW), {"memory_budget": 1000}, ValueError, "memory_budget: expected 33559232 bytes or more"),
         ((H, W, TH, TW), {"memory_budget": "all"}, TypeError, "memory_budget: expected a number of bytes or 'auto'"),
+        ((H, W, TH, TW), {"return_entropy": None}, TypeError, "return_entropy: expected True or False, got NoneType"),
         ((H, W, TH, TW), {"memory_budget": 0}, ValueError, "memory_budget: expected 1 or more"),
         ((H, W, TH, TW), {"student_bias": L}, TypeError, "student_bias: expected float32"),
         ((H, W, TH, TW), {"student_bias": W[:3, 0]}, ValueError, r"student_bias: expected \[600\]"),

@@ -76,6 +76,12 @@ def check_int(op: str, argument: str, x: object) -> None:
         wrong_type(op, argument, "an int", kind(x))
 
 
+def check_bools(op: str, **given: object) -> None:
+    for argument, x in given.items():
+        if not isinstance(x, bool):
+            wrong_type(op, argument, "True or False", shown(x))
+
+
 def check_fraction(op: str, argument: str, x: float, below_one: bool = False) -> None:
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         wrong_type(op, argument, "a number", kind(x))

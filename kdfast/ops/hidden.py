@@ -122,6 +122,7 @@ def cls_distance(
         ValueError, TypeError: a shape, dtype, device or range is wrong; the message names the argument.
     """
     op = "cls_distance"
+    _checks.check_bools(op, normalize=normalize)
     s, t = (_layers.as_list(op, name, x) for name, x in zip(NAMES, (student_hidden, teacher_hidden), strict=True))
     for name, layers in zip(NAMES, (s, t), strict=True):
         if layers[0].dim() not in (2, 3):

@@ -85,6 +85,7 @@ def kd_loss(
     passes all labels, as indices into the whole vocabulary.
     """
     op = "kd_loss"
+    _checks.check_bools(op, return_components=return_components)
     given = Distillation.of(op, options)
     kind, mixing = soft_part(op, given)
     hard = hard_part(op, labels, given)

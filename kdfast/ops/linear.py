@@ -138,6 +138,7 @@ def linear_kd_loss(
         a `memory_budget` that does not hold a row. RuntimeError: a second derivative or forward mode is asked for.
     """
     op = "linear_kd_loss"
+    _checks.check_bools(op, return_components=return_components, return_entropy=return_entropy)
     of = Distillation.of(op, options)
     kind, mixing = soft_part(op, of)
     hard = hard_part(op, labels, of)
@@ -224,6 +225,7 @@ def linear_topk_kd_loss(
     Arguments, results and errors as in these.
     """
     op = "linear_topk_kd_loss"
+    _checks.check_bools(op, return_components=return_components, return_entropy=return_entropy)
     _divergence.check_tail(op, tail)
     _checks.check_topk_tensors(op, teacher_topk_logprobs, teacher_topk_indices)
     of = WithLabels.of(op, options)

@@ -58,6 +58,7 @@ def qk_attention_mse(
         ValueError, TypeError: a shape, dtype, device or range is wrong; the message names the argument.
     """
     op, names = "qk_attention_mse", ("student_q", "student_k", "teacher_q", "teacher_k")
+    _checks.check_bools(op, is_causal=is_causal)
     lists = _check_qk(op, names, (student_q, student_k, teacher_q, teacher_k))
     scales = (student_scale, teacher_scale)
     return _of_heads(
