@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import kdfast
 from kdfast import _C
@@ -36,13 +35,6 @@ def test_reports_what_was_built() -> None:
     assert _C.compiler.split()[0] in {"GNU", "Clang"}
     assert _C.cpu_variant() in _C.cpu_variants()
     assert _C.cpu_variants()[0] == "portable"
-
-
-@pytest.mark.parametrize("size", [0, 100, 5 << 20])
-def test_huge_pages_keep_what_is_there(size: int) -> None:
-    x = torch.arange(size, dtype=torch.int32)[size % 3 :]
-    _C.ask_huge_pages(x.data_ptr(), x.nbytes)
-    assert torch.equal(x, torch.arange(size % 3, size, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("damage", ["missing", "broken"])

@@ -86,7 +86,7 @@ Tensor product(Tensor x, Tensor values, Tensor begin, Tensor index, Tensor place
   const BlockKernels& kernels = kernels_of(x);
   const auto* from = (const char*)x.const_data_ptr();
   auto* to = (char*)y.mutable_data_ptr();
-  ask_huge_pages(to, size_t(rows * out * size));
+  advise_huge_pages(to, size_t(rows * out * size));
   const int64_t room = kernels.product_room(b, x.size(1), most);
   share(b, rows, room, [&](int64_t first, int64_t last, int64_t at, int64_t end, char* memory) {
     kernels.product({&b, first, last, end - at, x.stride(0), out, x.size(1), from + at * x.stride(0) * size,

@@ -2,13 +2,15 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <cstring>
 #include <memory>
 #include <vector>
 
 #include "common/checks.h"
-#include "common/huge_pages.h"
 #include "cpu/element.h"
 
 namespace kdfast {
@@ -36,6 +38,17 @@ class Reals {
   bool double_;
 };
 
+// Large fresh outputs cost more in page faults than in arithmetic: asks for huge pages over 4 MB (smaller ones may be
+// reused heap memory, and lose little). Only a hint: its failure changes no result.
+inline void advise_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
+  if (bytes < 2 * kHuge) return;
+  const uintptr_t first = (uintptr_t(data) + kHuge - 1) & ~(kHuge - 1), last = (uintptr_t(data) + bytes) & ~(kHuge - 1);
+  if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
+#endif
+}
+
 // Workspace of a thread, on a cache line.
 class Room {
  public:
@@ -55,7 +68,7 @@ inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& sizes, Scala
 inline Tensor empty_gradient(const Tensor& student) {
   Tensor t = torch::stable::new_empty(student, std::vector<int64_t>(student.sizes().begin(), student.sizes().end()),
                                       student.scalar_type());
-  ask_huge_pages(t.mutable_data_ptr(), size_t(t.numel()) * t.element_size());
+  advise_huge_pages(t.mutable_data_ptr(), size_t(t.numel()) * t.element_size());
   return t;
 }
 inline std::vector<Tensor> empty_gradients(const std::vector<Tensor>& of) {

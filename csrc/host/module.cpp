@@ -6,7 +6,6 @@
 
 #include "common/divergence_facts.h"
 #include "common/divergence_schema.h"
-#include "common/huge_pages.h"
 #include "common/indices.h"
 #include "cuda/block_sparse.h"
 #include "cuda/plan.h"
@@ -108,9 +107,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_variant", &kdfast::set_cpu_variant, py::arg("name"), "Switches the CPU variant (for tests).");
   m.def("own_products", &kdfast::own_products, py::arg("bf16"),
         "Whether kdfast::matmul_ is faster here than torch's library: in float32, or of bfloat16 into float32.");
-  m.def(
-      "ask_huge_pages", [](uintptr_t data, size_t bytes) { kdfast::ask_huge_pages((void*)data, bytes); },
-      py::arg("data"), py::arg("bytes"), "Asks Linux to map memory that nobody has touched yet in pages of 2 MB.");
   m.def("is_sorted_once", &is_sorted_once, py::arg("data"), py::arg("count"), py::arg("below"),
         "Whether int64 indices that lie side by side are sorted, each once, from 0 to below a number.");
   using VectorFunction = void (*)(const float*, float*, int64_t);

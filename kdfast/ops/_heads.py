@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast import _C
 from kdfast.ops import _checks, _live_linear, _products, _shards
 
 WIDENED = 16 << 20  # bytes of a weight that are widened at a time
@@ -23,15 +22,6 @@ WORKSPACE = 32 << 20
 
 def on_gpu(x: Tensor) -> bool:
     return x.device.type == "cuda"
-
-
-def new_memory(like: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
-    """As `new_empty`, for what is as large as logits or their weight and goes when the call or its gradients do: mapped
-    in small pages, on the CPU, it would take a tenth of the whole time."""
-    x = like.new_empty(shape, dtype=dtype)
-    if x.is_cpu:
-        _C.ask_huge_pages(x.data_ptr(), x.nbytes)
-    return x
 
 
 def _own(x: Tensor) -> bool:
@@ -137,7 +127,7 @@ class Gradients:
         self.dtype = gradient_dtype(of)
         self.hidden = of.new_empty(head.hidden.shape if wanted[0] else (0,), dtype=exact if sharded else self.dtype)
         weight_shape = (columns, of.shape[1]) if wanted[1] else (0,)
-        self.weight = new_memory(of, *weight_shape, dtype=exact if slabs > 1 else self.dtype)
+        self.weight = of.new_empty(weight_shape, dtype=exact if slabs > 1 else self.dtype)
         self.weight[of.shape[0] if slabs else 0 :].zero_()
         self.bias = of.new_zeros(columns if wanted[2] else 0, dtype=exact)
 

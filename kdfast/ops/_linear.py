@@ -134,7 +134,7 @@ class Loop:
         """Loss and components, of every row in turn or of all; the entropies of the rows; and the gradients, `padding`
         rows of weight more."""
         plan = self.plan(budget) if self.student.hidden.shape[0] else _chunks.Plan([], 0)
-        memory = _heads.new_memory(self.student.weight, plan.memory, self.width, dtype=self.dtype)
+        memory = self.student.weight.new_empty(plan.memory, self.width, dtype=self.dtype)
         sharded = self.group is not None
         gradients = Gradients(self.student, self.widening, padding, self.wanted, len(plan.slabs), sharded)
         results = []
