@@ -53,8 +53,8 @@ def close(got: Tensor, a: Tensor, b: Tensor, more: Tensor | float = 0.0) -> None
     usual = float(((a.to(sums) @ b.to(sums)).double() + more - exact).norm())
     # What float64 is compared with is no more exact; AMX takes a float32 with bfloat16 in two parts, of 16 bits together.
     split = a.dtype is F32 and b.dtype is BF16 and _C.cpu_variant() == "amx"
-    eps = 2.0**-17 if split else torch.finfo(got.dtype).eps
-    rounding = (32 if a.dtype is F64 else 1) * max(eps, torch.finfo(got.dtype).eps) * float(exact.norm())
+    eps = max(torch.finfo(got.dtype).eps, 2.0**-17 if split else 0.0)
+    rounding = (32 if a.dtype is F64 else 1) * eps * float(exact.norm())
     assert got.shape == exact.shape
     assert float((got.double() - exact).norm()) <= 2 * usual + rounding
     assert rounding < 0.01 * float(exact.norm())
