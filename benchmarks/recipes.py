@@ -98,16 +98,16 @@ CELLS: dict[str, Callable[[int, str], Recipe]] = {
 }
 SIZES = ("student", "width_1_depth_0.5", "width_0.5_depth_0.5")  # of DynaBERT's, beside the other recipes
 
-# A thousand of the rows have labels, of the other 7,568 there is the text alone. The first trains the teacher, on the labels.
-FEW: dict[str, Any] = {**EQUAL, "train_rows": 1000, "unlabeled": "movie_reviews"}
+# A thousand of the rows have labels, of the other 7,568 there is the text alone. The first is `make demo`: it trains the
+# teacher, on the labels, and a student on them with as many steps as the others have on all text.
+FEW: dict[str, Any] = {**EQUAL, "train_rows": 1000, "unlabeled": "movie_reviews", "epochs": 2}
 FEW_CELLS: dict[str, Callable[[int, str], Recipe]] = {
-    "few-hinton": lambda seed, teacher: hinton.Recipe(seed=seed, teacher_epochs=6, **FEW),
+    "few-hinton": lambda seed, teacher: hinton.Recipe(seed=seed, teacher_epochs=4, baseline_epochs=17, **FEW),
     "few-patient-kd": lambda seed, teacher: patient_kd.Recipe(
         seed=seed, teacher=teacher, student_start="teacher", **FEW
     ),
-    # As many steps on the labels as the others have on all text.
-    "few-labels-longer": lambda seed, teacher: hinton.Recipe(
-        seed=seed, teacher=teacher, alpha=0.0, baseline=False, **{**FEW, "unlabeled": None, "epochs": 26}
+    "few-labels-shorter": lambda seed, teacher: hinton.Recipe(
+        seed=seed, teacher=teacher, alpha=0.0, baseline=False, **{**FEW, "unlabeled": None, "epochs": 3}
     ),
 }
 

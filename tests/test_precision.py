@@ -26,7 +26,7 @@ from transformers import (
     BertForMaskedLM,
 )
 
-from kdfast import students
+from kdfast import _C, students
 from kdfast.data import demo
 from kdfast.recipes import (
     adversarial,
@@ -120,14 +120,22 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 # ---- what is chosen ----
 @pytest.mark.parametrize(
-    ("capabilities", "expected"), [({"avx512_bf16": True}, True), ({"avx512_f": True, "avx512_bf16": False}, False)]
+    ("best", "capabilities", "expected"),
+    [
+        ("amx", {"avx512_bf16": True}, True),
+        ("avx512_bf16", {"avx512_bf16": True}, True),
+        ("avx512_bf16_fma", {"avx512_bf16": True}, False),  # Intel's, twice as slow as float32
+        ("avx512", {"avx512_f": True, "avx512_bf16": False}, False),
+        ("portable", {"sve_bf16": True}, True),
+    ],
 )
-def test_bf16_only_where_the_processor_has_it(
-    capabilities: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
+def test_bf16_only_where_it_is_faster(
+    best: str, capabilities: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_C, "cpu_variants", lambda: ["portable", best])
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert arguments.cpu_has_bf16() is expected
+    assert arguments.cpu_likes_bf16() is expected
     assert arguments.chosen("auto") == ("bfloat16" if expected else "float32")
     assert arguments.of_precision("auto") == {"use_cpu": True, "bf16": expected, "fp16": False}
     for chosen in ("float32", "bfloat16"):  # whatever the processor has

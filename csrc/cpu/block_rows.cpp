@@ -237,14 +237,13 @@ constexpr BlockKernels kKernelsOf = {product_room<P>, product<P>, gradient_room<
 }  // namespace
 
 // By Element.
-#if defined(__AVX512BF16__)
-extern const BlockKernels kBlocks[] = {kKernelsOf<Direct<float>>, kKernelsOf<Pairs>, kKernelsOf<Widened<Float16>>,
-                                       kKernelsOf<Direct<double>>};
-extern const BlockKernels kAmxBlocks[] = {kKernelsOf<Direct<float>>, kKernelsOf<AmxPairs>, kKernelsOf<Widened<Float16>>,
-                                          kKernelsOf<Direct<double>>};
-#else
 extern const BlockKernels kBlocks[] = {kKernelsOf<Direct<float>>, kKernelsOf<Widened<BFloat16>>,
                                        kKernelsOf<Widened<Float16>>, kKernelsOf<Direct<double>>};
+#if defined(__AVX512BF16__)
+extern const BlockKernels kPairBlocks[] = {kKernelsOf<Direct<float>>, kKernelsOf<Pairs>, kKernelsOf<Widened<Float16>>,
+                                           kKernelsOf<Direct<double>>};
+extern const BlockKernels kAmxBlocks[] = {kKernelsOf<Direct<float>>, kKernelsOf<AmxPairs>, kKernelsOf<Widened<Float16>>,
+                                          kKernelsOf<Direct<double>>};
 #endif
 
 }  // namespace kdfast::KDFAST_VARIANT

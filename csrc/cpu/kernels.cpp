@@ -8,8 +8,8 @@ extern const DivergenceKernels kDivergences[];
 extern const LayerKernels kLayers;
 extern const QkKernels kQkMse, kQkKl;
 extern const PartKernels kParts;
-extern const BlockKernels kBlocks[], kAmxBlocks[];
-extern const ProductKernels kProducts[], kAmxProducts[];
+extern const BlockKernels kBlocks[], kPairBlocks[], kAmxBlocks[];
+extern const ProductKernels kProducts[], kPairProducts[], kAmxProducts[];
 
 namespace {
 
@@ -20,13 +20,16 @@ void log2_all(const float* x, float* y, int64_t n) {
   for_vectors<float>(n, [&](int64_t i, int count, int) { store(y + i, log2(load(x + i, count)), count); });
 }
 
+constexpr VariantKernels kernels_with(const BlockKernels* blocks, const ProductKernels* products) {
+  return {kDivergences, &kLayers, {&kQkMse, &kQkKl}, &kParts, blocks, products, exp2_all, log2_all};
+}
+
 }  // namespace
 
-const VariantKernels kKernels = {kDivergences, &kLayers,  {&kQkMse, &kQkKl}, &kParts,
-                                 kBlocks,      kProducts, exp2_all,          log2_all};
+const VariantKernels kKernels = kernels_with(kBlocks, kProducts);
 #if defined(__AVX512BF16__)
-const VariantKernels kAmxKernels = {kDivergences, &kLayers,     {&kQkMse, &kQkKl}, &kParts,
-                                    kAmxBlocks,   kAmxProducts, exp2_all,          log2_all};
+const VariantKernels kPairKernels = kernels_with(kPairBlocks, kPairProducts);
+const VariantKernels kAmxKernels = kernels_with(kAmxBlocks, kAmxProducts);
 #endif
 
 }  // namespace kdfast::KDFAST_VARIANT

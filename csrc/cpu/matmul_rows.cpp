@@ -245,13 +245,13 @@ constexpr ProductKernels kFloats = kKernelsOf<Direct<float>>, kDoubles = kKernel
 
 // By Operands. Of float32 with bfloat16, this is widened: for dot products A would have to be split in two, and two of
 // them take as long as products of float32. Not so with AMX.
-#if defined(__AVX512BF16__)
-extern const ProductKernels kProducts[] = {kFloats, kKernelsOf<Pairs>, kHalves, kDoubles, kWithBFloat16s, kWithHalves};
-extern const ProductKernels kAmxProducts[] = {kFloats,  kKernelsOf<Whole, AmxPairs>, kHalves,
-                                              kDoubles, kKernelsOf<Split, AmxPairs>, kWithHalves};
-#else
 extern const ProductKernels kProducts[] = {kFloats,    kKernelsOf<Widened<BFloat16>>, kHalves, kDoubles, kWithBFloat16s,
                                            kWithHalves};
+#if defined(__AVX512BF16__)
+extern const ProductKernels kPairProducts[] = {kFloats,  kKernelsOf<Pairs>, kHalves,
+                                               kDoubles, kWithBFloat16s,    kWithHalves};
+extern const ProductKernels kAmxProducts[] = {kFloats,  kKernelsOf<Whole, AmxPairs>, kHalves,
+                                              kDoubles, kKernelsOf<Split, AmxPairs>, kWithHalves};
 #endif
 
 }  // namespace kdfast::KDFAST_VARIANT

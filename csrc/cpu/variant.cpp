@@ -23,6 +23,9 @@ struct Candidate {
 #if defined(__x86_64__)
 bool has_bf16() { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16"); }
 
+// Here a dot product of bfloat16 takes as long as four multiply-adds of float32, of which two do the same.
+bool has_slow_dots() { return has_bf16() && __builtin_cpu_is("intel") && !__builtin_cpu_is("cooperlake"); }
+
 // Tiles of AMX are larger than what the system saves of a thread unless a process asks for it, once.
 bool has_amx() {
 #if defined(__linux__)
@@ -36,7 +39,7 @@ bool has_amx() {
 }
 #endif
 
-// Narrowest first.
+// The best that runs here is last.
 const Candidate kCandidates[] = {
     {{"portable", &portable::kKernels, false, false}, [] { return true; }},
 #if defined(__x86_64__)
@@ -47,7 +50,8 @@ const Candidate kCandidates[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      }},
-    {{"avx512_bf16", &avx512_bf16::kKernels, true, true}, has_bf16},
+    {{"avx512_bf16", &avx512_bf16::kPairKernels, true, true}, has_bf16},
+    {{"avx512_bf16_fma", &avx512_bf16::kKernels, true, false}, has_slow_dots},
     {{"amx", &avx512_bf16::kAmxKernels, true, true}, has_amx},
 #endif
 };

@@ -31,16 +31,16 @@ namespace avx512 {
 extern const VariantKernels kKernels;
 }
 namespace avx512_bf16 {
-extern const VariantKernels kKernels, kAmxKernels;
+extern const VariantKernels kKernels, kPairKernels, kAmxKernels;
 }
 
 struct Variant {
   const char* name;
   const VariantKernels* kernels;
-  bool avx512, bf16;  // of its instructions: vectors of 512 bits, dot products of bfloat16
+  bool avx512, bf16;  // of its products: vectors of 512 bits, bfloat16 as it is
 };
 
-// The widest variant this processor has, or the one that KDFAST_CPU_VARIANT names.
+// The best variant this processor has, or the one that KDFAST_CPU_VARIANT names.
 const Variant& cpu_variant();
 
 }  // namespace kdfast

@@ -5,6 +5,7 @@ Mistakes in a command give one line and exit code 2.
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -26,6 +27,8 @@ from kdfast.cli.shared import fail
 from kdfast.results.disk import of_the_user, told
 
 STOPPED = 130  # exit code of what Ctrl-C ended
+# Where torchao is installed transformers imports it; it tells of parts for GPUs, and torch of its use of torch.
+TALKATIVE = ("torchao", "torch.utils._pytree")
 
 app = typer.Typer(
     help="Distillation of transformers with fused C++ losses.",
@@ -69,6 +72,8 @@ def main() -> NoReturn:
     # click's class, or typer's own copy of it: that depends on typer's version.
     usage_error: Any = typer.BadParameter.__mro__[1]
     interrupt.end()
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         status = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

@@ -16,7 +16,11 @@ from kdfast.ops import _native
 
 VARIANT = "KDFAST_CPU_VARIANT"
 # What multiplies bfloat16 numbers as they are, by variant; in the others they are widened to float32.
-UNITS = {"avx512_bf16": "AVX512-BF16", "amx": "AMX, AVX512-BF16"}
+UNITS = {
+    "avx512_bf16": "AVX512-BF16",
+    "avx512_bf16_fma": "none in use: float32's are faster here than AVX512-BF16, which rounds alone",
+    "amx": "AMX, AVX512-BF16",
+}
 LEAST_CAPABILITY = (8, 0)
 
 
@@ -59,7 +63,7 @@ def _variant() -> Iterator[Fact]:
         yield Fact("CPU variant", f"{VARIANT}={forced}, which does not run here", expected)
         return
     variant = _C.cpu_variant()
-    why = "the widest of this processor" if forced is None else f"as {VARIANT} says"
+    why = "the best of this processor" if forced is None else f"as {VARIANT} says"
     yield Fact("CPU variant", f"{variant}, {why} ({', '.join(known)})")
     yield Fact("matrix units", UNITS.get(variant, "none in use: bfloat16 is widened to float32"))
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from kdfast import _C
+
 
 def training(recipe: Any, folder: Path, **own: Any) -> TrainingArguments:
     """Arguments of a stage that trains a model into `folder`: what all recipes share, and a recipe's `own`."""
@@ -26,14 +28,14 @@ def training(recipe: Any, folder: Path, **own: Any) -> TrainingArguments:
 
 def chosen(precision: str) -> str:
     """float32, bfloat16 or float16. `auto` is bfloat16 where the processor, or the GPU, multiplies matrices of it
-    natively; emulated, it is slower than float32.
+    faster than of float32.
 
     Raises:
         ValueError: float16 without a GPU, where transformers' Trainer has none.
     """
     on_gpu = torch.cuda.is_available()
     if precision == "auto":
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_has_bf16()
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_likes_bf16()
         return "bfloat16" if native else "float32"
     if precision == "float16" and not on_gpu:
         raise ValueError("precision: expected auto, float32 or bfloat16 where there is no GPU, got float16")
@@ -51,7 +53,8 @@ def precision_of(arguments: Any) -> str:
     return "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
 
 
-def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices natively."""
+def cpu_likes_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices faster than float32 ones. With instructions for it alone it
+    need not: kdfast's own best variant tells."""
     capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()  # a torch that cannot tell counts as no
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+    return _C.cpu_variants()[-1] in ("avx512_bf16", "amx") or bool(capabilities.get("sve_bf16", False))
