@@ -18,7 +18,7 @@ VARIANT = "KDFAST_CPU_VARIANT"
 # What multiplies bfloat16 numbers as they are, by variant; in the others they are widened to float32.
 UNITS = {
     "avx512_bf16": "AVX512-BF16",
-    "avx512_bf16_fma": "none in use: float32's are faster here than AVX512-BF16, which rounds alone",
+    "avx512_bf16_fma": "none in use: AVX512-BF16 would be slower here than float32, to which bfloat16 is widened",
     "amx": "AMX, AVX512-BF16",
 }
 LEAST_CAPABILITY = (8, 0)
