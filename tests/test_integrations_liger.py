@@ -83,6 +83,94 @@ def test_fused_linear_jsd_loss_where_nothing_counts() -> None:
     assert not hidden.grad.any()
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biases"])
+@pytest.mark.parametrize(("temperature", "beta"), [(1.0, 0.5), (1.7, 1.0)])
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.3, 0.9), (0.0, 2.0), (1.0, 0.0)])
+def test_fused_linear_cosine_similarity_loss(
+    weights: tuple[float, float], temperature: float, beta: float, biased: bool
+) -> None:
+    chunked = pytest.importorskip("liger_kernel.chunked_loss")
+    settings: dict[str, Any] = {"temperature": temperature, "beta": beta, "return_soft_hard_loss": True}
+    ours, theirs = (
+        of(*weights, compiled=False, chunk_size=8, **settings)
+        for of in (liger.LigerFusedLinearCosineSimilarityLoss, chunked.LigerFusedLinearCosineSimilarityLoss)
+    )
+    (hidden, weight, bias), (t_hidden, t_weight, t_bias) = heads()
+    call = hidden, weight, t_hidden, t_weight, some_labels(ROWS, VOCABULARY), *((bias, t_bias) if biased else ())
+    inputs = (hidden, weight, bias) if biased else (hidden, weight)
+    same(lambda: ours(*call)[0], lambda: theirs(*call)[0], inputs)
+    for mine, its in zip(ours(*call)[1:], theirs(*call)[1:], strict=True):
+        assert float(its.detach()) > 0.01
+        torch.testing.assert_close(mine, its.detach(), rtol=1e-5, atol=0)
+    assert not ours(*call).soft_loss.requires_grad
+    of_defaults = (
+        of(compiled=False)(*call)
+        for of in (liger.LigerFusedLinearCosineSimilarityLoss, chunked.LigerFusedLinearCosineSimilarityLoss)
+    )
+    torch.testing.assert_close(next(of_defaults), next(of_defaults), rtol=1e-5, atol=0)
+
+
+def cosine_by_hand(call: list[Tensor], hard: float, soft: float, beta: float) -> Tensor:
+    """Ignored rows are in the sum of cosines, and not in the number that both sums are divided by."""
+    hidden, weight, t_hidden, t_weight, labels, bias, t_bias = (
+        x.double() if x.is_floating_point() else x for x in call
+    )
+    z, t = hidden @ weight.T + bias, t_hidden @ t_weight.T + t_bias
+    distances = 1 - (z * t).sum(-1) / (z.norm(dim=-1) * t.norm(dim=-1))
+    counted = (labels != OFF).sum().clamp(min=1)
+    return (hard * F.cross_entropy(z, labels, reduction="sum") + soft * beta * distances.sum()) / counted
+
+
+@pytest.mark.parametrize("counting", [True, False], ids=["some count", "none counts"])
+@pytest.mark.parametrize(
+    ("dtype", "rtol"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)],
+    ids=["float64", "float32", "bfloat16"],
+)
+@pytest.mark.parametrize("chunk_size", [8, ROWS, 1024])
+def test_fused_linear_cosine_similarity_loss_by_hand(
+    chunk_size: int, dtype: torch.dtype, rtol: float, counting: bool
+) -> None:
+    (hidden, weight, bias), (t_hidden, t_weight, t_bias) = heads(dtype)
+    labels = some_labels(ROWS, VOCABULARY) if counting else torch.full((ROWS,), OFF)
+    loss = liger.LigerFusedLinearCosineSimilarityLoss(0.3, 0.9, 0.7, temperature=1.7, chunk_size=chunk_size)
+    value = loss(hidden, weight, t_hidden, t_weight, labels, bias, t_bias)
+    expected = cosine_by_hand([hidden, weight, t_hidden, t_weight, labels, bias, t_bias], 0.3, 0.9, 0.7)
+    assert float(expected.detach()) > 0.1
+    torch.testing.assert_close(value.double(), expected, rtol=rtol, atol=0)
+    inputs = (hidden, weight, bias)
+    of_gradients = 2**-7 if dtype is torch.bfloat16 else rtol  # these are of the inputs' dtype
+    for mine, exact in zip(*(torch.autograd.grad(x, inputs) for x in (value, expected)), strict=True):
+        assert mine.dtype == dtype
+        assert float(exact.norm()) > 1e-3
+        assert float((mine.double() - exact.double()).norm()) < of_gradients * float(exact.norm())
+
+
+def test_a_cosine_loss_makes_few_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And keeps none for the backward, which makes them once more."""
+    (hidden, weight, bias), (t_hidden, t_weight, t_bias) = heads()
+    made: list[int] = []
+    kept: list[tuple[int, ...]] = []
+    product = liger.product
+
+    def watched(*head: Any) -> Tensor:
+        made.append(len(head[0]))
+        return product(*head)
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(tuple(x.shape))
+        return x
+
+    monkeypatch.setattr(liger, "product", watched)
+    loss = liger.LigerFusedLinearCosineSimilarityLoss(chunk_size=10)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        value = loss(hidden, weight, t_hidden, t_weight, some_labels(ROWS, VOCABULARY), bias, t_bias)
+    assert kept
+    assert all(VOCABULARY not in shape[1:] for shape in kept)
+    value.backward()
+    assert sorted(made) == sorted(2 * 2 * [10, 10, 3])  # of two models, twice
+
+
 # ---- liger_kernel.transformers: Triton ----
 @LABELLED
 @BETAS
@@ -192,6 +280,12 @@ def test_against_the_kernels() -> None:
     assert "compared" in done.stdout
 
 
+def cosine_of_heads(change: Callable[..., Any] = lambda *teacher: teacher, **settings: Any) -> Any:
+    (hidden, weight, _), (t_hidden, t_weight, _) = heads()
+    loss = liger.LigerFusedLinearCosineSimilarityLoss(**settings)
+    return loss(hidden, weight, *change(t_hidden, t_weight), some_labels(ROWS, VOCABULARY))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -204,6 +298,31 @@ def test_against_the_kernels() -> None:
             "weight_soft_loss: expected one of the two weights above 0, got 0",
         ),
         (lambda: liger.LigerFusedLinearJSDLoss(temperature=0), "temperature: expected a finite number > 0, got 0"),
+        (
+            lambda: liger.LigerFusedLinearCosineSimilarityLoss(-1.0),
+            "CosineSimilarityLoss: weight_hard_loss: expected a number that is not negative, got -1.0",
+        ),
+        (
+            lambda: liger.LigerFusedLinearCosineSimilarityLoss(temperature=0),
+            "CosineSimilarityLoss: temperature: expected a finite number > 0, got 0",
+        ),
+        (
+            lambda: cosine_of_heads(beta=1.5),
+            "CosineSimilarityLoss: beta: expected a number from 0 to 1, got 1.5",
+        ),
+        (lambda: cosine_of_heads(chunk_size=0), "CosineSimilarityLoss: chunk_size: expected 1 or more, got 0"),
+        (
+            lambda: cosine_of_heads(lambda hidden, weight: (hidden, torch.cat([weight, weight]))),
+            "CosineSimilarityLoss: teacher_weight: expected the student's 37 rows, got 74",
+        ),
+        (
+            lambda: cosine_of_heads(lambda hidden, weight: (hidden[1:], weight)),
+            r"CosineSimilarityLoss: teacher_input: expected the student's leading dimensions \[23\], got \[22, 24\]",
+        ),
+        (
+            lambda: cosine_of_heads(lambda hidden, weight: (hidden, weight[:, 1:])),
+            r"CosineSimilarityLoss: teacher_weight: expected \[V, 24\], the hidden states' size, got \[37, 23\]",
+        ),
         (lambda: liger.LigerFusedLinearJSD(temperature=0), "temperature: expected a finite number > 0, got 0"),
         (lambda: liger.LigerTVDLoss("total"), "reduction: expected 'none', 'mean', 'sum' or 'batchmean', got 'total'"),
     ],

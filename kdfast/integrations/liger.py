@@ -1,8 +1,8 @@
 """liger-kernel's distillation losses by kdfast, on CPUs too: its names, arguments and values (liger-kernel 0.8).
 
-`LigerFusedLinearJSDLoss` is of `liger_kernel.chunked_loss`, the others are of `liger_kernel.transformers`. Where those
-take log-probabilities or probabilities, so do these, and the logits behind them get the same gradients; but `kdfast`'s
-own functions take the logits, which saves the softmaxes.
+`LigerFusedLinearJSDLoss` and `LigerFusedLinearCosineSimilarityLoss` are of `liger_kernel.chunked_loss`, the others are of
+`liger_kernel.transformers`. Where those take log-probabilities or probabilities, so do these, and the logits behind them
+get the same gradients; but `kdfast`'s own functions take the logits, which saves the softmaxes.
 """
 
 from __future__ import annotations
@@ -12,36 +12,26 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from kdfast import js_div, kl_div, linear_kd_loss, total_variation
+from kdfast import cosine_distance, js_div, kl_div, linear_kd_loss, total_variation
 from kdfast.data.text import OFF
-from kdfast.ops import _checks
+from kdfast.models.head import product
+from kdfast.ops import _checks, _heads
+from kdfast.ops._heads import Head
 
 
 class LossParts(NamedTuple):
-    """What `LigerFusedLinearJSDLoss(return_soft_hard_loss=True)` returns; the parts have no weights and no gradient."""
+    """What the losses with two weights return with `return_soft_hard_loss=True`; the parts have no weights and no
+    gradient."""
 
     loss: Tensor
     soft_loss: Tensor
     hard_loss: Tensor
 
 
-class LigerFusedLinearJSDLoss(nn.Module):
-    """weight_hard_loss · Σ CE / N + weight_soft_loss · Σ JSD_beta(t, s) / N by `kdfast.linear_kd_loss`, N the rows whose
-    label is not `ignore_index`.
-
-    The divergence is `kdfast.js_div` at `temperature`, **without T²**, as liger has it. A teacher with more rows of
-    vocabulary than the student is refused (liger gives the student logits of 0 there):
-    `kdfast.linear_kd_loss(vocab_size=)` counts those that both have.
-
-    Args:
-        weight_hard_loss, weight_soft_loss: not negative; they need not add up to 1.
-        beta, ignore_index, temperature, return_soft_hard_loss: as in liger.
-        compiled, chunk_size: taken for their names' sake; kdfast compiles nothing and chooses its chunks.
-
-    Raises:
-        ValueError: a weight or temperature out of range; and what `kdfast.linear_kd_loss` raises.
-    """
+class _SoftAndHard(nn.Module):
+    """The settings that the losses of `liger_kernel.chunked_loss` share."""
 
     def __init__(
         self,
@@ -64,7 +54,25 @@ class LigerFusedLinearJSDLoss(nn.Module):
         _checks.check_temperature_number(op, temperature)
         self.weight_hard_loss, self.weight_soft_loss = weight_hard_loss, weight_soft_loss
         self.beta, self.ignore_index, self.temperature = beta, ignore_index, temperature
-        self.return_soft_hard_loss = return_soft_hard_loss
+        self.chunk_size, self.return_soft_hard_loss = chunk_size, return_soft_hard_loss
+
+
+class LigerFusedLinearJSDLoss(_SoftAndHard):
+    """weight_hard_loss · Σ CE / N + weight_soft_loss · Σ JSD_beta(t, s) / N by `kdfast.linear_kd_loss`, N the rows whose
+    label is not `ignore_index`.
+
+    The divergence is `kdfast.js_div` at `temperature`, **without T²**, as liger has it. A teacher with more rows of
+    vocabulary than the student is refused (liger gives the student logits of 0 there):
+    `kdfast.linear_kd_loss(vocab_size=)` counts those that both have.
+
+    Args:
+        weight_hard_loss, weight_soft_loss: not negative; they need not add up to 1.
+        beta, ignore_index, temperature, return_soft_hard_loss: as in liger.
+        compiled, chunk_size: taken for their names' sake; kdfast compiles nothing and chooses its chunks.
+
+    Raises:
+        ValueError: a weight or temperature out of range; and what `kdfast.linear_kd_loss` raises.
+    """
 
     def forward(
         self,
@@ -93,6 +101,74 @@ class LigerFusedLinearJSDLoss(nn.Module):
         )
         loss = loss * both
         return LossParts(loss, divergence / t_squared, cross_entropy) if self.return_soft_hard_loss else loss
+
+
+class LigerFusedLinearCosineSimilarityLoss(_SoftAndHard):
+    """weight_hard_loss · Σ CE / N + weight_soft_loss · Σ beta · (1 − cos(z_s, z_t)) / N, N the rows whose label is not
+    `ignore_index`, or 1.
+
+    The cosine is of both models' **logits** z = hidden · weightᵀ + bias, by `kdfast.cosine_distance`; `temperature` does
+    not change it, nor, as in liger, the cross-entropy. As liger has it, rows whose label is `ignore_index` are in the sum
+    of the cosines, though not in N. The cosines' logits are there for `chunk_size` rows at a time, and made once more in
+    the backward; the cross-entropy is `kdfast.linear_kd_loss`'s.
+
+    Args:
+        weight_hard_loss, weight_soft_loss: not negative, one of them above 0; they need not add up to 1.
+        beta: from 0 to 1, a factor.
+        chunk_size: at least 1.
+        ignore_index, temperature, return_soft_hard_loss: as in liger; `soft_loss` has beta in it.
+        compiled: taken for its name's sake.
+
+    Raises:
+        TypeError, ValueError: a setting out of range; a shape, dtype or device that does not fit, a teacher of another
+        vocabulary among them; and what `kdfast.linear_kd_loss` raises.
+    """
+
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        true_labels: Tensor,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> Tensor | LossParts:
+        """Inputs [N, H] and [N, Ht], weights [V, H] and [V, Ht], labels [N], biases [V]; a scalar, or three."""
+        op = type(self).__name__
+        _checks.check_fraction(op, "beta", self.beta)
+        _checks.check_int(op, "chunk_size", self.chunk_size)
+        if self.chunk_size < 1:
+            _checks.wrong_value(op, "chunk_size", "1 or more", self.chunk_size)
+        student = _heads.checked(op, "student", student_input, student_weight, student_bias, None, 1.0)
+        teacher = _heads.checked(op, "teacher", teacher_input, teacher_weight, teacher_bias, None, 1.0)
+        if teacher.hidden.shape[:-1] != student.hidden.shape[:-1]:
+            expected = f"the student's leading dimensions {list(student.hidden.shape[:-1])}"
+            _checks.wrong_value(op, "teacher_input", expected, list(teacher.hidden.shape))
+        if len(teacher.weight) != len(student.weight):
+            _checks.wrong_value(op, "teacher_weight", f"the student's {len(student.weight)} rows", len(teacher.weight))
+        hard = linear_kd_loss(
+            *student[:2], labels=true_labels, student_bias=student.bias, alpha=0.0, ignore_index=self.ignore_index
+        )
+        counted = (true_labels != self.ignore_index).sum().clamp(min=1)
+        soft = self.beta * self._distances(student.flat(), teacher.flat().detached()) / counted
+        loss = self.weight_hard_loss * hard + self.weight_soft_loss * soft
+        return LossParts(loss, soft.detach(), hard.detach()) if self.return_soft_hard_loss else loss
+
+    def _distances(self, student: Head, teacher: Head) -> Tensor:
+        """Σ (1 − cos) over all rows."""
+
+        def of(rows: slice) -> Tensor:
+            s, t = (product(head.hidden[rows], head.weight, head.bias) for head in (student, teacher))
+            return cosine_distance(s[None], t[None], reduction="sum")
+
+        # One chunk where there is no row: the weights are used.
+        chunks = range(0, max(len(student.hidden), 1), self.chunk_size)
+        parts = [
+            checkpoint(of, slice(begin, begin + self.chunk_size), use_reentrant=False, preserve_rng_state=False)
+            for begin in chunks
+        ]
+        return torch.stack(parts).sum()
 
 
 class LigerFusedLinearJSD(nn.Module):
