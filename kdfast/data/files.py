@@ -59,8 +59,8 @@ def read(source: str | Path, wrong: Wrong) -> dict[str, Any]:
         source: as `data` of `text_rows`. A folder's files are of one kind, and their names begin with one of `PARTS`.
         wrong: makes the error to raise out of what was expected and what there is.
     """
-    if reason := why_not_readable(source):
-        raise wrong(f"a file or folder {source} that can be read", reason)
+    if locked := why_not_readable(source):
+        raise wrong(f"a file or folder {source} that can be read", locked)
     files = _files(Path(source), wrong)
     try:
         from datasets import load_dataset
