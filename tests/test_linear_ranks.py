@@ -1,20 +1,29 @@
 """linear_kd_loss and its like over ranks (gloo, 2 and 4): a split vocabulary by process group and by DTensors, and a
-head that fully_shard keeps in shards."""
+head that fully_shard keeps in shards; and what is sent."""
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from documents import PAGES
 from ranks import spawn
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdfast
+from kdfast.ops._divergence import SECOND_LOOK
+from kdfast.ops._heads import WORKSPACE
 
 ROWS, WIDTH, VOCABULARY = 13, 10, 840
 UNEVEN = (0, 1, 700, VOCABULARY)  # the last of four shards holds nothing
@@ -133,7 +142,73 @@ def check_sharded_parameter(rank: int, ranks: int) -> None:
         close(gradient.full_tensor(), sum(g for *_, g in of_ranks) / ranks, dtype, "gradient")
 
 
-CHECKS = {"vocabulary": check_vocabulary, "tensor_parallel": check_tensor_parallel, "fsdp": check_sharded_parameter}
+def sizes_of_page(**numbers: int) -> dict[str, int]:
+    """What docs/large_vocabularies.md says is sent, by the beginnings of its tables' rows."""
+    rows = re.findall(r"^\| ([^|]+) \| (?:a \w+) \| ([^|]+) \|", PAGES["docs/large_vocabularies.md"], flags=re.M)
+    return {what: eval(size.replace("·", "*"), dict(numbers)) for what, size in rows}
+
+
+@contextmanager
+def all_reduces() -> Iterator[dict[str, list[int]]]:
+    """The bytes of each, by what is reduced."""
+    sent: dict[str, list[int]] = defaultdict(list)
+    original = dist.all_reduce
+    names = {dist.ReduceOp.MIN: "min", dist.ReduceOp.MAX: "max"}
+
+    def all_reduce(x: Tensor, op: Any = dist.ReduceOp.SUM, **given: Any) -> Any:
+        sent[names.get(op) or f"sum of {x.shape[-1]}"].append(x.nbytes)
+        return original(x, op, **given)
+
+    with patch.object(dist, "all_reduce", all_reduce):
+        yield sent
+
+
+class OfShards(TorchDispatchMode):
+    """The bytes of what is gathered and scattered, all of it."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__()
+        self.sent: list[tuple[str, int]] = []
+        self.parts = {"all_gather_into_tensor": ranks, "reduce_scatter_tensor": 1}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name in self.parts:
+            self.sent.append((name, args[0].nbytes * self.parts[name]))
+        return function(*args, **(kwargs or {}))
+
+
+def check_collectives(rank: int, ranks: int) -> None:
+    """How often and how much, against the page."""
+    h, w, th, tw = (x.chunk(ranks)[rank] if len(x) == VOCABULARY else x for x in heads(torch.float32))
+    h, w = h.requires_grad_(), w.detach().requires_grad_()
+    expected = sizes_of_page(N=ROWS, H=WIDTH, V=VOCABULARY, b=2)
+    budgets, maxima, sums, again, of_hidden, gathered, scattered, of_teacher = expected.values()
+    given = {"alpha": 1.0, "memory_budget": WORKSPACE + 12 * w[:, 0].nbytes, "process_group": dist.group.WORLD}
+    for divergence in ("kl_div", *SECOND_LOOK):
+        with all_reduces() as sent:
+            kdfast.linear_kd_loss(h, w, th, tw, divergence=divergence, **given).backward()
+        chunks = len(sent["max"])
+        assert 1 < chunks < ROWS
+        looks = {"sum of 2": (chunks, again)} if divergence in SECOND_LOOK else {}
+        found = {name: (len(sizes), sum(sizes)) for name, sizes in sent.items()}
+        once = {"min": (1, budgets), f"sum of {WIDTH}": (1, of_hidden)}
+        assert found == {**once, "max": (chunks, maxima), "sum of 7": (chunks, sums), **looks}, divergence
+    mesh = init_device_mesh("cpu", (ranks,))
+    h, w, th, tw = heads(torch.bfloat16)
+    weight, teacher = (distribute_tensor(x.float(), mesh, [Shard(0)]) for x in (w, tw))
+    with OfShards(ranks) as of:
+        kdfast.linear_kd_loss(h, weight.requires_grad_(), th, teacher, alpha=1.0).backward()
+    gather, scatter = of.parts
+    assert of.sent == [(gather, gathered), (gather, of_teacher), (scatter, scattered)]
+
+
+CHECKS = {
+    "collectives": check_collectives,
+    "vocabulary": check_vocabulary,
+    "tensor_parallel": check_tensor_parallel,
+    "fsdp": check_sharded_parameter,
+}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

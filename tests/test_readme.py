@@ -7,15 +7,12 @@ import io
 import re
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
+from documents import EXAMPLES, PAGES, README, ROOT
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-GUIDES = [path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))]
-RUN = [page for page in GUIDES if not page.startswith("# Coming from another library")]  # those: tests/test_migrate.py
-EXAMPLES = re.findall(r"```python\n(.*?)```", "\n".join([README, *RUN]), flags=re.S)
+GUIDES = [*PAGES.values()]
+FENCES = re.compile(r"^ *```(.*)$", flags=re.M)
 
 
 def test_tables_come_from_the_committed_results() -> None:
@@ -39,6 +36,14 @@ def test_example_runs_and_equals_plain_torch() -> None:
 def test_other_examples_run(example: str) -> None:
     value = float(run(example))
     assert 0 < value < 10_000
+
+
+def test_blocks_say_what_they_are() -> None:
+    """Without a language a block of Python would run in no test."""
+    for page in (README, *GUIDES):
+        fences = FENCES.findall(page)
+        assert {*fences[::2]} <= {"python", "sh", "json", "text"}
+        assert {*fences[1::2]} <= {""}
 
 
 def run(program: str) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kdfast.cli.shared import fail, names
+from kdfast.cli.shared import check_writable, fail, names
 from kdfast.data.augment import MANIFEST, Augmentation
 from kdfast.results.disk import failure, told
 
@@ -64,6 +64,7 @@ def augment(
         from kdfast.runs.augment import AugmentedRows
     except ImportError as error:
         fail(f"{error}: pip install kdfast[train]", 1)
+    check_writable(output)
     libraries.quiet()
     console = Console()
     columns = None if text_columns is None else names(text_columns)

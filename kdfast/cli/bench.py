@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdfast.cli.shared import fail
-from kdfast.results.disk import why_not_writable
+from kdfast.cli.shared import check_writable, fail
 
 
 def bench(
@@ -99,8 +98,7 @@ def _check_output(output: Path | None, facts: dict[str, Any], stem: str) -> None
 
     if output is None:
         return
-    if reason := why_not_writable(output):
-        raise typer.BadParameter(f"output {output}: expected a folder that can be written, got {reason}")
+    check_writable(output)
     try:
         harness.environment_with(harness.results_path(facts, output, stem), facts)
     except ValueError as error:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kdfast.cli.shared import fail, layer_numbers, names
+from kdfast.cli.shared import check_writable, fail, layer_numbers, names
 
 TYPED = {"folder": "output", "rows": "data"}  # what the command calls arguments of `kdfast.teacher_cache.write`
 
@@ -48,6 +49,8 @@ def cache_teacher(
     Ctrl-C keeps the files that are finished. The same command continues after them; what is finished is not repeated.
     """
     command, cache_error = _import_cache_command()
+    if not os.path.isfile(output):  # which is told otherwise
+        check_writable(output)
     try:
         command.cache_teacher(
             model,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeGuard
 import typer
 import yaml
 
-from kdfast.cli.shared import fail, names
+from kdfast.cli.shared import check_writable, fail, names
 from kdfast.recipes import RECIPES, multi_task, multi_teacher, token_classification
 from kdfast.recipes.base import Recipe
 from kdfast.recipes.classifier import ClassifierRecipe
@@ -68,7 +68,7 @@ def evaluate(
         from rich.console import Console
 
         from kdfast.data.demo import AssetError
-        from kdfast.data.files import shown_name
+        from kdfast.data.files import shown_name, why_not_readable
         from kdfast.results import libraries, measure, tables
         from kdfast.runs import stages
     except ImportError as error:
@@ -78,6 +78,10 @@ def evaluate(
     try:
         if output is not None and output.is_dir():
             raise ValueError(f"output {output}: expected a JSON file, got a folder")
+        if output is not None:
+            check_writable(output.parent)
+        if reason := why_not_readable(model):
+            raise ValueError(f"model {model}: expected a folder that can be read, got {reason}")
         chosen = _chosen(model, teacher)
         measured = _of_heads if issubclass(chosen.kind, HeadRecipe) else _of_classifiers
         results, facts = measured(chosen, options)

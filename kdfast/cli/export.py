@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kdfast.cli.shared import fail
+from kdfast.cli.shared import check_writable, fail
 from kdfast.recipes import dynabert
 from kdfast.recipes.paths import CONFIG, run_settings
 from kdfast.results.disk import failure, told
@@ -23,6 +24,8 @@ def export(
 
     AutoModelForSequenceClassification.from_pretrained loads it, after import kdfast where it is narrower than the whole.
     """
+    if not os.path.isfile(output):  # which is told otherwise
+        check_writable(output)
     try:
         recipe = _recipe(run)
         for name, share, known in (("width", width, recipe.widths), ("depth", depth, recipe.depths)):

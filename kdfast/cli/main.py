@@ -27,8 +27,8 @@ from kdfast.cli.shared import fail
 from kdfast.results.disk import of_the_user, told
 
 STOPPED = 130  # exit code of what Ctrl-C ended
-# Where torchao is installed transformers imports it; it tells of parts for GPUs, and torch of its use of torch.
-TALKATIVE = ("torchao", "torch.utils._pytree")
+# Where they are installed transformers imports these; they tell of parts for GPUs, and torch of its use by one of them.
+TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 app = typer.Typer(
     help="Distillation of transformers with fused C++ losses.",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kdfast.cli.shared import fail
+from kdfast.cli.shared import check_writable, fail
 from kdfast.results import compare as comparing
 from kdfast.results.disk import saving
 
@@ -34,8 +35,10 @@ def compare(
     except ImportError as error:
         fail(f"{error}: pip install kdfast[train]", 1)
     try:
-        if output is not None and output.exists() and not output.is_dir():
+        if output is not None and os.path.isfile(output):
             raise ValueError(f"output {output}: expected a folder, got a file")
+        if output is not None:
+            check_writable(output)
         comparison = comparing.compare(runs, metric)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
@@ -68,6 +71,7 @@ def report(
         from kdfast.results import benchmark_page, page
     except ImportError as error:
         fail(f"{error}: pip install kdfast[train]", 1)
+    check_writable(output.parent)
     try:
         if output.is_dir():
             raise ValueError(f"output {output}: expected an HTML file, got a folder")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import typer
+
+from kdfast.results.disk import why_not_writable
 
 
 def layer_numbers(name: str, text: str) -> tuple[int, ...]:
@@ -24,6 +27,12 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
 
 def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
+
+
+def check_writable(folder: Path) -> None:
+    """Of what a command writes, before it loads or measures anything."""
+    if reason := why_not_writable(folder):
+        raise typer.BadParameter(f"output {folder}: expected a folder that can be written, got {reason}")
 
 
 def fail(message: str, code: int) -> NoReturn:

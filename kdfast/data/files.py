@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -37,6 +39,18 @@ PARTS = ("train", "test", "validation", "dev")  # how the names of a folder's fi
 Wrong = Callable[[object, object], Exception]
 
 
+def why_not_readable(source: str | Path) -> str | None:
+    """The reason why a file or folder cannot be read; None where it can, or is not there."""
+    try:
+        os.stat(source)
+    except PermissionError as error:  # of a folder around it
+        return str(error.strerror).lower()
+    except OSError:
+        return None
+    needed = os.R_OK | os.X_OK if os.path.isdir(source) else os.R_OK
+    return None if os.access(source, needed) else os.strerror(errno.EACCES).lower()
+
+
 def read(source: str | Path, wrong: Wrong) -> dict[str, Any]:
     """The splits, each a `datasets.Dataset`: of a file ("train", all of it), a folder of files,
     or a dataset on the Hub.
@@ -45,6 +59,8 @@ def read(source: str | Path, wrong: Wrong) -> dict[str, Any]:
         source: as `data` of `text_rows`. A folder's files are of one kind, and their names begin with one of `PARTS`.
         wrong: makes the error to raise out of what was expected and what there is.
     """
+    if locked := why_not_readable(source):
+        raise wrong(f"a file or folder {source} that can be read", locked)
     files = _files(Path(source), wrong)
     try:
         from datasets import load_dataset

@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE, TOKENIZER_
 
 from kdfast._from_pretrained import METHOD
 from kdfast.data import tasks
+from kdfast.data.files import why_not_readable
 from kdfast.data.hub import first_line, why_no_answer
 from kdfast.models import pairing
 from kdfast.models.early_exit import EarlyExit, saved_in
@@ -48,7 +49,7 @@ def classifier(task: tasks.Task, argument: str, source: str | Path) -> Any:
     Raises:
         ValueError: it cannot be loaded, has no head, another number of classes or another order of them.
     """
-    who = named(argument, source)
+    who = _readable(argument, source)
     if Path(source).is_dir() and saved_in(source):
         model, loading = pretrained(EarlyExit, argument, source, dtype=torch.float32), {}
     else:
@@ -69,7 +70,7 @@ def load_tokenizer(argument: str, source: str | Path) -> Any:
     Raises:
         ValueError: it cannot be loaded, or is such a one.
     """
-    who = named(argument, source)
+    who = _readable(argument, source)
     if (Path(source) / "config.yaml").is_file() and not (Path(source) / "config.json").is_file():
         inside = [str(path.parent) for path in sorted(Path(source).glob("*/config.json"))]
         hint = f"; its models are {', '.join(inside)}" if inside else ""
@@ -125,7 +126,7 @@ def pretrained(kind: Any, argument: str, source: str | Path, *, quantised: bool 
     Raises:
         ValueError: it cannot be loaded, or is a model whose weights are quantised.
     """
-    who = named(argument, source)
+    who = _readable(argument, source)
     unreachable = None if Path(source).is_dir() else _why_no_answer(who, source)
     if hasattr(kind, "from_config"):  # of models, not of configurations or tokenizers
         _check_not_quantised(who, _loaded(AutoConfig, who, source, unreachable), quantised)
@@ -144,7 +145,13 @@ def _loaded(kind: Any, who: str, source: str | Path, unreachable: str | None, **
         got = first_line(error)
         if got.startswith(UNKNOWN):
             raise _of_another_kind(kind, who, AutoConfig.from_pretrained(source, **here)) from None
-        raise ValueError(f"{who}: expected what transformers loads, got {got}") from None
+        raise ValueError(f"{who}: expected what transformers loads, got {_locked(source) or got}") from None
+
+
+def _locked(source: str | Path) -> str | None:
+    """A file of a folder that may not be read: of weights safetensors says that there are none."""
+    locked = [path.name for path in sorted(Path(source).glob("*")) if not os.access(path, os.R_OK)]
+    return f"{locked[0]}, which may not be read" if locked else None
 
 
 def language_model(saved_as: str) -> tuple[str, str] | None:
@@ -185,6 +192,14 @@ def _why_no_answer(who: str, source: str | Path) -> str | None:
         raise ValueError(f"{who}: expected the folder of a model, got no folder")
     absent = ValueError(f"{who}: expected {PLACES}, got no folder, and no model that you may read on the Hub")
     return why_no_answer("model_info", str(source), absent)
+
+
+def _readable(argument: str, source: str | Path) -> str:
+    """What messages call a model that can be read, or that is on the Hub."""
+    who = named(argument, source)
+    if reason := why_not_readable(source):
+        raise ValueError(f"{who}: expected a folder that can be read, got {reason}")
+    return who
 
 
 def named(argument: str, source: str | Path) -> str:

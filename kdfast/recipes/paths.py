@@ -22,7 +22,7 @@ def absolute(name: str, value: Any) -> Any:
     """A setting as a run stores it: what is a file or folder here is one from everywhere."""
     if isinstance(value, (list, tuple)):
         return [absolute(name, one) for one in value]
-    if name not in PATHS or not isinstance(value, str) or _is_task(name, value) or not Path(value).exists():
+    if name not in PATHS or not isinstance(value, str) or _is_task(name, value) or not os.path.exists(value):
         return value
     return os.path.abspath(value)
 

@@ -96,8 +96,8 @@ def _why_not_made(folder: Path) -> str | None:
 
 
 def _there(place: Path) -> Path:
-    """The place, or the nearest of the folders around it that exists."""
-    return next(one for one in (place.absolute(), *place.absolute().parents) if one.exists())
+    """The place, or the nearest of the folders around it that exists; what may not be looked at counts as none."""
+    return next(one for one in (place.absolute(), *place.absolute().parents) if os.path.exists(one))
 
 
 def told(error: OSError) -> str:

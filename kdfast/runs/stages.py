@@ -160,7 +160,7 @@ def check_run_folder(folder: Path, recipe: Recipe) -> None:
     Raises:
         ValueError: the folder holds a run with other settings, or something that is not a run, or it cannot be written.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():  # False where that may not be known
         raise ValueError(f"output {folder}: expected a folder, got a file")
     if reason := why_not_writable(folder):
         raise ValueError(f"output {folder}: expected a folder that can be written, got {reason}")
