@@ -16,6 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 from language_models import check_per_token
+from quantised import check_run
 from rich.console import Console
 from tiny_pairs import bart, of, pair, plain_pairs, recipe, saved, t5
 from transformers import (
@@ -257,6 +258,12 @@ def test_student_of_ones_own(recipe: seq2seq.Recipe, tmp_path: Path) -> None:
     results = runs.run(given, tmp_path / "run", quiet())
     assert results["student"]["kl_to_teacher"] < results["start"]["kl_to_teacher"]
     assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "student").config.d_model == 16
+
+
+@pytest.mark.parametrize(("library", "kind"), [("torchao", "t5"), ("bitsandbytes", "t5"), ("bitsandbytes", "bart")])
+def test_quantised_teachers(library: str, kind: str, recipe: seq2seq.Recipe, tmp_path: Path) -> None:
+    own = saved(tmp_path / "own", kind, layers=1, seed=3)
+    check_run(library, AutoModelForSeq2SeqLM, of(kind, recipe, tmp_path), own, tmp_path)
 
 
 def test_chosen_layers(recipe: seq2seq.Recipe, tmp_path: Path) -> None:
