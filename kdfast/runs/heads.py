@@ -148,6 +148,10 @@ class HeadRun(LanguageRun):
         return tasks.first(train, r.train_rows), tasks.first(test, r.test_rows)
 
     # ---- training ----
+    def trained(self) -> Any:
+        """A copy of the student's start, of which what is to be trained is."""
+        return copy.deepcopy(self.start)
+
     def objective(self, alone: bool) -> Objective:
         """What a student is trained on; `alone`: without the teacher."""
         its: Objective = self.recipe.labels_only() if alone else self.recipe.objective()
@@ -173,7 +177,7 @@ class HeadRun(LanguageRun):
             logging_steps=max(1, steps // 60),
         )
         return DistillationTrainer(
-            copy.deepcopy(self.start),
+            self.trained(),
             settings,
             teacher=None if alone else self.teacher,
             objective=self.objective(alone),
