@@ -27,8 +27,9 @@ from kdfast.cli.shared import fail
 from kdfast.results.disk import of_the_user, told
 
 STOPPED = 130  # exit code of what Ctrl-C ended
-# Where torchao is installed transformers imports it; it tells of parts for GPUs, and torch of its use of torch.
-TALKATIVE = ("torchao", "torch.utils._pytree")
+# Where torchao and bitsandbytes are installed other libraries import them; they tell of parts that they would be faster
+# with, and torch of torchao's use of torch.
+TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 app = typer.Typer(
     help="Distillation of transformers with fused C++ losses.",

@@ -31,6 +31,7 @@ LANGUAGE = {
     "AutoModelForMaskedLM": ("a masked language model", "distilbert", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
 }
 UNKNOWN = "Unrecognized configuration class"  # how transformers tells of a model that is none of a class's
+UNREADABLE = "automatic conversion of the weights"  # and of weights that its report above, in many lines, is about
 # And of a tokenizer whose class makes up no vocabulary where there is no file of it; the last is Pegasus.
 NO_FILE = (
     *("instantiate the backend tokenizer", "not NoneType", "has no attribute 'readlines'", "path 'None'"),
@@ -146,6 +147,8 @@ def _loaded(kind: Any, who: str, source: str | Path, unreachable: str | None, **
         got = first_line(error)
         if got.startswith(UNKNOWN):
             raise _of_another_kind(kind, who, AutoConfig.from_pretrained(source, **here)) from None
+        if UNREADABLE in got:
+            got = "weights that it cannot put together; torchao's of BART and its relatives it cannot, bitsandbytes' it can"
         raise ValueError(f"{who}: expected what transformers loads, got {got}") from None
 
 
