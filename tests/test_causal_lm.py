@@ -18,6 +18,7 @@ import tiny_texts
 import torch
 import yaml
 from language_models import PAD, check_per_token, llama, plain_loss
+from quantised import HOW, LIBRARIES, check_run
 from rich.console import Console
 from tiny_berts import bert
 from tiny_texts import sentence
@@ -27,8 +28,6 @@ from transformers import (
     BertForMaskedLM,
     BertLMHeadModel,
     BertModel,
-    BitsAndBytesConfig,
-    TorchAoConfig,
     TrainerCallback,
 )
 
@@ -332,27 +331,10 @@ def test_students_that_do_not_fit(assets: dict[str, Path], tmp_path: Path) -> No
     _refused(tmp_path / "run", expected, student=str(own), student_layers=None)
 
 
-QUANTISED: dict[str, dict[str, Any]] = {
-    "torchao": {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {"version": 2}}}},
-    "bitsandbytes": {"load_in_8bit": True},
-}
-LIBRARIES = pytest.mark.parametrize("library", QUANTISED)
-
-
 @LIBRARIES
 def test_quantised_teachers(library: str, assets: dict[str, Path], tmp_path: Path) -> None:
-    """They are run, and no student is made of their layers."""
-    pytest.importorskip(library)
-    how = {"torchao": TorchAoConfig, "bitsandbytes": BitsAndBytesConfig}[library].from_dict(QUANTISED[library])
-    source = assets[demo.SMOLLM2.folder]
-    AutoModelForCausalLM.from_pretrained(source, quantization_config=how).save_pretrained(tmp_path / "teacher")
-    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "teacher")
-    own = _student_of_ones_own(tmp_path / "own", assets)
-    settings = dataclasses.replace(SETTINGS, teacher=str(tmp_path / "teacher"), student=str(own), student_layers=None)
-    results, _ = _run(tmp_path / "run", settings)
-    assert results["student"]["kl_to_teacher"] < results["start"]["kl_to_teacher"]
-    expected = f"teacher {tmp_path / 'teacher'}: expected weights that are not quantised, got {library}"
-    _refused(tmp_path / "other", expected, teacher=str(tmp_path / "teacher"))
+    recipe = dataclasses.replace(SETTINGS, teacher=str(assets[demo.SMOLLM2.folder]), student_layers=None)
+    check_run(library, AutoModelForCausalLM, recipe, _student_of_ones_own(tmp_path / "own", assets), tmp_path)
 
 
 @LIBRARIES
@@ -361,7 +343,7 @@ def test_quantised_teachers_need_their_library(
 ) -> None:
     source = shutil.copytree(assets[demo.SMOLLM2.folder], tmp_path / "teacher")
     config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": library, **QUANTISED[library]}
+    config["quantization_config"] = {"quant_method": library, **HOW[library]}
     (source / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
     expected = f"teacher {source}: expected {library}, which quantised it, to be installed, got none"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from command_line import call, refused, width
 from datasets import Dataset
+from quantised import LIBRARIES, check_run
 from rich.console import Console
 from transformers import AutoModelForQuestionAnswering, BertConfig, BertForQuestionAnswering, BertTokenizer
 
@@ -215,6 +216,11 @@ def test_student_comes_closer_to_the_teacher(recipe: question_answering.Recipe, 
     assert student.config.num_hidden_layers == 2  # 0 and 2 of three
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["task"]["metric"] == "f1"
     assert runs.run(recipe, tmp_path / "run", Console(file=io.StringIO())) == results
+
+
+@LIBRARIES
+def test_quantised_teachers(library: str, recipe: question_answering.Recipe, tmp_path: Path) -> None:
+    check_run(library, AutoModelForQuestionAnswering, recipe, saved(tmp_path / "own", layers=1, seed=1), tmp_path)
 
 
 @pytest.mark.parametrize("without", [False, True])

@@ -6,6 +6,7 @@ Root may read and write all, unless it gives that right up: then modes count for
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import kdfast
 from kdfast.data import demo
 
 PR_CAPBSET_DROP, RIGHTS = 24, (1, 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-SHORT = ["--max-length", 16]
+SHORT = ["--max-length", "16"]
 
 
 def _give_up_rights() -> None:
@@ -30,41 +31,39 @@ def _give_up_rights() -> None:
             ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, right, 0, 0, 0)
 
 
-def _without_rights(command: list[Any], **environment: str) -> subprocess.CompletedProcess[str]:
+# The commands on its input, one after another: an interpreter for each would take seconds to import what it needs.
+COMMANDS = """
+import contextlib, io, json, os, sys
+from kdfast.cli.main import main
+
+def status():
+    try:
+        main()
+    except SystemExit as end:
+        return end.code
+
+print(os.access(sys.argv[1], os.R_OK))
+for command in json.load(sys.stdin):
+    sys.argv = ["kdfast", *command]
+    with contextlib.redirect_stderr(io.StringIO()) as told, contextlib.redirect_stdout(io.StringIO()):
+        code = status()
+    print(json.dumps([code, told.getvalue()]))
+"""
+
+
+def _without_rights(folder: Path, commands: list[list[str]]) -> list[str]:
+    """A line of output for each, after one that says whether what is locked can be read."""
     here = {"PYTHONPATH": str(Path(kdfast.__file__).parents[1]), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, str(folder / "locked")],
+        input=json.dumps(commands),
         capture_output=True,
         text=True,
-        check=False,
-        env={**os.environ, **here, **environment},
+        check=True,
+        env={**os.environ, **here, "HF_DATASETS_CACHE": str(folder / "datasets")},
         preexec_fn=_give_up_rights,
     )
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """`locked` and `secret.csv` may not be read, of `weights` only the weights, nor `sealed` be written."""
-    folder = tmp_path_factory.mktemp("rights")
-    for name in ("locked", "weights", "model"):
-        save(folder / name, bert(0))
-    (folder / "lm").mkdir()
-    for name in ("locked/reviews.csv", "secret.csv", "reviews.csv"):
-        write_reviews(folder / name)
-    (folder / "texts.txt").write_text("w1 w2\n\n" * 9)
-    (folder / "sealed").mkdir()
-    tiny_texts.causal(folder / "lm")[demo.SMOLLM2.folder].rename(folder / "language")
-    modes = {"locked": 0, "secret.csv": 0, "weights/model.safetensors": 0, "sealed": 0o555}
-    for name, mode in modes.items():
-        (folder / name).chmod(mode)
-    try:
-        found = _without_rights(["-c", "import os, sys; print(os.access(sys.argv[1], os.R_OK))", folder / "locked"])
-        if found.stdout != "False\n":
-            pytest.skip(f"modes do not count here: {found.stdout}{found.stderr}")
-        yield folder
-    finally:
-        for name in modes:
-            (folder / name).chmod(0o755)
+    return done.stdout.splitlines()
 
 
 HINTON = ["distill", "hinton", *SHORT]
@@ -104,23 +103,50 @@ def _in(folder: Path, text: Any) -> str:
     return str(text).replace("{", f"{folder}/").replace("}", "")
 
 
-def _refused(places: Path, command: list[Any], expected: str) -> None:
-    before = sorted(path.name for path in places.iterdir())
-    caches = {"HF_DATASETS_CACHE": str(places / "datasets")}
-    (places / "datasets").mkdir(exist_ok=True)
-    done = _without_rights(["-m", "kdfast", *(_in(places, word) for word in command)], **caches)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert _in(places, expected) in done.stderr
-    assert {*before, "datasets"} == {path.name for path in places.iterdir()}  # no run was begun
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[Any, Any]]]:
+    """What every command ends in, and says: `locked` and `secret.csv` may not be read, of `weights` only the weights, nor
+    `sealed` be written."""
+    folder = tmp_path_factory.mktemp("rights")
+    for name in ("locked", "weights", "model"):
+        save(folder / name, bert(0))
+    for name in ("lm", "sealed", "datasets"):
+        (folder / name).mkdir()
+    for name in ("locked/reviews.csv", "secret.csv", "reviews.csv"):
+        write_reviews(folder / name)
+    (folder / "texts.txt").write_text("w1 w2\n\n" * 9)
+    tiny_texts.causal(folder / "lm")[demo.SMOLLM2.folder].rename(folder / "language")
+    modes = {"locked": 0, "secret.csv": 0, "weights/model.safetensors": 0, "sealed": 0o555}
+    for name, mode in modes.items():
+        (folder / name).chmod(mode)
+    cases = {(part, case): of[case][0] for part, of in (("read", READ), ("written", WRITTEN)) for case in of}
+    before = sorted(path.name for path in folder.iterdir())
+    try:
+        reads, *lines = _without_rights(folder, [[_in(folder, word) for word in of] for of in cases.values()])
+        if reads != "False":
+            pytest.skip("modes do not count here")
+        assert before == sorted(path.name for path in folder.iterdir())  # no run was begun
+        yield folder, dict(zip(cases, map(json.loads, lines), strict=True))
+    finally:
+        for name in modes:
+            (folder / name).chmod(0o755)
+
+
+def _refused(outcome: tuple[int, str], expected: str) -> None:
+    status, message = outcome
+    assert status == 2, message
+    assert message.count("\n") == 1, message
+    assert expected in message
 
 
 @pytest.mark.parametrize("case", READ)
-def test_what_may_not_be_read(case: str, places: Path) -> None:
-    _refused(places, *READ[case])
+def test_what_may_not_be_read(case: str, told: tuple[Path, dict[Any, Any]]) -> None:
+    folder, outcomes = told
+    _refused(outcomes["read", case], _in(folder, READ[case][1]))
 
 
 @pytest.mark.parametrize("case", WRITTEN)
-def test_where_nothing_may_be_written(case: str, places: Path) -> None:
-    command, output = WRITTEN[case]
-    _refused(places, command, f"output {output}: expected a folder that can be written, got permission denied")
+def test_where_nothing_may_be_written(case: str, told: tuple[Path, dict[Any, Any]]) -> None:
+    folder, outcomes = told
+    expected = f"output {WRITTEN[case][1]}: expected a folder that can be written, got permission denied"
+    _refused(outcomes["written", case], _in(folder, expected))

@@ -16,6 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 from language_models import check_per_token
+from quantised import check_run
 from rich.console import Console
 from tiny_pairs import bart, of, pair, plain_pairs, recipe, saved, t5
 from transformers import (
@@ -32,7 +33,7 @@ from kdfast.cli.main import app
 from kdfast.data import pairs
 from kdfast.recipes import seq2seq
 from kdfast.results.compare import compare
-from kdfast.runs import stages
+from kdfast.runs import adapters, stages
 from kdfast.runs.seq2seq import Seq2SeqRun
 
 __all__ = ["recipe"]  # a fixture
@@ -176,9 +177,11 @@ class _Signal(TrainerCallback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.parametrize("lora", [None, 4])
 def test_stopped_run_continues_to_the_same_student(
-    recipe: seq2seq.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lora: int | None, recipe: seq2seq.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    recipe = dataclasses.replace(recipe, lora=lora)
     expected = runs.run(recipe, tmp_path / "through", quiet())
     train_stage = stages.train_stage
 
@@ -259,6 +262,27 @@ def test_student_of_ones_own(recipe: seq2seq.Recipe, tmp_path: Path) -> None:
     assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "student").config.d_model == 16
 
 
+@pytest.mark.parametrize(("library", "kind"), [("torchao", "t5"), ("bitsandbytes", "t5"), ("bitsandbytes", "bart")])
+def test_quantised_teachers(library: str, kind: str, recipe: seq2seq.Recipe, tmp_path: Path) -> None:
+    own = saved(tmp_path / "own", kind, layers=1, seed=3)
+    check_run(library, AutoModelForSeq2SeqLM, of(kind, recipe, tmp_path), own, tmp_path)
+
+
+@KINDS
+def test_adapters_alone_are_trained_and_merged(kind: str, recipe: seq2seq.Recipe, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(of(kind, recipe, tmp_path), lora=4, baseline=True)
+    results = runs.run(recipe, tmp_path / "run", quiet())
+    assert results["student"]["kl_to_teacher"] < 0.9 * results["start"]["kl_to_teacher"]
+    assert results["student"]["kl_to_teacher"] < results["labels_only"]["kl_to_teacher"]
+    assert results["student"]["parameters"] == results["start"]["parameters"]
+    run = prepared(recipe, tmp_path / "run")
+    trained = {name for name, p in run.trained().named_parameters() if p.requires_grad}
+    assert {name.split(".")[-3] for name in trained} == {"lora_A", "lora_B"}
+    start, student = run.start, AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "student")
+    changed = {n for n, p in student.named_parameters() if not torch.equal(p, start.get_parameter(n))}
+    assert changed == {name.split("base_model.model.")[1].split(".lora_")[0] + ".weight" for name in trained}
+
+
 def test_chosen_layers(recipe: seq2seq.Recipe, tmp_path: Path) -> None:
     """In their order; one that is named twice is there in two copies."""
     chosen = dataclasses.replace(recipe, student_layers=(2, 0), decoder_layers=(1, 1))
@@ -309,6 +333,7 @@ def test_tables_and_folders_of_files(recipe: seq2seq.Recipe, tmp_path: Path) -> 
         ({"teacher": None}, "teacher: expected an encoder-decoder of text, a folder or Hub name, got none"),
         ({"targets": "mine"}, "targets: expected one of data, teacher, got mine"),
         ({"beams": 0}, "beams: expected at least 1, got 0"),
+        ({"lora": 0}, "lora: expected at least 1, got 0"),
         ({"divergence": "kl"}, "divergence: expected one of"),
         ({"student": "a", "decoder_layers": (0,)}, r"decoder_layers: expected none beside student, got \[0\]"),
         ({"student_layers": (3,)}, r"layers: expected numbers from 0 to 2, got \[3\]"),
@@ -327,6 +352,11 @@ def test_a_single_row(recipe: seq2seq.Recipe, tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text('{"source": "w1", "target": "w2"}')
     one = dataclasses.replace(recipe, data=str(tmp_path / "one.jsonl"))
     refused(one, tmp_path, f"data: expected at least 2 rows with text in {one.data}, got 1")
+
+
+def test_adapters_need_peft(recipe: seq2seq.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapters, "find_spec", lambda name: None)
+    refused(dataclasses.replace(recipe, lora=4), tmp_path, "lora: expected peft to be installed, got none for rank 4")
 
 
 def refused(recipe: seq2seq.Recipe, folder: Path, expected: str) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from command_line import call, refused, width
 from datasets import ClassLabel, Dataset, Features, List, Value
+from quantised import LIBRARIES, check_run
 from rich.console import Console
 from transformers import (
     AutoModelForTokenClassification,
@@ -350,3 +351,23 @@ def test_evaluate_a_model_of_no_run(
         ((other,), "data: expected labelled rows, a file, a folder or a Hub name, got none"),
     ):
         assert expected in refused(monkeypatch, capsys, "evaluate", *given)
+
+
+@LIBRARIES
+def test_quantised_teachers(
+    library: str,
+    recipe: token_classification.Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`evaluate` measures them too, and counts their arithmetic as that of the model that was quantised."""
+    run = check_run(library, AutoModelForTokenClassification, recipe, saved(tmp_path / "own", 1, seed=1), tmp_path)
+    assert call(monkeypatch, "evaluate", run, "--output", tmp_path / "run.json") == 0
+    arguments = ("evaluate", recipe.teacher, "--teacher", run.parent / "teacher-quantised", "--data", recipe.data)
+    assert call(monkeypatch, *arguments, "--max-length", 16, "--output", tmp_path / "plain.json") == 0
+    of_run, beside = (json.loads((tmp_path / f"{name}.json").read_text())["models"] for name in ("run", "plain"))
+    plain, its = beside.pop(str(recipe.teacher)), of_run["teacher"]
+    assert (plain["gflop"], plain["parameters"]) == (its["gflop"], its["parameters"])
+    assert plain["megabytes"] > 1.3 * its["megabytes"]
+    assert 0 < plain["kl_to_teacher"] < 0.01 < of_run["student, distilled"]["kl_to_teacher"]

@@ -27,7 +27,8 @@ from kdfast.cli.shared import fail
 from kdfast.results.disk import of_the_user, told
 
 STOPPED = 130  # exit code of what Ctrl-C ended
-# Where they are installed transformers imports these; they tell of parts for GPUs, and torch of its use by one of them.
+# Where torchao and bitsandbytes are installed other libraries import them; they tell of parts that they would be faster
+# with, and torch of torchao's use of torch.
 TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 app = typer.Typer(

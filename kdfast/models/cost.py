@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,8 +44,8 @@ def measured(models: Mapping[str, nn.Module], batch: Mapping[str, Any], device: 
 
 
 def parameters(model: nn.Module) -> int:
-    """How many numbers are trained or could be; shared parameters once."""
-    return sum(p.numel() for p in model.parameters())
+    """How many numbers are trained or could be; shared parameters once, packed ones (4 bits) as what they stand for."""
+    return sum(getattr(getattr(p, "quant_state", None), "shape", p.shape).numel() for p in model.parameters())
 
 
 def megabytes(model: nn.Module) -> float:
@@ -57,7 +59,8 @@ def flops(model: nn.Module, batch: Mapping[str, Any]) -> int:
     """Floating-point operations of a forward pass, 2 for a multiplication with an addition, by torch's counter.
 
     Matrix products, convolutions and attention are counted, attention also where positions are masked; norms,
-    activations, softmax and looking up embeddings are not. Of a compiled model, as it is without the compiler.
+    activations, softmax and looking up embeddings are not. Of a compiled model, as it is without the compiler; of a
+    quantised one, as it is without quantisation.
     """
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     ours = {attention: _of_attention, torch.ops.kdfast.block_sparse_product: _of_blocks}
@@ -65,9 +68,30 @@ def flops(model: nn.Module, batch: Mapping[str, Any]) -> int:
     # A view of a parameter says that it requires a gradient also where none is recorded, for which the counter looks in
     # vain: a layer without neurons gives its expanded bias.
     weights = {name: parameter.detach() for name, parameter in inner.named_parameters()}
-    with evaluating(inner), torch.inference_mode(), counter:
+    with evaluating(inner), _plain_products(inner), torch.inference_mode(), counter:
         torch.func.functional_call(inner, weights, (), dict(batch))
     return int(counter.get_total_flops())
+
+
+@contextmanager
+def _plain_products(model: nn.Module) -> Iterator[None]:
+    """In its block quantised linear maps multiply by zeros of their shape: of their own operators the counter knows none."""
+    whole = [module for module in model.modules() if getattr(module, "is_quantized", False)]
+    inside = [module for one in whole for module in one.modules() if isinstance(module, nn.Linear)]
+    own = {module: vars(module).get("forward") for module in inside if type(module.weight) is not nn.Parameter}
+    for module in own:
+        vars(module)["forward"] = partial(_product, module)
+    try:
+        yield
+    finally:
+        for module, forward in own.items():
+            del vars(module)["forward"]
+            if forward is not None:  # accelerate's
+                vars(module)["forward"] = forward
+
+
+def _product(of: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, x.new_zeros(of.out_features, of.in_features))
 
 
 def _of_attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -31,6 +32,7 @@ LANGUAGE = {
     "AutoModelForMaskedLM": ("a masked language model", "distilbert", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
 }
 UNKNOWN = "Unrecognized configuration class"  # how transformers tells of a model that is none of a class's
+UNREADABLE = "automatic conversion of the weights"  # and of weights that its report above, in many lines, is about
 # And of a tokenizer whose class makes up no vocabulary where there is no file of it; the last is Pegasus.
 NO_FILE = (
     *("instantiate the backend tokenizer", "not NoneType", "has no attribute 'readlines'", "path 'None'"),
@@ -38,13 +40,14 @@ NO_FILE = (
 )
 
 
-def classifier(task: tasks.Task, argument: str, source: str | Path) -> Any:
+def classifier(task: tasks.Task, argument: str, source: str | Path, *, quantised: bool = False) -> Any:
     """A classifier whose classes are the task's, in the same order: other orders are common, and silent otherwise.
 
     Args:
         task: what it is to be a classifier, or regressor, of.
         argument: how messages call it.
         source: folder or Hub name; the folder of an `EarlyExit` too.
+        quantised: as of `pretrained`.
 
     Raises:
         ValueError: it cannot be loaded, has no head, another number of classes or another order of them.
@@ -53,7 +56,7 @@ def classifier(task: tasks.Task, argument: str, source: str | Path) -> Any:
     if Path(source).is_dir() and saved_in(source):
         model, loading = pretrained(EarlyExit, argument, source, dtype=torch.float32), {}
     else:
-        options: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32}
+        options: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32, "quantised": quantised}
         model, loading = pretrained(AutoModelForSequenceClassification, argument, source, **options)
     if absent := sorted(loading.get("missing_keys", ())):
         raise ValueError(f"{who}: expected a classifier, got a model without weights for {', '.join(absent[:4])}")
@@ -145,6 +148,8 @@ def _loaded(kind: Any, who: str, source: str | Path, unreachable: str | None, **
         got = first_line(error)
         if got.startswith(UNKNOWN):
             raise _of_another_kind(kind, who, AutoConfig.from_pretrained(source, **here)) from None
+        if UNREADABLE in got:
+            got = "weights that it cannot put together; torchao's of BART and its relatives it cannot, bitsandbytes' it can"
         raise ValueError(f"{who}: expected what transformers loads, got {_locked(source) or got}") from None
 
 
@@ -177,6 +182,7 @@ def _check_not_quantised(who: str, config: Any, may_be: bool) -> None:
         if may_be and method in QUANTISERS:
             if find_spec(method) is None:
                 raise ValueError(f"{who}: expected {method}, which quantised it, to be installed, got none")
+            logging.getLogger(method).setLevel(logging.ERROR)  # bitsandbytes tells of products that they are of 16 bits
             return
         raise ValueError(
             f"{who}: expected weights that are not quantised, got {method} "

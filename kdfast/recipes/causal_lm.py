@@ -46,11 +46,6 @@ class Recipe(TokenRecipe):
     student_layers: tuple[int, ...] | None = setting(
         None, "Without student: teacher layers that the student keeps, from 0. Default: every third."
     )
-    lora: int | None = setting(
-        None,
-        "Rank of adapters (LoRA) of all linear maps but the output: they alone are trained, and merged in the end. "
-        "Default: the whole student is trained.",
-    )
     on_policy: float = setting(
         0.0,
         "Share of the batches whose completions the student samples (lambda of GKD). Rows of packed text then have "
@@ -66,7 +61,7 @@ class Recipe(TokenRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(1, "lora", "max_new_tokens", "steps", "batch_size", "train_rows", "test_rows")
+        self.at_least(1, "max_new_tokens", "steps", "batch_size", "train_rows", "test_rows")
         self.at_least(8, "max_length")
         self.inside(0, 1, "learning_rate")
         self.between(0, 1, "on_policy")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
@@ -156,6 +157,10 @@ class ClassifierRecipe(Recipe):
     def student_default(self, teacher_layers: int) -> tuple[int, ...]:
         """The student's layers, where `student_layers` says nothing."""
         return tuple(range(0, teacher_layers, 2))
+
+    def only_run(self, source: str | Path) -> bool:
+        """Whether a model is a given teacher of which no student is made, so that it may be quantised."""
+        return self.student is not None and source == self.teacher
 
     def config_changes(self) -> dict[str, Any]:
         """`student_config`, hidden_size=192,intermediate_size=768, as a dict.

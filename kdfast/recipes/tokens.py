@@ -23,6 +23,15 @@ class TokenRecipe(Recipe):
     skew: float = setting(0.1, "Of skew_kl_div and skew_reverse_kl_div.")
     alpha: float = setting(0.9, "Weight of the teacher; the labels get 1 - alpha.")
     temperature: float = setting(1.0, "Softens teacher and student alike.")
+    lora: int | None = setting(
+        None,
+        "Rank of adapters (LoRA) of all linear maps but the output: they alone are trained, and merged in the end. "
+        "Default: the whole student is trained.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(1, "lora")
 
     def objective(self, vocabulary: int | None = None) -> LanguageModel:
         """vocabulary: the tokens that teacher and student have in common, where one has embeddings of more."""

@@ -94,7 +94,7 @@ def _candidates(
     test_alone = replace(task, train=task.train.select(()))
     candidates = {}
     for name, source in sources.items():
-        model = classifier(task, name, source).to(device())
+        model = classifier(task, name, source, quantised=True).to(device())
         tokenizer = load_tokenizer(name, source)
         pairing.pad_alike(named(name, source), model, tokenizer)
         pairing.check_length(named(name, source), model, max_length)

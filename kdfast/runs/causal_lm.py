@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +16,7 @@ from kdfast.models import pairing, students
 from kdfast.models.last_hidden import last_hidden
 from kdfast.results import measure
 from kdfast.runs import arguments
+from kdfast.runs.adapters import check_adapters, with_adapters
 from kdfast.runs.language import LanguageRun, PeakMemory, common_vocabulary, per_token
 from kdfast.train.on_policy import OnPolicyTrainer
 
@@ -63,8 +61,7 @@ class CausalLMRun(LanguageRun):
 
     def prepare(self) -> None:
         r = self.recipe
-        if r.lora is not None and find_spec("peft") is None:
-            raise ValueError(f"lora: expected peft to be installed, got none for rank {r.lora}; pip install peft")
+        check_adapters(r.lora)
         source = demo.fetch(demo.SMOLLM2) if r.teacher is None else r.teacher
         self.teacher = self.load_teacher(source, quantised=r.student is not None)
         if self.tokenizer.eos_token_id is None:
@@ -121,18 +118,6 @@ class CausalLMRun(LanguageRun):
             for row in rows
         ]
 
-    def _trained(self) -> Any:
-        """A copy of the student's start, with adapters where these alone are to be trained."""
-        student, rank = copy.deepcopy(self.start), self.recipe.lora
-        if rank is None:
-            return student
-        import peft
-
-        transformers.set_seed(self.recipe.seed)  # for the adapters' first factors
-        return peft.get_peft_model(
-            student, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        )
-
     def trainer(self, folder: Path) -> OnPolicyTrainer:
         r = self.recipe
         settings = arguments.training(
@@ -152,7 +137,7 @@ class CausalLMRun(LanguageRun):
             logging_steps=max(1, r.steps // 60),
         )
         return OnPolicyTrainer(
-            self._trained(),
+            with_adapters(self.start, r.lora, r.seed, "CAUSAL_LM"),
             settings,
             teacher=self.teacher,
             objective=r.objective(self.vocabulary),

@@ -34,6 +34,7 @@ from kdfast.results.measure import BATCH, Candidate, Metrics, length, measure, v
 from kdfast.results.progress import bar
 from kdfast.runs import arguments, stages, unlabeled
 from kdfast.runs.stage_rows import StageRows
+from kdfast.train.teacher import run_where_it_is
 from kdfast.train.trainer import DistillationTrainer
 
 CURVE_ROWS = 500  # of the test rows, for the points of the learning curves; the table is measured on all
@@ -175,8 +176,8 @@ class ClassifierRun:
         with torch.no_grad():
             try:
                 terms = terms.for_models(student, teacher) if hasattr(terms, "for_models") else terms
-                outputs = None if teacher is None else terms.run(teacher, teacher_inputs(teacher, rows))
-                terms(terms.run(student, rows), outputs, rows)
+                own = None if teacher is None else teacher_inputs(teacher, rows)
+                terms(terms.run(student, rows), own and run_where_it_is(terms.run, teacher, own, student.device), rows)
             except ValueError as error:
                 raise ValueError(f"{self.recipe.name}, {stage.title}: {error}") from None
 
@@ -187,6 +188,7 @@ class ClassifierRun:
         config = pretrained(AutoConfig, argument, source)
         options: dict[str, Any] = {"ignore_mismatched_sizes": True, "output_loading_info": True} | self.task.head
         options["dtype"] = torch.float32  # however it is stored: small steps are lost on weights of 16 bits
+        options["quantised"] = self.recipe.only_run(source)
         if hasattr(config, "attention_probs_dropout_prob"):
             options["attention_probs_dropout_prob"] = 0.0
         transformers.set_seed(self.recipe.seed)  # for the classifier's initial weights
@@ -201,7 +203,7 @@ class ClassifierRun:
         return model
 
     def _given_teacher(self, source: str) -> Any:
-        model = classifier(self.task, "teacher", source)
+        model = classifier(self.task, "teacher", source, quantised=self.recipe.only_run(source))
         if isinstance(model, EarlyExit):
             raise ValueError(
                 f"{named('teacher', source)}: expected a classifier, got one with branches (early_exit.json); "

@@ -51,7 +51,7 @@ def with_teacher(recipe: HeadRecipe, batch_size: int) -> HeadRun:
     """
     run = RUNS[type(recipe)](recipe, Path(), Console())
     run.rows_of_a_pass = batch_size
-    run.read_teacher()
+    run.read_teacher(quantised=True)
     return run
 
 

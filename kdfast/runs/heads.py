@@ -63,8 +63,8 @@ class HeadRun(LanguageRun):
         """Rows of a dataset, to train on or to test."""
 
     # ---- models and rows ----
-    def read_teacher(self) -> None:
-        """The teacher, and what depends on it alone."""
+    def read_teacher(self, quantised: bool) -> None:
+        """The teacher, which may be quantised or not, and what depends on it alone."""
         r = self.recipe
         needed = {
             "data": f"{self.kind_of_rows}, a file, a folder or a Hub name",
@@ -76,7 +76,7 @@ class HeadRun(LanguageRun):
         if absent:
             raise ValueError(absent)
         datasets.disable_progress_bars()
-        self.teacher = self.load_teacher(r.teacher, quantised=r.student is not None)
+        self.teacher = self.load_teacher(r.teacher, quantised=quantised)
         self._check_task(f"teacher {r.teacher}", self.teacher)
 
     def _check_task(self, who: str, model: Any) -> None:
@@ -99,7 +99,7 @@ class HeadRun(LanguageRun):
         """
         who, theirs = named(name, source), self.teacher.config
         pairing.check_tokens(who, load_tokenizer(name, source), self.tokenizer)
-        model = self._load(name, source)
+        model = self._load(name, source, quantised=True)
         self._check_task(who, model)
         if model.config.num_labels != theirs.num_labels:
             expected = f"{theirs.num_labels} classes, as the teacher has"
@@ -109,7 +109,7 @@ class HeadRun(LanguageRun):
 
     def prepare(self) -> None:
         r = self.recipe
-        self.read_teacher()
+        self.read_teacher(quantised=r.student is not None)
         transformers.set_seed(r.seed)  # for a new head
         self.start = self.student_of_layers() if r.student is None else self.own_student()
         train, test = self._parts()
@@ -148,6 +148,10 @@ class HeadRun(LanguageRun):
         return tasks.first(train, r.train_rows), tasks.first(test, r.test_rows)
 
     # ---- training ----
+    def trained(self) -> Any:
+        """A copy of the student's start, of which what is to be trained is."""
+        return copy.deepcopy(self.start)
+
     def objective(self, alone: bool) -> Objective:
         """What a student is trained on; `alone`: without the teacher."""
         its: Objective = self.recipe.labels_only() if alone else self.recipe.objective()
@@ -173,7 +177,7 @@ class HeadRun(LanguageRun):
             logging_steps=max(1, steps // 60),
         )
         return DistillationTrainer(
-            copy.deepcopy(self.start),
+            self.trained(),
             settings,
             teacher=None if alone else self.teacher,
             objective=self.objective(alone),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import resource
 from collections.abc import Callable, Mapping, Sequence
@@ -167,7 +166,6 @@ class LanguageRun:
             ValueError: it cannot be loaded, lacks weights or a tokenizer, or has fewer positions than `max_length`.
         """
         transformers.utils.logging.set_verbosity_error()  # missing weights are wanted, or an error here
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells of every product that it is one of 16 bits
         self.tokenizer = load_tokenizer("teacher", source)
         return self._load("teacher", source, new_head, **options)
 

@@ -24,8 +24,8 @@ class QuestionAnsweringRun(HeadRun):
     metric = "f1"
     asked: answers.Questions
 
-    def read_teacher(self) -> None:
-        super().read_teacher()
+    def read_teacher(self, quantised: bool) -> None:
+        super().read_teacher(quantised)
         self.collate = DataCollatorWithPadding(self.tokenizer)
 
     def flat(self, part: Any) -> Any:

@@ -17,6 +17,7 @@ from kdfast.models.student_parts import SIDES, count_name
 from kdfast.objective import Objective
 from kdfast.results import measure
 from kdfast.runs import written
+from kdfast.runs.adapters import check_adapters, with_adapters
 from kdfast.runs.heads import HeadRun
 from kdfast.runs.language import common_vocabulary, per_token
 
@@ -36,8 +37,9 @@ class Seq2SeqRun(HeadRun):
     metric = "perplexity"
 
     def prepare(self) -> None:
-        super().prepare()
         r = self.recipe
+        check_adapters(r.lora)
+        super().prepare()
         self.collate = DataCollatorForSeq2Seq(self.tokenizer)
         if written.outgrows_cache(self.start):
             self.notes = [*self.notes, OUTGROWN]
@@ -108,6 +110,9 @@ class Seq2SeqRun(HeadRun):
         self.console.print(f"the teacher writes, of {source!r}: {target!r}", markup=False)
 
     # ---- training and results ----
+    def trained(self) -> Any:
+        return with_adapters(self.start, self.recipe.lora, self.recipe.seed, "SEQ_2_SEQ_LM")
+
     def objective(self, alone: bool) -> Objective:
         r = self.recipe
         its: Objective = r.labels_only(self.vocabulary) if alone else r.objective(self.vocabulary)

@@ -21,8 +21,8 @@ class TokenClassificationRun(HeadRun):
     auto = AutoModelForTokenClassification
     kind = "a token classifier"
 
-    def read_teacher(self) -> None:
-        super().read_teacher()
+    def read_teacher(self, quantised: bool) -> None:
+        super().read_teacher(quantised)
         self.collate = DataCollatorForTokenClassification(self.tokenizer)
         names = self.teacher.config.id2label.values()
         self.metric = "f1" if any(str(name).startswith(("B-", "I-")) for name in names) else "accuracy"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -85,3 +85,10 @@ def moved(outputs: Any, device: torch.device) -> Any:
         fields = {field.name: moved(getattr(outputs, field.name), device) for field in dataclasses.fields(outputs)}
         return dataclasses.replace(outputs, **fields)
     return send_to_device(outputs, device)
+
+
+def run_where_it_is(run: Callable[[nn.Module, Any], Any], teacher: nn.Module, inputs: Any, device: torch.device) -> Any:
+    """`run(teacher, inputs)` of inputs on a device; a teacher that stays takes them where it is, and its outputs come here."""
+    if not stays(teacher):
+        return run(teacher, inputs)
+    return moved(run(teacher, moved(inputs, home(teacher, device))), device)

@@ -25,7 +25,7 @@ try:
     from transformers.utils import ModelOutput
 
     from kdfast.train.objective_trainer import ObjectiveTrainer
-    from kdfast.train.teacher import check_apart, check_objective, check_teacher, has_float32, home, moved, stays
+    from kdfast.train.teacher import check_apart, check_objective, check_teacher, has_float32, run_where_it_is, stays
 except ModuleNotFoundError as error:
     raise ImportError(
         f"kdfast.DistillationTrainer needs {error.name}, which is not installed: pip install kdfast[train]"
@@ -151,9 +151,7 @@ class DistillationTrainer(ObjectiveTrainer):
         own, device = teacher_inputs(self.teacher, inputs), self.args.device
         autocast = self.accelerator.autocast() if has_float32(self.teacher) else nullcontext()
         with torch.no_grad(), autocast:
-            if not stays(self.teacher):
-                return self._run(self.teacher, own)
-            return moved(self._run(self.teacher, moved(own, home(self.teacher, device))), device)
+            return run_where_it_is(self._run, self.teacher, own, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         if not batch_samples or not hasattr(self.objective, "num_items"):
