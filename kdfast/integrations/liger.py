@@ -120,8 +120,8 @@ class LigerFusedLinearCosineSimilarityLoss(_SoftAndHard):
         compiled: taken for its name's sake.
 
     Raises:
-        TypeError, ValueError: a setting out of range; a shape, dtype or device that does not fit, a teacher of another
-        vocabulary among them; and what `kdfast.linear_kd_loss` raises.
+        TypeError, ValueError: a setting out of range; a shape, dtype or device that does not fit, or a teacher of
+            another vocabulary; and what `kdfast.linear_kd_loss` raises.
     """
 
     def forward(
