@@ -30,7 +30,7 @@ MAY: dict[str, set[str]] = {
     "prune/schedules": {"ops", "models", "prune", "prune/criteria"},
     "objective": {"ops", "data", "models"},
     "teacher_cache": {"ops", "data", "models"},
-    "integrations": {"ops", "data", "objective"},
+    "integrations": {"ops", "data", "models", "objective"},
     "train": {"ops", "data", "models", "objective", "teacher_cache"},
     "recipes": {"ops", "data", "models", "prune", "objective"},
     "results": {"ops", "bench", "data", "models", "prune", "objective", "teacher_cache", "train", "recipes"},
