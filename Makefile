@@ -1,6 +1,7 @@
 # The first of these makes the environment (.venv) and builds kdfast in it; after that only what changed is built again.
 #   make demo [QUICK=1] [FULL=1]   distil a teacher into half its layers on real data, of which a thousand rows have labels (in
-#                          some five minutes on 2 cores); FULL=1: on the labels of all; QUICK=1: a short run of that
+#                          three to five minutes on 2 cores, behind the environment's three); FULL=1: on the labels of all;
+#                          QUICK=1: a short run of that
 #   make test [ARGS=...]   run all tests; ARGS goes to pytest
 #   make gpu [OUT=folder] [STAGES="smoke tests …"] [ONLY=name]   build for the GPU at hand, show that kdfast is right and how
 #                          fast it is, in some eight minutes (docs/gpu.md); downloads nothing
