@@ -52,6 +52,18 @@ def jsd(log_q: Tensor, log_p: Tensor, beta: float, labels: Tensor | None) -> Ten
 
 
 # ---- liger_kernel.chunked_loss, which runs on a CPU ----
+def same_parts(ours: Any, theirs: Any, biased: bool) -> tuple[Tensor, ...]:
+    """Two losses that return their parts, of the same call: value, gradients and parts. Returns what they are called with."""
+    (hidden, weight, bias), (t_hidden, t_weight, t_bias) = heads()
+    call = hidden, weight, t_hidden, t_weight, some_labels(ROWS, VOCABULARY), *((bias, t_bias) if biased else ())
+    inputs = (hidden, weight, bias) if biased else (hidden, weight)
+    same(lambda: ours(*call)[0], lambda: theirs(*call)[0], inputs)
+    for mine, its in zip(ours(*call)[1:], theirs(*call)[1:], strict=True):
+        assert float(its.detach()) > 0.01
+        torch.testing.assert_close(mine, its.detach(), rtol=1e-5, atol=0)
+    return call
+
+
 @BETAS
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biases"])
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.3, 0.9), (0.0, 2.0), (1.0, 0.0)])
@@ -62,13 +74,7 @@ def test_fused_linear_jsd_loss(weights: tuple[float, float], biased: bool, beta:
         of(*weights, compiled=False, **settings)
         for of in (liger.LigerFusedLinearJSDLoss, chunked.LigerFusedLinearJSDLoss)
     )
-    (hidden, weight, bias), (t_hidden, t_weight, t_bias) = heads()
-    call = hidden, weight, t_hidden, t_weight, some_labels(ROWS, VOCABULARY), *((bias, t_bias) if biased else ())
-    inputs = (hidden, weight, bias) if biased else (hidden, weight)
-    same(lambda: ours(*call)[0], lambda: theirs(*call)[0], inputs)
-    for mine, its in zip(ours(*call)[1:], theirs(*call)[1:], strict=True):
-        assert float(its.detach()) > 0.01
-        torch.testing.assert_close(mine, its.detach(), rtol=1e-5, atol=0)
+    call = same_parts(ours, theirs, biased)
     assert torch.equal(
         liger.LigerFusedLinearJSDLoss(*weights, 0.5)(*call), liger.LigerFusedLinearJSDLoss(*weights)(*call)
     )
@@ -95,13 +101,7 @@ def test_fused_linear_cosine_similarity_loss(
         of(*weights, compiled=False, chunk_size=8, **settings)
         for of in (liger.LigerFusedLinearCosineSimilarityLoss, chunked.LigerFusedLinearCosineSimilarityLoss)
     )
-    (hidden, weight, bias), (t_hidden, t_weight, t_bias) = heads()
-    call = hidden, weight, t_hidden, t_weight, some_labels(ROWS, VOCABULARY), *((bias, t_bias) if biased else ())
-    inputs = (hidden, weight, bias) if biased else (hidden, weight)
-    same(lambda: ours(*call)[0], lambda: theirs(*call)[0], inputs)
-    for mine, its in zip(ours(*call)[1:], theirs(*call)[1:], strict=True):
-        assert float(its.detach()) > 0.01
-        torch.testing.assert_close(mine, its.detach(), rtol=1e-5, atol=0)
+    call = same_parts(ours, theirs, biased)
     assert not ours(*call).soft_loss.requires_grad
     of_defaults = (
         of(compiled=False)(*call)

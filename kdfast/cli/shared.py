@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from kdfast.results.disk import why_not_writable
+from kdfast.results.disk import check_output
 
 
 def layer_numbers(name: str, text: str) -> tuple[int, ...]:
@@ -30,9 +30,11 @@ def names(text: str) -> list[str]:
 
 
 def check_writable(folder: Path) -> None:
-    """Of what a command writes, before it loads or measures anything."""
-    if reason := why_not_writable(folder):
-        raise typer.BadParameter(f"output {folder}: expected a folder that can be written, got {reason}")
+    """`check_output` of what a command writes, as a mistake in the command."""
+    try:
+        check_output(folder)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -70,6 +70,16 @@ def _safetensor_errors() -> tuple[type[Exception], ...]:
     return (SafetensorError,)
 
 
+def check_output(folder: Path) -> None:
+    """Before anything is loaded, trained or measured.
+
+    Raises:
+        ValueError: nothing can be written into it.
+    """
+    if reason := why_not_writable(folder):
+        raise ValueError(f"output {folder}: expected a folder that can be written, got {reason}")
+
+
 def why_not_writable(folder: Path) -> str | None:
     """The reason why nothing can be written into a folder that may not be there yet; None where something can."""
     there = _there(folder)

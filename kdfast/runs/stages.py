@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kdfast.recipes.base import Recipe
 from kdfast.recipes.paths import CONFIG, PATHS, absolute, each, located, moved, run_settings
-from kdfast.results.disk import saving, why_not_writable
+from kdfast.results.disk import check_output, saving
 from kdfast.results.progress import bar
 from kdfast.runs import arguments
 from kdfast.train.objective_trainer import ObjectiveTrainer
@@ -162,8 +162,7 @@ def check_run_folder(folder: Path, recipe: Recipe) -> None:
     """
     if os.path.exists(folder) and not folder.is_dir():  # False where that may not be known
         raise ValueError(f"output {folder}: expected a folder, got a file")
-    if reason := why_not_writable(folder):
-        raise ValueError(f"output {folder}: expected a folder that can be written, got {reason}")
+    check_output(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not (folder / CONFIG).is_file():

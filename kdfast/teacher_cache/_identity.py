@@ -16,6 +16,7 @@ from kdfast.data.text import as_list
 from kdfast.teacher_cache._manifest import mismatch
 
 SAMPLES = 256  # values of each tensor that are hashed
+KEPT = "_kdfast_sha256"  # where a model in 4 bits has what it was first found to be
 
 # Entries of a config that say how a model is stored and called, not what it computes (its dtype is among the weights).
 USAGE = {
@@ -67,8 +68,10 @@ def weights_sha256(model: nn.Module) -> str:
     """
     if not getattr(model, "is_loaded_in_4bit", False):
         return _sha256_of(model.state_dict())
-    known: str = vars(model).setdefault("_kdfast_sha256", _sha256_of(dict(model.named_parameters())))
-    return known
+    kept: dict[str, Any] = vars(model)
+    if KEPT not in kept:
+        kept[KEPT] = _sha256_of(dict(model.named_parameters()))
+    return str(kept[KEPT])
 
 
 def _sha256_of(weights: Mapping[str, Any]) -> str:
