@@ -5,12 +5,14 @@ forward and backward with gradients of the input, the weight and the bias: `F.li
 gather of inputs with a product for each block row through autograd (`gather`), and `kdfast.block_sparse_linear`. And the
 forward alone, beside torch's block-sparse rows, which have no backward: `F.linear` of such a weight (`bsr linear`), and its
 product with x transposed (`bsr product`), in float32 and of the fewer rows only, as they are slow. Measured in turn in
-one process, once results are seen to agree.
+one process, once results are seen to agree. AMX changes its speed by itself, for seconds: a small product in every round
+tells in which ones it was fast, and only these count where there are some.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import warnings
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kdfast
-from kdfast import BlockLayout
+from kdfast import _C, BlockLayout
 from kdfast.bench import harness, timing
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -34,7 +36,10 @@ BLOCKS = (64, 32)
 DENSITIES = (1.0, 0.5, 0.25, 0.1)
 # A dense step's time over kdfast's, by block and density; and a forward's of torch's block-sparse rows over kdfast's.
 BARS = {64: {1.0: 0.85, 0.5: 1.5, 0.25: 2.7, 0.1: 5.3}, 32: {0.5: 1.4, 0.25: 2.1, 0.1: 4.2}}
+AMX_BARS = {64: {0.5: 1.6, 0.25: 2.2, 0.1: 4.0}}  # of bfloat16, with AMX at its fast speed
 BSR_BAR = 10
+PROBE = 512  # side of a product that tells AMX's speed
+FAST = 1.4  # times the least time of a probe
 Call = Callable[[], list[Tensor]]
 
 
@@ -104,40 +109,64 @@ class Case:
             raise AssertionError(f"kdfast: the weight's gradient differs by {error:.1e}: not worth timing")
 
 
+class Probe:
+    """Which rounds of calls AMX was fast in."""
+
+    def __init__(self) -> None:
+        self.x, self.least = torch.randn(PROBE, PROBE).bfloat16(), float("inf")
+
+    def __call__(self) -> list[Tensor]:
+        return [self.x @ self.x]
+
+    def fast(self, times: list[float]) -> list[int]:
+        """The rounds of which neither its own probe nor the next one's was slow."""
+        self.least = min(self.least, *times)
+        return [i for i, both in enumerate(itertools.pairwise(times)) if max(both) <= FAST * self.least]
+
+
+def timed(ways: dict[str, Call], seconds: float, probe: Probe | None) -> dict[str, Any]:
+    """Medians in milliseconds, and of the ratios to kdfast of calls that follow one another. With a probe `fast` is the
+    share of fast rounds, which alone count; 0: all do, as none was."""
+    times = timing.interleaved(ways if probe is None else {**ways, "probe": probe}, "cpu", seconds=seconds)
+    share = {}
+    if probe is not None:
+        rounds = probe.fast(times.pop("probe"))
+        share = {"fast": len(rounds) / len(times["kdfast"])}
+        if rounds:
+            times = {name: [all_of[i] for i in rounds] for name, all_of in times.items()}
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(all_of, times["kdfast"], strict=True))
+        for name, all_of in times.items()
+    }
+    return {"ms": {name: statistics.median(all_of) for name, all_of in times.items()}, "ratios": ratios, **share}
+
+
 def measure(seconds: float) -> list[dict[str, Any]]:
-    """Medians in milliseconds, and of the ratios to kdfast of calls that follow one another."""
-    results = []
-    for dtype in DTYPES:
-        for block in BLOCKS:
-            for rows in ROWS:
-                for outputs, inputs in ((INNER, WIDTH), (WIDTH, INNER)):
-                    for density in DENSITIES:
-                        case = Case(dtype, rows, block, density, outputs, inputs)
-                        case.check()
-                        facts = {"dtype": str(dtype).removeprefix("torch."), "block": block, "rows": rows}
-                        facts |= {"shape": [outputs, inputs], "density": density}
-                        for what, ways in (("step", case.steps()), ("forward", case.forwards())):
-                            times = timing.interleaved(ways, "cpu", seconds=seconds)
-                            ratios = {
-                                name: statistics.median(a / b for a, b in zip(all_of, times["kdfast"], strict=True))
-                                for name, all_of in times.items()
-                            }
-                            ms = {name: statistics.median(all_of) for name, all_of in times.items()}
-                            results.append({"what": what, **facts, "ms": ms, "ratios": ratios})
+    """Every case, as `timed` tells."""
+    results, probe = [], Probe()
+    shapes = ((INNER, WIDTH), (WIDTH, INNER))
+    for dtype, block, rows, shape, density in itertools.product(DTYPES, BLOCKS, ROWS, shapes, DENSITIES):
+        case = Case(dtype, rows, block, density, *shape)
+        case.check()
+        name = str(dtype).removeprefix("torch.")
+        facts = {"dtype": name, "block": block, "rows": rows, "shape": shape, "density": density}
+        probed = probe if dtype is torch.bfloat16 and _C.cpu_variant() == "amx" else None
+        for what, ways in (("step", case.steps()), ("forward", case.forwards())):
+            results.append({"what": what, **facts, **timed(ways, seconds, probed)})
     return results
 
 
 def verdict(result: dict[str, Any]) -> str:
-    ratios, bar = result["ratios"], None
+    ratios = result["ratios"]
     if result["what"] == "forward":
-        ratio, bar = min((r for name, r in ratios.items() if "bsr" in name), default=0.0), BSR_BAR
-        if not ratio:
-            return ""
-    elif result["dtype"] == "float32":
-        ratio, bar = ratios["dense"], BARS[result["block"]].get(result["density"])
-    if bar is None:
+        ratio, bar = min((r for name, r in ratios.items() if "bsr" in name), default=None), BSR_BAR
+    else:
+        bars = BARS if result["dtype"] == "float32" else AMX_BARS if "fast" in result else {}
+        ratio, bar = ratios["dense"], bars.get(result["block"], {}).get(result["density"])
+    if ratio is None or bar is None:
         return ""
-    return "met" if ratio >= bar else f"below {bar}"
+    slow = ", AMX slow" if result.get("fast") == 0 else ""
+    return ("met" if ratio >= bar else f"below {bar}") + slow
 
 
 def table(results: list[dict[str, Any]]) -> Table:

@@ -66,6 +66,8 @@ STABLE_TORCH_LIBRARY(kdfast, m) {
   m.def(
       "block_sparse_gradient(Tensor grad, Tensor x, Tensor begin, Tensor index, Tensor place, int rows, int columns, "
       "bool by_rows) -> Tensor");
+  // The sum over the rows of 16-bit numbers, which lie side by side, in their type. CPU only.
+  m.def("column_sums(Tensor x) -> Tensor");
   // x *= factor, skipped on the device where the factor is 1. CUDA only: elsewhere the factor can be looked at.
   m.def("scale_(Tensor(a!) x, Tensor factor) -> ()");
 }

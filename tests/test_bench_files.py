@@ -35,7 +35,7 @@ def test_other_cases_stay(tmp_path: Path) -> None:
     ("changed", "expected"),
     [
         ({"torch": "2.11.0"}, "expected results of torch 2.11.0, got those of torch 2.10.0; choose another folder"),
-        ({"threads": 4, "cpu_variant": "avx2"}, "expected results of threads 4, got those of threads 2"),
+        ({"threads": 4}, "expected results of threads 4, got those of threads 2"),
         ({"peers": {"trl": "1.1"}}, "expected results of trl 1.1, got those of trl 1.0; choose"),
     ],
 )
@@ -46,6 +46,13 @@ def test_another_environment_is_refused(changed: dict[str, Any], expected: str, 
     with pytest.raises(ValueError, match=f"^output {path}: {expected}"):
         harness.save([result(CASES[1], 1.0)], facts | changed, tmp_path)
     assert path.read_text() == before
+
+
+def test_another_variant_has_another_file(tmp_path: Path) -> None:
+    """Processors of one name may differ in what they multiply with."""
+    paths = {harness.results_path(FACTS | {"cpu_variant": of}, tmp_path, "peers").name for of in ("amx", "avx512_bf16")}
+    assert paths == {"peers-a-cpu-amx-2026-01-01.json", "peers-a-cpu-avx512-bf16-2026-01-01.json"}
+    assert harness.results_path(FACTS, tmp_path, "peers").name == "peers-a-cpu-2026-01-01.json"
 
 
 def test_libraries_are_added(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ extern const DivergenceKernels kDivergences[];
 extern const LayerKernels kLayers;
 extern const QkKernels kQkMse, kQkKl;
 extern const PartKernels kParts;
+extern const ColumnSums kColumnSums[];
 extern const BlockKernels kBlocks[], kPairBlocks[], kAmxBlocks[];
 extern const ProductKernels kProducts[], kPairProducts[], kAmxProducts[];
 
@@ -21,7 +22,7 @@ void log2_all(const float* x, float* y, int64_t n) {
 }
 
 constexpr VariantKernels kernels_with(const BlockKernels* blocks, const ProductKernels* products) {
-  return {kDivergences, &kLayers, {&kQkMse, &kQkKl}, &kParts, blocks, products, exp2_all, log2_all};
+  return {kDivergences, &kLayers, {&kQkMse, &kQkKl}, &kParts, kColumnSums, blocks, products, exp2_all, log2_all};
 }
 
 }  // namespace

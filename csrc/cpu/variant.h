@@ -1,6 +1,7 @@
 // Which CPU variant of the kernels runs here.
 #pragma once
 #include "cpu/block_rows.h"
+#include "cpu/column_rows.h"
 #include "cpu/divergence_rows.h"
 #include "cpu/layer_rows.h"
 #include "cpu/matmul_rows.h"
@@ -14,6 +15,7 @@ struct VariantKernels {
   const LayerKernels* layers;
   const QkKernels* qk[2];  // by QkLoss
   const PartKernels* parts;
+  const ColumnSums* columns;       // of bfloat16, float16
   const BlockKernels* blocks;      // by Element
   const ProductKernels* products;  // by Operands
   // y[i] = 2^x[i] and log2(x[i]): the vector functions on their own, for their tests.

@@ -325,7 +325,9 @@ def environment_with(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def results_path(facts: dict[str, Any], folder: Path, stem: str) -> Path:
-    device = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
+    """`<stem>-<device>-<date>.json`; of a CPU with the variant of the kernels too, as different ones may have one name."""
+    name = " ".join(filter(None, (facts["device"], facts.get("cpu_variant"))))
+    device = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return folder / f"{stem}-{device}-{facts['date']}.json"
 
 

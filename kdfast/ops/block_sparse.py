@@ -132,7 +132,7 @@ class _BlockSparseLinear(torch.autograd.Function):
             gradient = torch.ops.kdfast.block_sparse_gradient(rows, _rows(x), *order, *layout.block, by_rows)
             of[1] = _live_linear.cast(gradient, ctx.dtypes[1])
         if of_bias:
-            of[2] = _live_linear.cast(rows.sum(0), ctx.dtypes[2])
+            of[2] = _live_linear.cast(_live_linear.sum_of_rows(rows), ctx.dtypes[2])
         return *of, None, None
 
 
