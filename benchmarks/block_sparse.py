@@ -5,8 +5,8 @@ forward and backward with gradients of the input, the weight and the bias: `F.li
 gather of inputs with a product for each block row through autograd (`gather`), and `kdfast.block_sparse_linear`. And the
 forward alone, beside torch's block-sparse rows, which have no backward: `F.linear` of such a weight (`bsr linear`), and its
 product with x transposed (`bsr product`), in float32 and of the fewer rows only, as they are slow. Measured in turn in
-one process, once results are seen to agree. AMX changes its speed by itself, for seconds: a small product in every round
-tells in which ones it was fast, and only these count where there are some.
+one process, once results are seen to agree. AMX changes its speed by itself, by a factor of two, for seconds: of
+bfloat16 there only rounds count in which the dense product was fast.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ DENSITIES = (1.0, 0.5, 0.25, 0.1)
 BARS = {64: {1.0: 0.85, 0.5: 1.5, 0.25: 2.7, 0.1: 5.3}, 32: {0.5: 1.4, 0.25: 2.1, 0.1: 4.2}}
 AMX_BARS = {64: {0.5: 1.6, 0.25: 2.2, 0.1: 4.0}}  # of bfloat16, with AMX at its fast speed
 BSR_BAR = 10
-PROBE = 512  # side of a product that tells AMX's speed
-FAST = 1.4  # times the least time of a probe
+FAST = 1.2  # times the dense product's least time
 Call = Callable[[], list[Tensor]]
 
 
@@ -109,50 +108,36 @@ class Case:
             raise AssertionError(f"kdfast: the weight's gradient differs by {error:.1e}: not worth timing")
 
 
-class Probe:
-    """Which rounds of calls AMX was fast in."""
-
-    def __init__(self) -> None:
-        self.x, self.least = torch.randn(PROBE, PROBE).bfloat16(), float("inf")
-
-    def __call__(self) -> list[Tensor]:
-        return [self.x @ self.x]
-
-    def fast(self, times: list[float]) -> list[int]:
-        """The rounds of which neither its own probe nor the next one's was slow."""
-        self.least = min(self.least, *times)
-        return [i for i, both in enumerate(itertools.pairwise(times)) if max(both) <= FAST * self.least]
-
-
-def timed(ways: dict[str, Call], seconds: float, probe: Probe | None) -> dict[str, Any]:
-    """Medians in milliseconds, and of the ratios to kdfast of calls that follow one another. With a probe `fast` is the
-    share of fast rounds, which alone count; 0: all do, as none was."""
-    times = timing.interleaved(ways if probe is None else {**ways, "probe": probe}, "cpu", seconds=seconds)
-    share = {}
-    if probe is not None:
-        rounds = probe.fast(times.pop("probe"))
-        share = {"fast": len(rounds) / len(times["kdfast"])}
-        if rounds:
-            times = {name: [all_of[i] for i in rounds] for name, all_of in times.items()}
+def timed(ways: dict[str, Call], seconds: float, fast: bool) -> dict[str, Any]:
+    """Medians in milliseconds, and of the ratios to kdfast of calls that follow one another. `fast`: of the rounds in
+    which the dense product was."""
+    times = timing.interleaved(ways, "cpu", seconds=seconds)
+    if fast:
+        most = FAST * min(times["dense"])
+        chosen = [i for i, ms in enumerate(times["dense"]) if ms <= most]
+        times = {name: [all_of[i] for i in chosen] for name, all_of in times.items()}
     ratios = {
         name: statistics.median(a / b for a, b in zip(all_of, times["kdfast"], strict=True))
         for name, all_of in times.items()
     }
-    return {"ms": {name: statistics.median(all_of) for name, all_of in times.items()}, "ratios": ratios, **share}
+    return {"ms": {name: statistics.median(all_of) for name, all_of in times.items()}, "ratios": ratios}
+
+
+def has_amx(dtype: str) -> bool:
+    return dtype == "bfloat16" and _C.cpu_variant() == "amx"
 
 
 def measure(seconds: float) -> list[dict[str, Any]]:
     """Every case, as `timed` tells."""
-    results, probe = [], Probe()
+    results = []
     shapes = ((INNER, WIDTH), (WIDTH, INNER))
     for dtype, block, rows, shape, density in itertools.product(DTYPES, BLOCKS, ROWS, shapes, DENSITIES):
         case = Case(dtype, rows, block, density, *shape)
         case.check()
         name = str(dtype).removeprefix("torch.")
         facts = {"dtype": name, "block": block, "rows": rows, "shape": shape, "density": density}
-        probed = probe if dtype is torch.bfloat16 and _C.cpu_variant() == "amx" else None
         for what, ways in (("step", case.steps()), ("forward", case.forwards())):
-            results.append({"what": what, **facts, **timed(ways, seconds, probed)})
+            results.append({"what": what, **facts, **timed(ways, seconds, has_amx(name))})
     return results
 
 
@@ -161,12 +146,11 @@ def verdict(result: dict[str, Any]) -> str:
     if result["what"] == "forward":
         ratio, bar = min((r for name, r in ratios.items() if "bsr" in name), default=None), BSR_BAR
     else:
-        bars = BARS if result["dtype"] == "float32" else AMX_BARS if "fast" in result else {}
+        bars = BARS if result["dtype"] == "float32" else AMX_BARS if has_amx(result["dtype"]) else {}
         ratio, bar = ratios["dense"], bars.get(result["block"], {}).get(result["density"])
     if ratio is None or bar is None:
         return ""
-    slow = ", AMX slow" if result.get("fast") == 0 else ""
-    return ("met" if ratio >= bar else f"below {bar}") + slow
+    return "met" if ratio >= bar else f"below {bar}"
 
 
 def table(results: list[dict[str, Any]]) -> Table:

@@ -32,3 +32,13 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark.kdfast, "block_sparse_linear", wrong)
     with pytest.raises(AssertionError, match=r"kdfast: a result differs by .*: not worth timing"):
         benchmark.Case(torch.float32, 6, 32, 0.5, 128, 64).check()
+
+
+def test_amxs_slow_rounds_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"dense": [4.0, 9.0, 4.4, 10.0], "kdfast": [1.0, 1.0, 2.0, 1.0]}
+    monkeypatch.setattr(benchmark.timing, "interleaved", lambda *_, **__: times)
+    assert benchmark.timed({}, 0.0, True) == {
+        "ms": {"dense": pytest.approx(4.2), "kdfast": 1.5},
+        "ratios": {"dense": pytest.approx(3.1), "kdfast": 1.0},
+    }
+    assert benchmark.timed({}, 0.0, False)["ms"]["dense"] == pytest.approx(6.7)

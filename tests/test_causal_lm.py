@@ -132,6 +132,7 @@ def test_stopped_run_continues_to_the_same_student(tmp_path: Path, monkeypatch: 
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_adapters_alone_are_trained_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by a run that was stopped and continued."""
     settings = dataclasses.replace(SETTINGS, lora=4, learning_rate=1e-2, steps=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from importlib.util import find_spec
 from typing import Any
 
@@ -32,6 +33,7 @@ def with_adapters(start: Any, rank: int | None, seed: int, task: str) -> Any:
     import peft
 
     transformers.set_seed(seed)
-    return peft.get_peft_model(
-        student, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)
-    )
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)
+    with warnings.catch_warnings():  # that peft calls a property of transformers by its old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return peft.get_peft_model(student, config)
