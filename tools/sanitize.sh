@@ -56,7 +56,7 @@ esac
 
 operators=(tests/test_{operators,threads,divergence,topk_values,ignored_labels,divisors,dynamic,family}.py
   tests/test_{layers,mixed_dtypes,linear,linear_entropy,linear_errors}.py
-  tests/test_{matmul,pruned_linear,pruned_packed,pruned_gradients,block_sparse,block_sparse_layer,transforms}.py
+  tests/test_{matmul,column_sums,pruned_linear,pruned_packed,pruned_gradients,block_sparse,block_sparse_layer,transforms}.py
   tests/fuzz)
 [ $# -gt 0 ] || set -- "${operators[@]}" -k "not ($unfit)"
 LD_PRELOAD=$preloaded PYTHONPATH=$package "$PWD/.venv/bin/pytest" -p no:benchmark --capture=sys -q "$@"
