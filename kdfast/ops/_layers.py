@@ -226,13 +226,12 @@ class Tensors(NamedTuple):
     column_mask: Tensor | None
     divisor: Tensor | None
 
-    @property
-    def masks(self) -> tuple[Tensor | None, ...]:
+    def masks(self) -> tuple[Tensor | None, ...]:  # no property, which torch.compile of torch 2.10 does not follow
         return self.row_mask, self.column_mask, self.divisor
 
     def flat(self) -> tuple[Tensor | None, ...]:
         """For autograd, which sees no tensors in lists."""
-        return *self.masks, *(x for layers in self.student + self.teacher for x in layers)
+        return *self.masks(), *(x for layers in self.student + self.teacher for x in layers)
 
     @classmethod
     def of(cls, flat: Sequence[Any], layers: int) -> Tensors:
@@ -281,7 +280,7 @@ def _forward(
     native: str, tensors: Tensors, numbers: LayerNumbers | QkNumbers, gradient: bool
 ) -> tuple[Tensor, list[Tensor]]:
     raw = getattr(torch.ops.kdfast, native)
-    return raw(*tensors.student, *tensors.teacher, *tensors.masks, *numbers, gradient)  # type: ignore[no-any-return]
+    return raw(*tensors.student, *tensors.teacher, *tensors.masks(), *numbers, gradient)  # type: ignore[no-any-return]
 
 
 class _OfLayers(torch.autograd.Function):
@@ -295,7 +294,7 @@ class _OfLayers(torch.autograd.Function):
         ctx.in_forward = not numbers.per_row and tensors.student[0][0].dtype != torch.float16
         loss, gradients = _forward(native, tensors, numbers, ctx.in_forward)
         ctx.op, ctx.native, ctx.layers, ctx.numbers = op, native, layers, numbers
-        ctx.before, ctx.teachers = 4 + len(tensors.masks), sum(map(len, tensors.teacher))
+        ctx.before, ctx.teachers = 4 + len(tensors.masks()), sum(map(len, tensors.teacher))
         ctx.save_for_backward(*(gradients if ctx.in_forward else flat))
         return loss
 
@@ -308,7 +307,7 @@ class _OfLayers(torch.autograd.Function):
         else:
             _transforms.refuse_batched(ctx.op, grad_loss)
             of, again = Tensors.of(saved, ctx.layers), getattr(torch.ops.kdfast, ctx.native + "_backward")
-            gradients = again(grad_loss.contiguous(), *of.student, *of.teacher, *of.masks, *ctx.numbers)
+            gradients = again(grad_loss.contiguous(), *of.student, *of.teacher, *of.masks(), *ctx.numbers)
         return *(None,) * ctx.before, *gradients, *(None,) * ctx.teachers
 
 
