@@ -36,7 +36,15 @@ def test_every_variant(size: tuple[int, int], dtype: torch.dtype) -> None:
 
 @SHORT
 def test_long_columns_keep_float32s_accuracy(dtype: torch.dtype) -> None:
-    """1,000 and 2^-6 in turn, which neither 16 bits nor one running float32 sum would add up."""
+    """What 64 rows add up to counts beside 2^15, in which one running float32 sum would lose each of them, and four too."""
+    x = torch.full((64 * 1002,), 2.0**-12)
+    x[:64], x[-64:] = 0, 0
+    x[0], x[-1] = 2.0**15, -(2.0**15)
+    assert column_sums(x[:, None].to(dtype)).tolist() == [64_000 * 2.0**-12]
+
+
+@SHORT
+def test_sums_are_not_of_16_bits(dtype: torch.dtype) -> None:
     x = torch.tensor([1000.0, 2.0**-6, -1000.0, 2.0**-6]).repeat(20_000)[:, None].to(dtype)
     assert column_sums(x).tolist() == torch.tensor([40_000 * 2.0**-6]).to(dtype).tolist()
 
